@@ -1,0 +1,113 @@
+"""The artifact: one ONNX file that describes itself. Written by ``onnx_export``, read here without torch.
+
+Each field of ``Metadata`` stands in the file's metadata under its own name, as JSON, so that any ONNX tool
+can show it. The graph takes ``image`` (uint8 ``[N,S,S,3]``, RGB) and gives ``probabilities`` and ``logits``
+(float32 ``[N,K]``); N is free, all preprocessing of pixel values is inside.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import onnx
+from google.protobuf.message import DecodeError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+
+from toolkit.errors import ArtifactError
+
+IMAGE, PROBABILITIES, LOGITS = "image", "probabilities", "logits"
+
+
+class Metadata(BaseModel):
+    """What an artifact says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: Literal[1] = Field(default=1, description="version of this list of fields")
+    model: str = Field(description="name in the catalogue")
+    labels: tuple[str, ...] = Field(min_length=2, description="class names, in the order of the outputs")
+    image_size: int = Field(gt=0, description="side S of the input in pixels")
+    parameters: int = Field(gt=0, description="trainable parameters of the PyTorch model")
+    macs: int | None = Field(default=None, description="multiply-accumulates an image")
+    recipe_digest: str = Field(description="SHA-256 of the recipe")
+    dataset: str
+    dataset_digest: str = Field(description="SHA-256 of classes, images and labels")
+    accuracy: float | None = Field(
+        default=None, ge=0, le=1, description="top-1 on the test set, as measured in PyTorch"
+    )
+    ece: float | None = Field(default=None, ge=0, le=1, description="expected calibration error on the test set")
+    teacher: str | None = Field(default=None, description="name of the teacher it was distilled from")
+    precision: str = "fp32"
+    versions: dict[str, str] = Field(default_factory=dict, description="tool to version, at export")
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def input_contract(self) -> str:
+        """How an image becomes the input, in words."""
+        return (
+            f"uint8 RGB [batch, {self.image_size}, {self.image_size}, 3]: the central square of the image, "
+            f"resized to {self.image_size} pixels with an antialiased bilinear filter; no normalisation"
+        )
+
+    def to_properties(self) -> dict[str, str]:
+        return {key: json.dumps(value) for key, value in self.model_dump(mode="json").items()}
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of an artifact, or an ``ArtifactError`` where there is no such file or it is empty."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read the artifact {path}: {error.strerror}") from error
+    if not data:
+        raise ArtifactError(f"the artifact {path} is empty")
+    return data
+
+
+def parse(data: bytes, name: str) -> Metadata:
+    """The metadata in the bytes of an artifact; ``name`` is what messages call it.
+
+    Raises ``ArtifactError`` where the bytes are not ONNX, or not an artifact of this toolkit.
+    """
+    try:
+        proto = onnx.load_model_from_string(data)
+    except DecodeError as error:
+        raise ArtifactError(f"{name} is not an ONNX file, or it is cut short") from error
+    properties = {item.key: item.value for item in proto.metadata_props}
+    if not proto.graph.node or "format" not in properties:
+        raise ArtifactError(f"{name} is not an artifact of this toolkit: it carries no metadata of ours")
+    try:
+        metadata = Metadata.model_validate({key: json.loads(value) for key, value in properties.items()})
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{name} carries metadata that cannot be understood: {_first(error)}") from error
+    size, classes = metadata.image_size, len(metadata.labels)
+    found = {value.name: _shape(value) for value in (*proto.graph.input, *proto.graph.output)}
+    wanted = {
+        IMAGE: ("UINT8", None, size, size, 3),
+        PROBABILITIES: ("FLOAT", None, classes),
+        LOGITS: ("FLOAT", None, classes),
+    }
+    if found != wanted:
+        raise ArtifactError(f"{name} has the wrong inputs or outputs: {found}, not {wanted}")
+    return metadata
+
+
+def read(path: Path) -> Metadata:
+    """The metadata of the artifact at ``path``. Raises ``ArtifactError``."""
+    return parse(read_bytes(path), str(path))
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[str | int | None, ...]:
+    """Element type and dimensions; None for a free dimension."""
+    tensor = value.type.tensor_type
+    sizes = (d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+    return (onnx.TensorProto.DataType.Name(tensor.elem_type), *sizes)
+
+
+def _first(error: ValidationError | json.JSONDecodeError) -> str:
+    if isinstance(error, ValidationError):
+        item = error.errors()[0]
+        return f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
+    return str(error)

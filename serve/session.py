@@ -1,0 +1,163 @@
+"""An opened artifact: ONNX Runtime on a provider that really runs. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from export import artifact
+from export.preprocess import fit
+from toolkit.errors import ArtifactError, DeviceError
+
+Provider = Literal["auto", "cuda", "cpu"]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+Array = NDArray[np.float32]
+
+
+class Prediction(BaseModel):
+    """The best classes of one image, best first, and the time it took (resizing and model, no decoding)."""
+
+    model_config = ConfigDict(frozen=True)
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    milliseconds: float
+
+
+class Session:
+    """An artifact, ready to answer; calls from several threads are safe.
+
+    ``metadata`` is what the artifact says of itself, ``provider`` the ONNX Runtime provider that runs it. With
+    ``provider="cuda"`` nothing falls back to the CPU: what cannot be had raises ``DeviceError``. ``auto`` takes
+    CUDA where it works, else the CPU. ``threads`` defaults to the cores this process may use. Raises
+    ``ArtifactError`` for a file that is not an artifact.
+    """
+
+    def __init__(self, path: Path | str, provider: Provider = "auto", threads: int | None = None) -> None:
+        path = Path(path)
+        data = artifact.read_bytes(path)
+        self.metadata = artifact.parse(data, str(path))
+        self.threads = threads or available_cores()
+        session = None
+        if provider != "cpu":
+            try:
+                session = self._open_cuda(data)
+            except DeviceError:
+                if provider == "cuda":
+                    raise
+        if session is None:
+            try:
+                session = self._open(data, CPU, {})
+            except Exception as error:  # ONNX Runtime's errors share no base class
+                raise ArtifactError(f"ONNX Runtime cannot run {path}: {_line(error)}") from error
+        self._session = session
+        self.provider: str = session.get_providers()[0]
+
+    def run(self, images: NDArray[np.uint8]) -> tuple[Array, Array]:
+        """Logits and probabilities, float32 ``[N,K]``, of uint8 images ``[N,S,S,3]`` with N of 1 or more."""
+        size = self.metadata.image_size
+        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or len(images) == 0:
+            raise ValueError(
+                f"images must be uint8 [N,{size},{size},3] with N of 1 or more, not {images.dtype} {list(images.shape)}"
+            )
+        return self._call(self._session, images)
+
+    def run_batches(self, images: NDArray[np.uint8], batch_size: int = 256) -> tuple[Array, Array]:
+        """``run`` for any number of images, ``batch_size`` at a time, so that memory stays small."""
+        parts = [self.run(images[i : i + batch_size]) for i in range(0, max(1, len(images)), batch_size)]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def predict(self, image: NDArray[np.uint8], top_k: int = 5) -> Prediction:
+        """The ``top_k`` best classes (fewer where there are fewer) of a uint8 image ``[H,W,3]`` of any size."""
+        start = time.perf_counter()
+        probabilities = self.run(fit(image, self.metadata.image_size)[None])[1][0]
+        milliseconds = (time.perf_counter() - start) * 1000
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
+        return Prediction(
+            labels=tuple(self.metadata.labels[i] for i in best),
+            probabilities=tuple(float(probabilities[i]) for i in best),
+            milliseconds=milliseconds,
+        )
+
+    def _open_cuda(self, data: bytes) -> ort.InferenceSession:
+        with _quiet() as said:
+            try:
+                _need_cuda()
+                # TF32 rounds to 10 bits of mantissa: parity would not hold. EXHAUSTIVE tunes anew for each
+                # batch size, for hundreds of milliseconds.
+                options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+                session = self._open(data, CUDA, options)
+            except Exception as error:
+                reason = next(iter(said.getvalue().splitlines()), "") or _line(error)
+                raise DeviceError(f"the provider cuda cannot be had: {reason}") from error
+        return session
+
+    def _open(self, data: bytes, provider: str, provider_options: dict[str, str]) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        if provider != CPU:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        session = ort.InferenceSession(data, options, providers=[(provider, provider_options)], enable_fallback=0)
+        session.disable_fallback()
+        # What the build offers says nothing; only the session knows, and only a run shows that it works.
+        if session.get_providers()[0] != provider:
+            raise RuntimeError(f"the session runs on {session.get_providers()[0]}")
+        size = self.metadata.image_size
+        self._call(session, np.zeros((1, size, size, 3), np.uint8))
+        return session
+
+    @staticmethod
+    def _call(session: ort.InferenceSession, images: NDArray[np.uint8]) -> tuple[Array, Array]:
+        logits, probabilities = session.run([artifact.LOGITS, artifact.PROBABILITIES], {artifact.IMAGE: images})
+        return logits, probabilities
+
+
+def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((cgroup / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def _need_cuda() -> None:
+    """Raises where CUDA cannot work, before its gigabytes of libraries are loaded."""
+    if CUDA not in ort.get_available_providers():
+        raise RuntimeError("this onnxruntime is built without CUDA (install onnxruntime-gpu)")
+    driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(driver)
+    except OSError as error:
+        raise RuntimeError(f"no NVIDIA driver here ({driver} does not load)") from error
+    ort.preload_dlls()  # from the nvidia packages; nobody has imported torch, which would have loaded them
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    """Keeps ONNX Runtime's remarks on a missing GPU off the terminal; gives what it printed."""
+    said = io.StringIO()
+    ort.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(said):
+            yield said
+    finally:
+        ort.set_default_logger_severity(2)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,83 @@
+"""Blocks that teachers and students share. Torch alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+
+def kaiming(model: nn.Module) -> None:
+    """He et al.'s fan-out initialisation of all convs (arXiv 1502.01852), zero biases of the linear layers."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convs and a shortcut, activation after each normalisation (arXiv 1512.03385).
+
+    ``[B,inputs,H,W]`` to ``[B,outputs,H/stride,W/stride]``; the shortcut is a 1x1 conv where shapes differ.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(inputs, outputs, stride)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv2 = conv3x3(outputs, outputs)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(torch.relu(self.norm1(self.conv1(x))))
+        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def quick_norm(channels: int) -> nn.BatchNorm2d:
+    """BN whose running statistics keep up with the steep schedules of short trainings (as airbench's)."""
+    return nn.BatchNorm2d(channels, momentum=0.4)
+
+
+class PoolFirstNet(nn.Module):
+    """A stem and three stages that pool right after their first conv, so that most work is done at low resolution.
+
+    The shape of DAWNBench's ResNet-9 (David Page, 2018) and of airbench96 (arXiv 2404.00498): each stage is
+    conv, 2x2 max-pool, BN, GELU, then two convs with a shortcut around them. Global max-pool, a linear layer
+    without bias, logits times ``scale``. ``[B,3,H,W]`` to ``[B,K]``, H and W at least 8.
+    """
+
+    def __init__(self, num_classes: int, widths: tuple[int, int, int], stem: int = 32, scale: float = 1 / 9) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv3x3(3, stem), quick_norm(stem), nn.GELU())
+        self.stages = nn.Sequential(*(PoolStage(i, o) for i, o in zip((stem, *widths[:-1]), widths, strict=True)))
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.stages(self.stem(x)).amax((2, 3))
+        return self.head(features) * self.scale
+
+
+class PoolStage(nn.Module):
+    """``[B,inputs,H,W]`` to ``[B,outputs,H/2,W/2]``: conv, max-pool, BN, GELU, residual pair of convs."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv3x3(inputs, outputs), quick_norm(outputs)
+        self.conv2, self.norm2 = conv3x3(outputs, outputs), quick_norm(outputs)
+        self.conv3, self.norm3 = conv3x3(outputs, outputs), quick_norm(outputs)
+        self.pool = nn.MaxPool2d(2)
+        self.activation = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm1(self.pool(self.conv1(x))))
+        y = self.activation(self.norm2(self.conv2(x)))
+        return self.activation(x + self.norm3(self.conv3(y)))

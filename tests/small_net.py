@@ -1,0 +1,84 @@
+"""A small trained-looking classifier and its artifact, for the tests of export and serving."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export.artifact import Metadata
+from export.onnx_export import export
+
+SIZE = 16
+LABELS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+
+
+class SmallNet(nn.Module):
+    """Images [B,3,H,W] in [0,1] to logits [B,7]; normalises inside, and its BN has lived."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.49, 0.48, 0.44]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.24, 0.25, 0.26]).view(1, 3, 1, 1))
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(24, len(LABELS)),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net((images - self.mean) / self.std)
+        return logits
+
+
+def small_net() -> SmallNet:
+    """The same weights each time, left in training mode."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SmallNet().train()
+        for _ in range(3):
+            model(torch.rand(32, 3, SIZE, SIZE, generator=generator))
+    with torch.no_grad():
+        model.net[-1].weight.mul_(20)  # so that answers are sure of themselves
+    return model
+
+
+def small_images(n: int) -> Tensor:
+    """uint8 [N,3,16,16]: coloured ramps, no two alike."""
+    generator = torch.Generator().manual_seed(1)
+    colours = torch.rand(n, 3, 4, generator=generator)
+    y, x = torch.meshgrid(torch.linspace(0, 1, SIZE), torch.linspace(0, 1, SIZE), indexing="ij")
+    ramps = colours[..., 0, None, None] + colours[..., 1, None, None] * x + colours[..., 2, None, None] * y
+    return (ramps / ramps.amax((1, 2, 3), keepdim=True) * 255).to(torch.uint8)
+
+
+def small_metadata() -> Metadata:
+    return Metadata(
+        model="small_net",
+        labels=LABELS,
+        image_size=SIZE,
+        parameters=4_119,
+        macs=100_000,
+        recipe_digest="12ab",
+        dataset="ramps",
+        dataset_digest="34cd",
+        accuracy=0.9375,
+        ece=0.0213,
+        teacher="big_net",
+        versions={"torch": "2.15"},
+    )
+
+
+def small_artifact(path: Path) -> Path:
+    export(small_net(), small_metadata(), path)
+    return path

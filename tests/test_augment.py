@@ -1,0 +1,288 @@
+"""Augmentation: what torchvision does, and a pure function of (seed, epoch, sample index)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2 as v2
+import torchvision.transforms.v2.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from toolkit.augment import Augmenter, affine, cutmix_boxes, inverse_affine
+from toolkit.errors import RecipeError
+from toolkit.recipe import Augment
+
+N, SIDE, CLASSES = 60, 20, 5
+OFF = {"flip": "none", "crop_padding": 0}
+EVERYTHING = {
+    "flip": "random", "crop_padding": 3, "rotation": 20, "translation": 0.1, "cutout": 6,
+    "mixup": 0.4, "cutmix": 1, "mix_probability": 0.8,
+}  # fmt: skip
+IMAGES = torch.randint(0, 256, (N, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(N) % CLASSES
+ALL = torch.arange(N)
+
+
+def augmenter(seed: int = 0, epoch: int = 0, **config: object) -> Augmenter:
+    made = Augmenter(IMAGES, LABELS, CLASSES, Augment.model_validate(OFF | config), seed)
+    made.start_epoch(epoch)
+    return made
+
+
+def plain() -> Tensor:
+    return TF.to_dtype(IMAGES, torch.float32, scale=True)
+
+
+def drawn(n: int, **config: object) -> dict[str, np.ndarray]:
+    """The table of many tiny samples."""
+    images = torch.zeros(n, 3, SIDE, SIDE, dtype=torch.uint8)
+    made = Augmenter(images, torch.zeros(n, dtype=torch.int64), 2, Augment.model_validate(OFF | config), 3)
+    return {name: rows.numpy() for name, rows in made.table.items()}
+
+
+# --- each augmentation against torchvision's ---------------------------------------------------------------
+
+
+def test_nothing_enabled_gives_the_images() -> None:
+    images, labels = augmenter().batch(ALL)
+    torch.testing.assert_close(images, plain(), rtol=0, atol=1e-7)
+    assert torch.equal(labels, torch.nn.functional.one_hot(LABELS, CLASSES).float())
+    assert images.dtype == labels.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("flip", ["none", "random"])
+@pytest.mark.parametrize("mode", ["reflect", "zero", "white"])
+def test_flip_and_crop(mode: str, flip: str) -> None:
+    made = augmenter(crop_padding=4, padding_mode=mode, flip=flip)
+    fill, kind = {"reflect": (0, "reflect"), "zero": (0, "constant"), "white": (1, "constant")}[mode]
+    padded = TF.pad(plain(), [4], fill=fill, padding_mode=kind)
+    expected = torch.stack(
+        [
+            TF.crop(image, *corner.tolist(), SIDE, SIDE)
+            for image, corner in zip(padded, made.table["corner"], strict=True)
+        ]
+    )
+    if flip == "random":
+        flipped = made.table["flip"]
+        assert 0 < flipped.sum() < N
+        expected = torch.where(flipped[:, None, None, None], TF.horizontal_flip(expected), expected)
+    torch.testing.assert_close(made.batch(ALL)[0], expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("degrees", [-33.0, 5.0, 90.0])
+def test_rotation(degrees: float) -> None:
+    inverse = torch.from_numpy(inverse_affine(np.full(N, np.deg2rad(degrees)), np.zeros((N, 2))))
+    expected = TF.rotate(plain(), degrees, TF.InterpolationMode.BILINEAR)
+    torch.testing.assert_close(affine(plain(), inverse), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("degrees", "right", "down"), [(0, 3, -2), (0, -1, 5), (25, 4, 1)])
+def test_rotation_and_translation(degrees: float, right: int, down: int) -> None:
+    shift = np.tile([right / SIDE, down / SIDE], (N, 1))
+    inverse = torch.from_numpy(inverse_affine(np.full(N, np.deg2rad(degrees)), shift))
+    expected = TF.affine(  # whose angle runs clockwise
+        plain(), -degrees, [right, down], scale=1, shear=[0, 0], interpolation=TF.InterpolationMode.BILINEAR
+    )
+    torch.testing.assert_close(affine(plain(), inverse), expected, rtol=0, atol=2e-5)
+
+
+def test_batch_applies_the_affine_map_before_cutout() -> None:
+    made = augmenter(rotation=30, translation=0.2, cutout=5)
+    moved = affine(plain(), made.table["affine"])
+    for image, before, box in zip(made.batch(ALL)[0], moved, made.table["cutout"].tolist(), strict=True):
+        top, left, bottom, right = (min(max(edge, 0), SIDE) for edge in box)
+        expected = TF.erase(before, top, left, bottom - top, right - left, torch.zeros(1))
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing(kind: str) -> None:
+    """As torchvision's, which mixes each image with the one before it; the partner is augmented too."""
+    made = augmenter(flip="random", **{kind: 1.0})
+    views = augmenter(flip="random").batch(ALL)[0]
+    images, labels = made.batch(ALL)
+    mix = v2.MixUp(num_classes=CLASSES) if kind == "mixup" else v2.CutMix(num_classes=CLASSES)
+    for i, partner in enumerate(made.table["partner"].tolist()):
+        lam = float(made.table["lam"][i])
+        if kind == "mixup":
+            parameters = {"lam": lam}
+        else:
+            top, left, bottom, right = made.table["box"][i].tolist()
+            parameters = {"box": (left, top, right, bottom), "lam_adjusted": lam}
+            assert lam == pytest.approx(1 - (bottom - top) * (right - left) / SIDE**2)
+        mix.make_params = lambda _, parameters=parameters: parameters
+        expected = mix(views[[partner, i]], LABELS[[partner, i]])
+        torch.testing.assert_close(images[i], expected[0][1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(labels[i], expected[1][1], rtol=0, atol=1e-6)
+
+
+@given(lam=st.floats(0, 1), x=st.integers(0, SIDE - 1), y=st.integers(0, SIDE - 1))
+def test_cutmix_boxes_are_torchvisions(lam: float, x: int, y: int) -> None:
+    random = SimpleNamespace(beta=lambda *_: np.array([lam]), integers=lambda *_: np.array([[y, x]]))
+    top, left, bottom, right = cutmix_boxes(random, 1, 1, SIDE)[0].tolist()  # type: ignore[arg-type]
+
+    theirs = v2.CutMix(num_classes=2)
+    theirs._dist = SimpleNamespace(sample=lambda _: lam)
+    centre = iter([torch.tensor([x]), torch.tensor([y])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randint", lambda *_, **__: next(centre))
+        parameters = theirs.make_params([torch.zeros(1, 3, SIDE, SIDE)])
+    assert (left, top, right, bottom) == parameters["box"]
+
+
+def test_mixup_and_cutmix_share_the_images() -> None:
+    table = drawn(4000, mixup=1, cutmix=1, mix_probability=0.6)
+    cut = (table["box"][:, 2:] > table["box"][:, :2]).all(1)
+    blended = table["weight"] < 1
+    assert not (cut & blended).any()
+    assert blended.mean() == pytest.approx(0.3, abs=0.03)
+    assert cut.mean() == pytest.approx(0.3, abs=0.05)  # some boxes are smaller than a pixel
+    assert (table["lam"][~cut & ~blended] == 1).all()
+
+
+# --- a pure function of (seed, epoch, sample index) --------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.permutations(range(N)), st.lists(st.integers(1, N - 1), max_size=6))
+def test_a_sample_does_not_depend_on_its_batch(order: list[int], cuts: list[int]) -> None:
+    made = augmenter(**EVERYTHING)
+    images, labels = made.batch(ALL)
+    for part in torch.tensor_split(torch.tensor(order), sorted(set(cuts))):
+        some_images, some_labels = made.batch(part)
+        assert torch.equal(some_images, images[part])
+        assert torch.equal(some_labels, labels[part])
+
+
+def test_same_seed_and_epoch_same_images_whatever_ran_before() -> None:
+    images, labels = augmenter(seed=5, epoch=7, **EVERYTHING).batch(ALL)
+    other = augmenter(seed=5, epoch=2, **EVERYTHING)
+    other.batch(ALL)
+    assert not torch.equal(other.batch(ALL)[0], images)
+    other.start_epoch(7)
+    assert torch.equal(other.batch(ALL)[0], images)
+    assert torch.equal(other.batch(ALL)[1], labels)
+    assert not torch.equal(augmenter(seed=6, epoch=7, **EVERYTHING).batch(ALL)[0], images)
+
+
+def test_global_random_state_is_neither_read_nor_changed() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    images, _ = augmenter(**EVERYTHING).batch(ALL)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(augmenter(**EVERYTHING).batch(ALL)[0], images)
+
+
+@pytest.mark.parametrize("left_out", ["flip", "crop_padding", "rotation", "cutout", "mixup", "cutmix"])
+def test_one_augmentation_does_not_change_the_draws_of_the_others(left_out: str) -> None:
+    whole = augmenter(**EVERYTHING).table
+    fewer = augmenter(**{name: value for name, value in EVERYTHING.items() if name != left_out}).table
+    for name in {"flip", "corner", "cutout", "partner"} & fewer.keys():
+        assert torch.equal(whole[name], fewer[name]), name
+
+
+def test_draws_stay_the_same_between_versions() -> None:
+    """Runs that are resumed, and cached logits, count on these numbers."""
+    made = augmenter(seed=1, epoch=2, flip="random", crop_padding=4)
+    assert made.table["flip"][:8].int().tolist() == [1, 0, 1, 0, 1, 1, 1, 1]
+    assert made.table["corner"][:3].tolist() == [[7, 0], [6, 7], [5, 8]]
+    assert made.order(2)[:5].tolist() == [41, 36, 57, 10, 46]
+
+
+def test_order_is_a_permutation_of_its_epoch() -> None:
+    made = augmenter()
+    assert sorted(made.order(3).tolist()) == list(range(N))
+    assert torch.equal(made.order(3), augmenter(epoch=9, **EVERYTHING).order(3))
+    assert not torch.equal(made.order(3), made.order(4))
+    assert not torch.equal(made.order(3), augmenter(seed=1).order(3))
+
+
+def test_alternating_flip_shows_each_side_every_second_epoch() -> None:
+    made = augmenter(flip="alternating")
+    first = made.batch(ALL)[0]
+    flipped = made.table["flip"].float().mean()
+    assert 0.3 < flipped < 0.7
+    made.start_epoch(1)
+    assert torch.equal(made.batch(ALL)[0], first.flip(3))
+    made.start_epoch(2)
+    assert torch.equal(made.batch(ALL)[0], first)
+    assert not torch.equal(augmenter(seed=1, flip="alternating").batch(ALL)[0], first)
+
+
+# --- distributions -----------------------------------------------------------------------------------------
+
+
+def test_crops_are_uniform() -> None:
+    corners = drawn(20_000, crop_padding=2)["corner"]
+    counts = np.bincount(corners[:, 0] * 5 + corners[:, 1], minlength=25)
+    assert len(counts) == 25
+    assert ((counts - 800) ** 2 / 800).sum() < 60  # chi-square, 24 degrees of freedom: p about 1e-4
+
+
+def test_flips_are_fair() -> None:
+    assert drawn(10_000, flip="random")["flip"].mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_rotation_and_translation_stay_in_their_range() -> None:
+    table = drawn(5000, rotation=30)["affine"]
+    angles = np.rad2deg(np.arctan2(table[:, 1, 0], table[:, 0, 0]))
+    assert -30 <= angles.min() < -29
+    assert 29 < angles.max() <= 30
+    assert angles.std() == pytest.approx(30 / 3**0.5, rel=0.03)
+    shift = -drawn(5000, translation=0.25)["affine"][:, :, 2] / 2
+    assert -0.25 <= shift.min() < -0.24
+    assert 0.24 < shift.max() <= 0.25
+
+
+def test_cutout_squares_have_their_size_and_any_centre() -> None:
+    boxes = drawn(5000, cutout=7)["cutout"]
+    assert (boxes[:, 2:] - boxes[:, :2] == 7).all()
+    assert set((boxes[:, 0] + 3).tolist()) == set((boxes[:, 1] + 3).tolist()) == set(range(SIDE))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_mixup_weights_follow_beta(alpha: float) -> None:
+    table = drawn(20_000, mixup=alpha)
+    assert table["lam"].mean() == pytest.approx(0.5, abs=0.02)
+    assert table["lam"].var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.05)
+    assert sorted(table["partner"]) == list(range(20_000))
+
+
+# --- the rest ----------------------------------------------------------------------------------------------
+
+
+def test_reflection_needs_room() -> None:
+    with pytest.raises(RecipeError, match=r"crop_padding \(=20\) must be less than .* \(=20\)"):
+        augmenter(crop_padding=20)
+    augmenter(crop_padding=20, padding_mode="zero")
+
+
+def test_batch_never_waits_for_the_device() -> None:
+    """Tensors without storage: an operation that needs a value on the host, or a CPU tensor, fails."""
+    made = Augmenter(IMAGES.to("meta"), LABELS.to("meta"), CLASSES, Augment.model_validate(EVERYTHING), 0)
+    images, labels = made.batch(made.order(0)[:8])
+    assert images.shape == (8, 3, SIDE, SIDE)
+    assert labels.shape == (8, CLASSES)
+    assert images.device.type == labels.device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_images_of_the_cpu() -> None:
+    made = Augmenter(IMAGES.cuda(), LABELS.cuda(), CLASSES, Augment.model_validate(EVERYTHING), 0)
+    index = made.order(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images, labels = made.batch(index)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = augmenter(**EVERYTHING).batch(index.cpu())
+    torch.testing.assert_close(images.cpu(), expected[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(labels.cpu(), expected[1])

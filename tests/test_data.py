@@ -1,0 +1,459 @@
+"""Data sets to tensors, the split, and everything that can be wrong with the files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from export import preprocess
+from serve.decode import read_image
+from toolkit import recipe
+from toolkit.data import DataSet, Split, _statistics, load
+from toolkit.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TOOLKIT_DATA", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def load_data(dataset: str = "digits", **config: object) -> DataSet:
+    return load(recipe.Data.model_validate({"dataset": dataset, **config}))
+
+
+def keys(*splits: Split | None) -> list[bytes]:
+    """What identifies each sample, sorted."""
+    return sorted(
+        image.numpy().tobytes() + bytes([int(label)])
+        for split in splits
+        if split is not None
+        for image, label in zip(split.images, split.labels, strict=True)
+    )
+
+
+# --- digits and the split ----------------------------------------------------------------------------------
+
+
+def test_digits() -> None:
+    data = load_data(val_size=0)
+    assert data.classes == tuple("0123456789")
+    assert data.train.images.shape == (1438, 3, 32, 32)
+    assert len(data.test) == 359
+    assert data.val is None
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.dtype == torch.int64
+    assert torch.equal(data.train.images[:, 0], data.train.images[:, 2])
+    assert int(data.train.images.max()) > 200
+    counts = torch.bincount(data.test.labels)
+    assert counts.min() >= 34
+    assert counts.max() <= 37
+
+
+@pytest.mark.parametrize(("size", "count"), [(0.1, 144), (0.25, 360), (200, 200), (10, 10), (1428, 1428)])
+def test_val_is_stratified_and_takes_nothing_away(size: float, count: int) -> None:
+    whole, data = load_data(val_size=0), load_data(val_size=size)
+    assert data.val is not None
+    assert len(data.val) == count
+    assert keys(data.train, data.val) == keys(whole.train)
+    share = torch.bincount(data.val.labels) / torch.bincount(whole.train.labels)
+    assert (share - count / 1438).abs().max() < 0.01
+    assert keys(data.test) == keys(whole.test)
+    assert data.digest == whole.digest
+
+
+def test_val_follows_split_seed_alone() -> None:
+    first, again, other = (load_data(split_seed=seed) for seed in (1, 1, 2))
+    assert first.val is not None
+    assert again.val is not None
+    assert other.val is not None
+    assert torch.equal(first.val.images, again.val.images)
+    assert keys(first.val) != keys(other.val)
+    assert keys(first.test) == keys(other.test)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (9, r"val_size \(=9\) holds out 9 images, fewer than the 10 classes"),
+        (0.001, r"val_size \(=0.001\) holds out 1 images"),
+        (1438, r"val_size \(=1438\) leaves 0 of 1438 images to train on"),
+        (1429, "leaves 9 of 1438"),
+        (9999, "leaves 0 of 1438"),
+        (0.999, "leaves 1 of 1438"),
+        (100.5, "fraction below 1 or a whole number"),
+    ],
+)
+def test_val_size_that_cannot_be(size: float, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_data(val_size=size)
+
+
+def test_image_size_is_pillows_bilinear() -> None:
+    small, large = load_data(image_size=16), load_data(image_size=40)
+    assert small.digest != large.digest
+    first = Image.fromarray((load_digits().images[0] * 255 / 16).round().astype(np.uint8))
+    for data in (small, large):
+        side = data.train.images.shape[-1]
+        expected = np.asarray(first.resize((side, side), Image.Resampling.BILINEAR))
+        everything = torch.cat([part.images for part in (data.train, data.val, data.test) if part])
+        assert any(np.array_equal(image[0].numpy(), expected) for image in everything)
+
+
+@settings(deadline=None, max_examples=50)
+@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6)))
+def test_statistics_are_exact(pixels: np.ndarray) -> None:
+    images = torch.from_numpy(np.stack([pixels, pixels // 2, pixels * 0 + 51], axis=1))
+    mean, std = _statistics(images)
+    scaled = images.double().numpy() / 255
+    assert mean == pytest.approx(scaled.mean((0, 2, 3)), abs=1e-12)
+    assert std == pytest.approx(np.maximum(scaled.std((0, 2, 3)), 1 / 255), abs=1e-9)
+
+
+def test_statistics_come_from_the_training_split() -> None:
+    data = load_data(val_size=0.5)
+    scaled = data.train.images.double() / 255
+    assert data.mean == pytest.approx(scaled.mean((0, 2, 3)).tolist())
+    assert data.std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist())
+
+
+# --- CIFAR: real files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_cifar() -> Path:
+    roots = [Path(os.environ.get("TOOLKIT_DATA", "-")), Path(__file__).parents[2] / "shared" / "data"]
+    for root in roots:
+        if (root / "cifar-10-batches-py").is_dir():
+            return root
+    pytest.skip("CIFAR-10 is neither in $TOOLKIT_DATA nor in ../shared/data")
+
+
+def test_cifar10(real_cifar: Path) -> None:
+    data = load_data("cifar10", data_dir=real_cifar, val_size=5000, offline=True)
+    assert data.val is not None
+    assert [len(part) for part in (data.train, data.val, data.test)] == [45_000, 5000, 10_000]
+    assert torch.bincount(data.val.labels).tolist() == [500] * 10
+    assert data.classes[:3] == ("airplane", "automobile", "bird")
+    assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=2e-3)
+    assert data.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=2e-3)
+    image, label = torchvision.datasets.CIFAR10(real_cifar, train=False)[123]
+    assert np.array_equal(data.test.images[123].permute(1, 2, 0).numpy(), np.asarray(image))
+    assert int(data.test.labels[123]) == label
+
+
+# --- CIFAR: small files of the same form -------------------------------------------------------------------
+
+
+@dataclass
+class Tiny:
+    """CIFAR files with 20 images each, of which torchvision believes that they are the official ones."""
+
+    name: str
+    folder: str
+    archive: Path  # on "the server"
+
+    def unpack(self, root: Path) -> Path:
+        root.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(self.archive) as tar:
+            tar.extractall(root, filter="data")
+        return root / self.folder
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a web server, on this machine alone, of the folder ``server``."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "server").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "server")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def tiny(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str) -> Tiny:
+    kind: Any = getattr(torchvision.datasets, request.param.upper())
+    folder = tmp_path / "making" / kind.base_folder
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+
+    def write(name: str, content: object) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    labels = "labels" if request.param == "cifar10" else "fine_labels"
+    listed = {
+        part: [
+            write(name, {"data": random.integers(0, 256, (20, 3072), np.uint8), labels: [0, 1] * 10})
+            for name, _ in getattr(kind, part)
+        ]
+        for part in ("train_list", "test_list")
+    }
+    _, meta_md5 = write(kind.meta["filename"], {kind.meta["key"]: ["cat", "dog"]})
+    archive = tmp_path / "server" / kind.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, kind.base_folder)
+
+    for part, files in listed.items():
+        monkeypatch.setattr(kind, part, files)
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta_md5})
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(kind, "url", f"{server}/{kind.filename}")
+    return Tiny(request.param, kind.base_folder, archive)
+
+
+def test_download(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "deep" / "down"
+    data = load_data(tiny.name, data_dir=root)
+    assert data.name == tiny.name
+    assert data.classes == ("cat", "dog")
+    assert [path.name for path in root.iterdir()] == [tiny.folder]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "downloading" in err
+    assert load_data(tiny.name, data_dir=root, offline=True).digest == data.digest
+
+
+def test_folders_are_searched_in_order(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_, environment, here = tmp_path / "given", tmp_path / "environment", Path("data")
+    monkeypatch.setenv("TOOLKIT_DATA", str(environment))
+    with pytest.raises(DataError, match="downloading is off") as error:
+        load_data(tiny.name, data_dir=given_, offline=True)
+    assert f"is not in {given_}, {environment}, {here}," in str(error.value)
+
+    def damage(root: Path) -> str:  # a trace of which folder was read
+        file = tiny.unpack(root) / ("test_batch" if tiny.name == "cifar10" else "test")
+        file.write_bytes(b"")
+        return str(file)
+
+    for root in (here, environment, given_):  # each goes before the ones filled earlier
+        file = damage(root)
+        with pytest.raises(DataError) as error:
+            load_data(tiny.name, data_dir=given_, offline=True)
+        assert str(error.value).startswith(file)
+
+
+def test_archive_that_lies_there_is_unpacked_without_a_network(tiny: Tiny) -> None:
+    data = load_data(tiny.name, data_dir=tiny.archive.parent, offline=True)
+    assert len(data.test) == 20
+    assert tiny.archive.is_file()
+
+
+def test_damaged_archive_is_named_and_kept(tiny: Tiny) -> None:
+    expected = hashlib.md5(tiny.archive.read_bytes()).hexdigest()
+    tiny.archive.write_bytes(b"half of it")
+    found = hashlib.md5(b"half of it").hexdigest()
+    with pytest.raises(DataError, match=f"{tiny.archive.name} is damaged: its MD5 is {found}, not {expected}"):
+        load_data(tiny.name, data_dir=tiny.archive.parent)
+    assert [path.name for path in tiny.archive.parent.iterdir()] == [tiny.archive.name]
+    assert tiny.archive.read_bytes() == b"half of it"
+
+
+@pytest.mark.parametrize("trouble", ["no network", "damaged"])
+def test_download_that_fails_leaves_nothing(tiny: Tiny, tmp_path: Path, trouble: str) -> None:
+    if trouble == "no network":
+        tiny.archive.unlink()
+    else:
+        tiny.archive.write_bytes(b"a login page")
+    with pytest.raises(DataError, match=f"downloading {tiny.name} from .* failed: .*--data-dir"):
+        load_data(tiny.name, data_dir=tmp_path / "root")
+    assert not list((tmp_path / "root").iterdir())
+
+
+def test_damaged_file_is_named_and_kept(tiny: Tiny, tmp_path: Path) -> None:
+    for file in sorted(path for path in tiny.unpack(tmp_path).iterdir() if path.is_file()):
+        official = file.read_bytes()
+        damaged = official[:-1] + b"!"
+        file.write_bytes(damaged)
+        with pytest.raises(DataError) as error:
+            load_data(tiny.name, data_dir=tmp_path)
+        found, expected = (hashlib.md5(content).hexdigest() for content in (damaged, official))
+        assert f"{file} is damaged: its MD5 is {found}, not {expected}" in str(error.value)
+        assert file.read_bytes() == damaged
+        file.write_bytes(official)
+
+
+def test_missing_file_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    file = tiny.unpack(tmp_path) / ("data_batch_3" if tiny.name == "cifar10" else "train")
+    file.unlink()
+    with pytest.raises(DataError, match=f"{file.name} is missing; delete .* to download it again"):
+        load_data(tiny.name, data_dir=tmp_path)
+
+
+def test_cifar_in_another_size(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.unpack(tmp_path)
+    plain = load_data(tiny.name, data_dir=tmp_path).test.images
+    for size in (24, 48):
+        resized = load_data(tiny.name, data_dir=tmp_path, image_size=size).test.images
+        served = [preprocess.fit(image.permute(1, 2, 0).numpy(), size) for image in plain]
+        difference = resized.permute(0, 2, 3, 1).int() - torch.from_numpy(np.stack(served)).int()
+        assert difference.abs().max() <= 1
+
+
+# --- folders -----------------------------------------------------------------------------------------------
+
+FORMATS = ("png", "jpg", "webp", "gif", "bmp", "JPEG")
+
+
+def fill(folder: Path, count: int, shade: int = 0) -> None:
+    """``count`` images of different sizes and formats."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(shade)
+    for i in range(count):
+        height, width = random.integers(30, 60, 2)
+        pixels = random.integers(0, 100, (height, width, 3), np.uint8) + np.uint8(shade)
+        Image.fromarray(pixels).save(folder / f"{i:03}.{FORMATS[i % len(FORMATS)]}")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with train and test, of two classes."""
+    for part, count in (("train", 12), ("test", 4)):
+        fill(tmp_path / "photos" / part / "cat", count, 1)
+        fill(tmp_path / "photos" / part / "dog", count, 150)
+    return tmp_path / "photos"
+
+
+def test_folder(photos: Path) -> None:
+    (photos / "train" / "cat" / "notes.txt").write_text("no image")
+    (photos / "train" / ".cache").mkdir()
+    fill(photos / "train" / "cat" / ".thumbnails", 2)
+    data = load_data(f"folder:{photos}", val_size=4, image_size=40)
+    assert data.name == "folder:photos"
+    assert data.classes == ("cat", "dog")
+    assert data.val is not None
+    assert [len(part) for part in (data.train, data.val, data.test)] == [20, 4, 8]
+    assert torch.bincount(data.val.labels).tolist() == [2, 2]
+    files = sorted((photos / "test" / "cat").iterdir()) + sorted((photos / "test" / "dog").iterdir())
+    expected = np.stack([preprocess.fit(read_image(file), 40) for file in files])
+    assert np.array_equal(data.test.images.permute(0, 2, 3, 1).numpy(), expected)
+    assert data.test.labels.tolist() == [0] * 4 + [1] * 4
+    assert load_data("folder", data_dir=photos, image_size=40).digest == data.digest
+
+
+def test_folder_without_parts_is_split_by_seed(photos: Path) -> None:
+    data = load_data(f"folder:{photos / 'train'}", val_size=0)
+    assert torch.bincount(data.test.labels).tolist() in ([2, 3], [3, 2])
+    assert len(data.train) == 19
+    again = load_data(f"folder:{photos / 'train'}", val_size=0)
+    other = load_data(f"folder:{photos / 'train'}", val_size=0, split_seed=1)
+    assert keys(again.test) == keys(data.test) != keys(other.test)
+    assert keys(other.train, other.test) == keys(data.train, data.test)
+
+
+@pytest.mark.parametrize("spelling", ["val", "valid", "Validation"])
+def test_folder_with_its_own_val(photos: Path, spelling: str) -> None:
+    fill(photos / spelling / "cat", 3, 1)
+    fill(photos / spelling / "dog", 3, 150)
+    data = load_data(f"folder:{photos}", val_size=0.25)
+    assert data.val is not None
+    assert [len(part) for part in (data.train, data.val, data.test)] == [24, 6, 8]
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    fill(tmp_path / "vehicles" / "bus", 8)
+    fill(tmp_path / "vehicles" / "train", 8, 100)
+    assert load_data(f"folder:{tmp_path / 'vehicles'}", val_size=0).classes == ("bus", "train")
+
+
+def test_folder_without_a_path() -> None:
+    with pytest.raises(DataError, match="which"):
+        load_data("folder")
+
+
+def test_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"there is no folder {tmp_path / 'nowhere'}"):
+        load_data(f"folder:{tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize("layout", ["empty", "no class folders", "no images in them"])
+def test_folder_without_images(tmp_path: Path, layout: str) -> None:
+    if layout == "no class folders":
+        fill(tmp_path / "photos", 3)
+    else:
+        (tmp_path / "photos").mkdir()
+    if layout == "no images in them":
+        (tmp_path / "photos" / "cat").mkdir()
+        (tmp_path / "photos" / "cat" / "scan.tiff").write_bytes(b"II*")
+    with pytest.raises(DataError, match=r"no images in .*photos: a folder for each class is wanted there"):
+        load_data(f"folder:{tmp_path / 'photos'}")
+
+
+def test_folder_with_one_class(tmp_path: Path) -> None:
+    fill(tmp_path / "photos" / "cat", 5)
+    with pytest.raises(DataError, match=r"only one class in .*photos \(cat\): at least two"):
+        load_data(f"folder:{tmp_path / 'photos'}")
+
+
+def test_folder_whose_parts_differ_in_classes(photos: Path) -> None:
+    fill(photos / "test" / "horse", 2)
+    with pytest.raises(DataError, match="do not hold the same classes: only one of them has horse"):
+        load_data(f"folder:{photos}")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_folder_with_an_empty_class(photos: Path, part: str) -> None:
+    for path in (photos / part / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=f"no readable images in .*{part} for dog"):
+        load_data(f"folder:{photos}")
+
+
+def test_class_too_small_to_split(tmp_path: Path) -> None:
+    fill(tmp_path / "photos" / "cat", 20)
+    fill(tmp_path / "photos" / "dog", 1, 100)
+    with pytest.raises(DataError, match="each class needs one on either side, and 'dog' has 1 in all"):
+        load_data(f"folder:{tmp_path / 'photos'}")
+    fill(tmp_path / "more" / "cat", 40)
+    fill(tmp_path / "more" / "dog", 2, 100)
+    with pytest.raises(DataError, match=r"too few images of dog in .* to hold out 20% of each class"):
+        load_data(f"folder:{tmp_path / 'more'}")
+
+
+def test_broken_images_are_named_and_counted_or_left_out(photos: Path) -> None:
+    for i in range(6):
+        path = photos / "train" / "cat" / f"{i:03}.{FORMATS[i]}"
+        path.write_bytes(path.read_bytes()[:40])
+    (photos / "test" / "dog" / "000.png").write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        load_data(f"folder:{photos}")
+    message = str(error.value)
+    assert f"7 of 32 images in {photos} cannot be read: train/cat/000.png, " in message
+    assert "train/cat/004.bmp and 2 more; repair them, or leave them out with --skip-broken" in message
+    assert "train/cat/005" not in message
+
+    data = load_data(f"folder:{photos}", skip_broken=True, val_size=0)
+    assert len(data.broken) == 7
+    assert data.broken[-1] == "test/dog/000.png"
+    assert [len(data.train), len(data.test)] == [18, 7]
+    assert data.train.labels.tolist() == [0] * 6 + [1] * 12
+
+
+def test_class_of_broken_images_alone(photos: Path) -> None:
+    for path in (photos / "test" / "dog").iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"no readable images in .*test for dog"):
+        load_data(f"folder:{photos}", skip_broken=True)

@@ -1,0 +1,241 @@
+"""The decoder: what it reads, and what it refuses with words."""
+
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from serve.decode import MAX_PIXELS, decode, read_image
+from toolkit.errors import ImageError
+
+RED, GREEN = (200, 30, 30), (30, 160, 30)
+
+
+def _picture() -> Image.Image:
+    """12 pixels wide, 8 high: red on the left, green on the right."""
+    image = Image.new("RGB", (12, 8), RED)
+    image.paste(GREEN, (6, 0, 12, 8))
+    return image
+
+
+def _encode(image: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def _png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def _animated_webp_of(width: int, height: int) -> bytes:
+    """One tiny frame on a canvas that is declared to be huge."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return kind + struct.pack("<I", len(body)) + body
+
+    def number(value: int) -> bytes:
+        return value.to_bytes(3, "little")
+
+    frame = bytes(6) + number(7) + number(7) + number(10) + b"\0"
+    frame += _encode(Image.new("RGB", (8, 8)), "WEBP", lossless=True)[12:]
+    body = b"WEBP" + chunk(b"VP8X", bytes([2, 0, 0, 0]) + number(width - 1) + number(height - 1))
+    body += chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", frame)
+    return chunk(b"RIFF", body)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("GIF", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("WEBP", {"quality": 95}, 60),  # blurs colours at the edge
+        ("JPEG", {"quality": 95, "subsampling": 0}, 12),
+        ("MPO", {"quality": 95, "subsampling": 0}, 12),  # what many phones call a JPEG
+    ],
+)
+def test_the_five_formats(format: str, options: dict[str, object], tolerance: int) -> None:
+    pixels = decode(_encode(_picture(), format, **options))
+    assert pixels.shape == (8, 12, 3)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - np.asarray(_picture())).max() <= tolerance
+    pixels[0, 0] = 0  # the caller's own
+
+
+def test_modes() -> None:
+    grey = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
+    as_rgb = np.repeat(grey[..., None], 3, axis=-1)
+    assert (decode(_encode(Image.fromarray(grey), "PNG")) == as_rgb).all()
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert (decode(_encode(sixteen, "PNG")) == as_rgb).all()
+    rows = b"".join(b"\0" + (row.astype(">u2") * 257).repeat(3).tobytes() for row in grey)
+    assert (decode(_png(4, 3, 16, 2, rows)) == as_rgb).all()  # 16 bits a channel of RGB
+    assert (decode(_encode(Image.fromarray(grey > 100), "PNG")) == (as_rgb > 100) * 255).all()
+    palette = _picture().quantize(8)
+    assert (decode(_encode(palette, "PNG")) == np.asarray(_picture())).all()
+    cmyk = decode(_encode(_picture().convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(cmyk.astype(int) - np.asarray(_picture())).max() <= 16
+
+
+def test_transparency_lies_on_white() -> None:
+    clear = Image.new("RGBA", (2, 1), (*RED, 255))
+    clear.putpixel((1, 0), (0, 0, 0, 0))
+    for data in (_encode(clear, "PNG"), _encode(clear, "WEBP", lossless=True)):
+        assert decode(data).tolist() == [[list(RED), [255, 255, 255]]]
+    half = Image.new("LA", (1, 1), (0, 128))
+    assert decode(_encode(half, "PNG")).tolist() == [[[127] * 3]]
+    index = Image.new("P", (2, 1))
+    index.putpalette([*RED, *GREEN])
+    index.putpixel((1, 0), 1)
+    for format in ("PNG", "GIF"):
+        assert decode(_encode(index, format, transparency=1)).tolist() == [[list(RED), [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    undo = [
+        None,
+        Image.Transpose.FLIP_LEFT_RIGHT,
+        Image.Transpose.ROTATE_180,
+        Image.Transpose.FLIP_TOP_BOTTOM,
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.ROTATE_90,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_270,
+    ][orientation - 1]
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 9, 3), dtype=np.uint8))
+    stored = upright if undo is None else upright.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert (decode(_encode(stored, "PNG", exif=exif)) == np.asarray(upright)).all()
+
+
+def test_broken_exif_does_not_spoil_a_picture() -> None:
+    data = _encode(_picture(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
+    assert (decode(data) == np.asarray(_picture())).all()
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation(format: str) -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in (RED, GREEN, (0, 0, 0))]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = _encode(frames[0], format, save_all=True, append_images=frames[1:], duration=50, **options)
+    assert (decode(data) == RED).all()
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>'
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(_encode(_picture(), format) for format in ("TIFF", "ICO", "PPM", "TGA", "PDF")),
+        b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + b"\0" * 50,
+        SVG,
+        b"hello",
+        b"\0" * 1000,
+        b"\x89PNG\r\n\x1a\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ],
+)
+def test_other_formats_are_refused_by_content(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "cat.png"  # whatever it is called
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=r"cat\.png is not a PNG, JPEG, WebP, GIF or BMP image"):
+        read_image(path)
+
+
+def test_empty_and_missing(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="the image is empty"):
+        decode(b"")
+    with pytest.raises(ImageError, match=r"none\.png cannot be read: No such file"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="This picture cannot be read: Is a directory"):
+        read_image(tmp_path, "This picture")
+
+
+@pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {})])
+def test_cut_short(format: str, options: dict[str, object]) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = _encode(noise, format, **options)
+    for length in (len(data) // 2, len(data) - 100):
+        with pytest.raises(ImageError, match=r"broken|cut short"):
+            decode(data[:length])
+
+
+def _bmp_of(width: int, height: int) -> bytes:
+    data = bytearray(_encode(Image.new("RGB", (1, 1)), "BMP"))
+    data[18:26] = struct.pack("<ii", width, height)
+    return bytes(data)
+
+
+def _gif_of(width: int, height: int) -> bytes:
+    data = bytearray(_encode(Image.new("L", (1, 1)), "GIF"))
+    data[6:10] = struct.pack("<HH", width, height)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _png(10_000, 5_001, 8, 2, b""),  # a little over the line
+        _png(13_000, 13_000, 8, 2, b""),  # between ours and Pillow's limit
+        _png(2**31 - 1, 2**31 - 1, 8, 2, b""),
+        _bmp_of(20_000, 20_000),
+        _gif_of(65_535, 65_535),
+        _animated_webp_of(16_000, 16_000),
+        _animated_webp_of(8_000, 8_000),
+    ],
+)
+def test_more_than_50_megapixels_are_not_even_decoded(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decoded(self: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
+    with pytest.raises(ImageError, match="at most 50 megapixels"):
+        decode(data)
+
+
+def test_50_megapixels_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_PIXELS == 50_000_000
+    with pytest.raises(ImageError, match="broken or cut short"):  # past the size check, on to the pixels
+        decode(_png(10_000, 5_000, 8, 0, b""))
+
+
+def _answers(data: bytes) -> None:
+    """A picture or an ``ImageError``; every other exception fails the test."""
+    with contextlib.suppress(ImageError):
+        pixels = decode(data)
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[2:] == (3,)
+
+
+GOOD = [_encode(_picture(), format) for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP")]
+
+
+@given(st.sampled_from([b"", *(data[:16] for data in GOOD)]), st.binary(max_size=300))
+def test_any_bytes_get_an_answer(start: bytes, rest: bytes) -> None:
+    _answers(start + rest)
+
+
+@given(st.sampled_from(GOOD), st.data())
+def test_damaged_pictures_get_an_answer(good: bytes, data: st.DataObject) -> None:
+    damaged = bytearray(good)
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(good) - 1), st.integers(0, 255)), min_size=1, max_size=6)
+    ):
+        damaged[place] = value
+    _answers(bytes(damaged[: data.draw(st.integers(1, len(good)))]))

@@ -1,0 +1,290 @@
+"""Export, artifact, preprocessing and parity."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from small_net import LABELS, SIZE, small_artifact, small_images, small_metadata, small_net
+from torchvision.transforms.v2 import functional as tv
+
+from export import artifact, parity
+from export.onnx_export import export
+from export.preprocess import fit
+from serve.session import Session
+from toolkit.errors import ArtifactError, ParityError, UserError
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_artifact(tmp_path_factory.mktemp("export") / "student.onnx")
+
+
+@pytest.fixture(scope="module")
+def labels() -> torch.Tensor:
+    with torch.inference_mode():
+        return small_net().eval()(small_images(300) / 255).argmax(1)
+
+
+# --- the file
+
+
+def test_the_artifact_describes_itself(path: Path) -> None:
+    metadata = artifact.read(path)
+    assert metadata == small_metadata()
+    stored = {item.key: json.loads(item.value) for item in onnx.load(path).metadata_props}
+    assert stored["labels"] == list(LABELS)
+    assert stored["input_contract"].startswith("uint8 RGB [batch, 16, 16, 3]")
+
+
+def test_the_same_bytes_twice_and_nothing_of_this_machine(path: Path, tmp_path: Path) -> None:
+    again = small_artifact(tmp_path / "again.onnx")
+    assert again.read_bytes() == path.read_bytes()
+    for trace in (b".py", b"site-packages", str(Path.cwd()).encode(), str(tmp_path).encode(), b'File "'):
+        assert trace not in path.read_bytes()
+    assert [file.name for file in path.parent.iterdir()] == ["student.onnx"]
+
+
+def test_the_graph_is_lean(path: Path) -> None:
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert "BatchNormalization" not in operators
+    assert "Shape" not in operators  # it would run on the CPU beside a CUDA session
+    assert len(operators) < 15
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = small_net().to(memory_format=torch.channels_last)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    export(model, small_metadata(), tmp_path / "a.onnx")
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (tmp_path / "a.onnx").read_bytes() == small_artifact(tmp_path / "b.onnx").read_bytes()
+
+
+def test_labels_must_fit_the_model(tmp_path: Path) -> None:
+    metadata = small_metadata().model_copy(update={"labels": ("a", "b")})
+    with pytest.raises(ValueError, match="7 outputs, the metadata 2 labels"):
+        export(small_net(), metadata, tmp_path / "a.onnx")
+
+
+def test_a_full_disk_keeps_the_old_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "student.onnx"
+    path.write_bytes(b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"the disk is full: .*student\.onnx"):
+        small_artifact(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _foreign() -> bytes:
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    return bytes(onnx.helper.make_model(graph).SerializeToString())
+
+
+def _changed(data: bytes, change: Callable[[onnx.ModelProto], None]) -> bytes:
+    proto = onnx.load_model_from_string(data)
+    change(proto)
+    return bytes(proto.SerializeToString())
+
+
+def _property(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
+    def change(proto: onnx.ModelProto) -> None:
+        next(item for item in proto.metadata_props if item.key == key).value = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda good: b"", "is empty"),
+        (lambda good: b"PK\x03\x04 not a model" * 20, "not an ONNX file"),
+        (lambda good: good[: len(good) // 2], "not an ONNX file, or it is cut short"),
+        (lambda good: _foreign(), "not an artifact of this toolkit"),
+        (lambda good: _changed(good, _property("format", "2")), "cannot be understood: format"),
+        (lambda good: _changed(good, _property("labels", "[")), "cannot be understood"),
+        (lambda good: _changed(good, _property("labels", '["a", "b"]')), "wrong inputs or outputs"),
+        (lambda good: _changed(good, _property("image_size", "32")), "wrong inputs or outputs"),
+    ],
+)
+def test_what_is_not_an_artifact_is_refused(
+    make: Callable[[bytes], bytes], message: str, path: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(make(path.read_bytes()))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        artifact.read(bad)
+    assert str(bad) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_artifact_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"none\.onnx: No such file"):
+        artifact.read(tmp_path / "none.onnx")
+    with pytest.raises(ArtifactError, match="directory"):
+        artifact.read(tmp_path)
+
+
+# --- parity
+
+
+def test_a_good_export_passes(path: Path, labels: torch.Tensor) -> None:
+    session = Session(path, "cpu")
+    report = parity.check(session.run, small_net(), small_images(300), labels, provider=session.provider)
+    report.raise_if_failed()
+    seen = {(case.images, case.batch) for case in report.cases}
+    kinds = ("random", "black", "white", "checkerboard", "real")
+    assert seen == {(kind, n) for kind in kinds for n in (1, 2, 3, 7, 64, 257)} | {("test", 300)}
+    assert report.top1_torch == report.top1_artifact == report.agreement == 1
+    stored = json.loads(report.model_dump_json())
+    assert stored["ok"] is True
+    assert stored["provider"] == "CPUExecutionProvider"
+
+
+def test_few_test_images_do(path: Path, labels: torch.Tensor) -> None:
+    session = Session(path, "cpu")
+    report = parity.check(session.run, small_net(), small_images(300)[:3], labels[:3], provider="cpu", batches=(1, 5))
+    assert report.ok
+    assert report.n == 3
+    assert {case.batch for case in report.cases} == {1, 3, 5}
+    with pytest.raises(ValueError, match="at least one"):
+        parity.check(session.run, small_net(), small_images(300)[:0], labels[:0], provider="cpu")
+
+
+def _initializers(change: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[onnx.ModelProto], None]:
+    """Replaces the first weight for which ``change`` gives something."""
+
+    def edit(proto: onnx.ModelProto) -> None:
+        for tensor in proto.graph.initializer:
+            new = change(numpy_helper.to_array(tensor).copy())
+            if new is not None:
+                tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+                return
+        raise AssertionError("nothing to damage")
+
+    return edit
+
+
+def _one_weight(w: np.ndarray) -> np.ndarray | None:
+    if w.shape != (16, 3, 3, 3):
+        return None
+    w.flat[np.abs(w).argmax()] *= 1.02
+    return w
+
+
+def _other_normalisation(w: np.ndarray) -> np.ndarray | None:
+    return w + np.float32(0.002) if w.shape == (1, 3, 1, 1) else None
+
+
+def _swapped_channels(w: np.ndarray) -> np.ndarray | None:
+    return w[:, ::-1].copy() if w.shape == (16, 3, 3, 3) else None
+
+
+def _swapped_classes(w: np.ndarray) -> np.ndarray | None:
+    return w[::-1].copy() if w.shape == (len(LABELS), 24) else None
+
+
+@pytest.mark.parametrize("damage", [_one_weight, _other_normalisation, _swapped_channels, _swapped_classes])
+def test_a_damaged_graph_fails(
+    damage: Callable[[np.ndarray], np.ndarray | None], path: Path, labels: torch.Tensor, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(_changed(path.read_bytes(), _initializers(damage)))
+    session = Session(bad, "cpu")
+    report = parity.check(session.run, small_net(), small_images(300), labels, provider=session.provider)
+    assert not report.ok
+    with pytest.raises(ParityError, match=r"logits differ by .* and \d+ more"):
+        report.raise_if_failed()
+
+
+def test_wrong_answers_of_the_session_fail(path: Path, labels: torch.Tensor) -> None:
+    session, images = Session(path, "cpu"), small_images(300)
+
+    def check(run: parity.Run) -> parity.ParityReport:
+        return parity.check(run, small_net(), images, labels, provider="cpu")
+
+    def nan(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, probabilities = session.run(batch)
+        logits[-1, 0] = np.nan
+        return logits, probabilities
+
+    report = check(nan)
+    assert not report.ok
+    assert json.loads(report.model_dump_json())["cases"][0]["max_logit_difference"] == "NaN"
+
+    with pytest.raises(ParityError, match=r"logits of shape \[256, 6\]|logits of shape \[300, 6\]"):
+        check(lambda batch: tuple(part[:, :6] for part in session.run(batch)))  # type: ignore[arg-type]
+
+    def beyond_batch_2(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, probabilities = session.run(batch)
+        return (logits, probabilities) if len(batch) <= 2 else (logits[::-1], probabilities[::-1])
+
+    assert {case.batch for case in check(beyond_batch_2).cases if not case.ok} >= {3, 7, 64, 257}
+
+
+def test_top1_alone_can_fail(path: Path, labels: torch.Tensor) -> None:
+    """Differences far under a loose tolerance still may not cost a single test image."""
+    session = Session(path, "cpu")
+
+    def one_wrong(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, probabilities = session.run(batch)
+        logits[0] = np.roll(logits[0], 1)
+        return logits, probabilities
+
+    report = parity.check(
+        one_wrong,
+        small_net(),
+        small_images(300),
+        labels,
+        provider="cpu",
+        tolerance=parity.Tolerance(logits=1e9, probabilities=1),
+    )
+    assert all(case.ok for case in report.cases)
+    assert report.failures == [
+        "test top-1: 99.3333% in the artifact, 100.0000% in PyTorch (n = 300, agreement 99.3333%)"
+    ]
+
+
+# --- preprocessing
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(0, 255))
+def test_fit_gives_the_size_and_keeps_colours(height: int, width: int, size: int, grey: int) -> None:
+    result = fit(np.full((height, width, 3), grey, np.uint8), size)
+    assert result.shape == (size, size, 3)
+    assert result.dtype == np.uint8
+    assert (result == grey).all()
+
+
+def test_fit_takes_the_centre_and_leaves_what_fits() -> None:
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    assert (fit(wide, 10) == 200).all()
+    assert (fit(wide.transpose(1, 0, 2).copy(), 5) == 200).all()
+    assert fit(wide[:, :10], 10).base is wide  # not even copied
+    assert fit(np.zeros((1, 30_000, 3), np.uint8), 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (33, 20), (16, 16), (9, 12), (101, 75)])
+def test_fit_is_torchvisions_antialiased_resize(height: int, width: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = torch.from_numpy(image).permute(2, 0, 1)[:, top : top + side, left : left + side]
+    expected = tv.resize(square, [SIZE, SIZE], antialias=True).permute(1, 2, 0).numpy()
+    assert np.abs(fit(image, SIZE).astype(int) - expected).max() <= 1

@@ -1,0 +1,179 @@
+"""The session: what runs, on what, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from small_net import LABELS, SIZE, small_artifact, small_images, small_metadata
+
+from serve import session as module
+from serve.session import Session, available_cores
+from toolkit.errors import ArtifactError, DeviceError
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_artifact(tmp_path_factory.mktemp("session") / "student.onnx")
+
+
+@pytest.fixture(scope="module")
+def session(path: Path) -> Session:
+    return Session(path, "cpu")
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return small_images(40).permute(0, 2, 3, 1).numpy()
+
+
+def test_run_gives_logits_and_their_softmax(session: Session, images: np.ndarray) -> None:
+    logits, probabilities = session.run(images)
+    assert logits.shape == probabilities.shape == (40, len(LABELS))
+    assert logits.dtype == probabilities.dtype == np.float32
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(probabilities, exponentials / exponentials.sum(1, keepdims=True), rtol=1e-4)
+    assert session.provider == "CPUExecutionProvider"
+    assert session.metadata == small_metadata()
+
+
+def test_batches_are_the_whole(session: Session, images: np.ndarray) -> None:
+    for whole, parts in zip(session.run(images), session.run_batches(images, 7), strict=True):
+        np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((0, SIZE, SIZE, 3), np.uint8),
+        np.zeros((1, SIZE, SIZE, 3), np.float32),
+        np.zeros((1, SIZE + 1, SIZE, 3), np.uint8),
+        np.zeros((1, 3, SIZE, SIZE), np.uint8),
+        np.zeros((SIZE, SIZE, 3), np.uint8),
+    ],
+)
+def test_wrong_input_is_refused(session: Session, wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"images must be uint8 \[N,16,16,3\] with N of 1 or more, not"):
+        session.run(wrong)
+    with pytest.raises(ValueError, match="images must be"):
+        session.run_batches(wrong)
+
+
+def test_predict_orders_the_classes(session: Session, images: np.ndarray) -> None:
+    probabilities = session.run(images[:1])[1][0]
+    prediction = session.predict(images[0], top_k=3)
+    assert prediction.labels == tuple(LABELS[i] for i in np.argsort(-probabilities)[:3])
+    assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
+    assert prediction.probabilities[0] == pytest.approx(probabilities.max())
+    assert prediction.milliseconds > 0
+    everything = session.predict(np.zeros((50, 91, 3), np.uint8), top_k=100)
+    assert sorted(everything.labels) == sorted(LABELS)
+    assert sum(everything.probabilities) == pytest.approx(1, abs=1e-5)
+    assert json.loads(everything.model_dump_json())["labels"] == list(everything.labels)
+
+
+def test_threads_may_share_a_session(session: Session, images: np.ndarray) -> None:
+    expected = [session.predict(image).labels for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        assert [p.labels for p in pool.map(session.predict, images)] == expected
+
+
+def test_threads_are_those_the_process_may_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_cores", lambda: 3)
+    assert Session(path, "cpu")._session.get_session_options().intra_op_num_threads == 3
+    assert Session(path, "cpu", threads=1)._session.get_session_options().intra_op_num_threads == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "350000 100000\n"}, 3),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu.max": "nonsense\n"}, 8),
+    ],
+)
+def test_available_cores_heeds_the_quota(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert available_cores(tmp_path) == expected
+
+
+def test_cuda_without_a_driver_is_an_error_and_auto_says_what_it_took(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module.ctypes, "CDLL", _no_library)
+    with pytest.raises(DeviceError, match=r"the provider cuda cannot be had: .*(no NVIDIA driver|without CUDA)"):
+        Session(path, "cuda")
+    assert Session(path, "auto").provider == "CPUExecutionProvider"
+    assert capfd.readouterr() == ("", "")
+
+
+def _no_library(name: str) -> None:
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+def test_a_session_that_slides_to_the_cpu_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime gives a CPU session, without a word, where CUDA does not load."""
+    monkeypatch.setattr(module, "_need_cuda", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(module, "CUDA", "DmlExecutionProvider")  # in no build for Linux or macOS
+    with pytest.raises(DeviceError, match="cannot be had"), pytest.warns(UserWarning, match="Dml"):
+        Session(path, "cuda")
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.gpu
+def test_cuda_computes_what_the_cpu_computes(path: Path, session: Session, images: np.ndarray) -> None:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this onnxruntime is built without CUDA")
+    try:
+        cuda = Session(path, "cuda")
+    except DeviceError as error:
+        pytest.skip(str(error))
+    assert cuda.provider == "CUDAExecutionProvider"
+    np.testing.assert_allclose(cuda.run(images)[0], session.run(images)[0], atol=1e-3)
+
+
+def test_a_graph_that_cannot_run_is_an_artifact_error(path: Path, tmp_path: Path) -> None:
+    proto = onnx.load(path)
+    proto.graph.node[3].op_type = "NoSuchOperator"
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(proto.SerializeToString())
+    with pytest.raises(ArtifactError, match=r"ONNX Runtime cannot run .*bad\.onnx"):
+        Session(bad, "cpu")
+
+
+def test_serving_never_imports_torch(path: Path) -> None:
+    code = f"""
+import importlib, pkgutil, sys
+import numpy as np
+import serve, export.artifact, export.preprocess
+names = [module.name for module in pkgutil.iter_modules(serve.__path__, "serve.")]
+for name in names:
+    importlib.import_module(name)
+from serve.session import Session
+Session({str(path)!r}).predict(np.zeros((40, 30, 3), np.uint8))
+print(len(names), sorted(name for name in sys.modules if name.split(".")[0] in ("torch", "torchvision")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, found = done.stdout.split(" ", 1)
+    assert int(count) >= 3
+    assert found.strip() == "[]"

@@ -1,0 +1,155 @@
+"""Names and models. The folders ``teachers/`` and ``students/`` are the catalogue.
+
+A file there lists its builders in ``__all__``; a builder is a function ``name(num_classes, **arguments)``
+that returns a network from normalised images ``[B,3,H,W]`` to logits ``[B,K]``, with a docstring that ends
+in a line ``Source: ...``. Names are read without importing the file: a misspelt one costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.errors import BudgetError, RecipeError, UnknownNameError
+
+if TYPE_CHECKING:
+    from toolkit.classifier import Classifier
+
+Role = Literal["teacher", "student"]
+ROLES: tuple[Role, ...] = ("teacher", "student")
+BUDGET = 5_000_000
+
+
+@cache
+def _modules(role: Role) -> dict[str, str]:
+    """Name of each builder to the module that holds it."""
+    spec = importlib.util.find_spec(f"{role}s")
+    assert spec is not None and spec.submodule_search_locations
+    found: dict[str, str] = {}
+    for path in sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                found |= dict.fromkeys(ast.literal_eval(node.value), f"{role}s.{path.stem}")
+    return found
+
+
+def names(role: Role) -> list[str]:
+    """The models of a role, sorted."""
+    return sorted(_modules(role))
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known) or 'none'}"
+
+
+def builder(name: str, role: Role) -> Callable[..., Any]:
+    """The function that builds the model, or ``UnknownNameError``."""
+    if name not in _modules(role):
+        raise UnknownNameError(f"there is no {role} named {name!r}{closest(name, names(role))}")
+    return getattr(importlib.import_module(_modules(role)[name]), name)
+
+
+def build(
+    name: str,
+    role: Role,
+    num_classes: int,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.25, 0.25, 0.25),
+    **arguments: Any,
+) -> Classifier:
+    """A new model: images ``[B,3,H,W]`` in [0,1] to logits ``[B,num_classes]``.
+
+    ``mean`` and ``std`` are per channel, of images in [0,1]. Raises ``RecipeError`` for arguments that the
+    builder does not take or refuses.
+    """
+    from toolkit.classifier import Classifier
+
+    make = builder(name, role)
+    known = list(inspect.signature(make).parameters)[1:]
+    for key in arguments:
+        if key not in known:
+            raise RecipeError(f"{role}.{key}: {name} takes no such argument{closest(key, known)}")
+    try:
+        network = make(num_classes, **arguments)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{role}: {name} cannot be built from {arguments}: {error}") from error
+    return Classifier(network, mean, std)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A row of ``toolkit models``. ``macs``: multiply-accumulates of one image."""
+
+    name: str
+    role: Role
+    parameters: int
+    macs: int
+    fits_budget: bool
+    source: str
+
+
+def info(
+    name: str,
+    role: Role,
+    image_size: int = 32,
+    num_classes: int = 10,
+    budget: int = BUDGET,
+    **arguments: Any,
+) -> ModelInfo:
+    """Counts of a model, taken on the meta device: no memory, no arithmetic."""
+    import torch
+
+    with torch.device("meta"):
+        model = build(name, role, num_classes, **arguments)
+    doc = inspect.getdoc(builder(name, role)) or ""
+    source = re.search(r"^Source: (.+)$", doc, re.MULTILINE)
+    count = parameter_count(model)
+    return ModelInfo(name, role, count, mac_count(model, image_size), count < budget, source[1] if source else "")
+
+
+def parameter_count(model: Any) -> int:
+    """Trainable and frozen parameters; buffers are not parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def mac_count(model: Any, image_size: int) -> int:
+    """Multiply-accumulates of one image of ``image_size`` squared pixels, counted by PyTorch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, image_size, image_size, device=device))
+    model.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def check_budget(name: str, parameters: int, budget: int, num_classes: int) -> None:
+    """Raise ``BudgetError`` unless ``parameters`` is less than ``budget``."""
+    if parameters < budget:
+        return
+    fitting = [
+        entry
+        for entry in (info(other, "student", num_classes=num_classes, budget=budget) for other in names("student"))
+        if entry.fits_budget
+    ]
+    fitting.sort(key=lambda entry: -entry.parameters)
+    nearest = ", ".join(f"{entry.name} ({entry.parameters:,})" for entry in fitting[:3]) or "none"
+    raise BudgetError(
+        f"student {name} has {parameters:,} parameters, {parameters - budget + 1:,} too many for a budget of fewer "
+        f"than {budget:,}; the nearest that fit: {nearest}. --budget moves the line."
+    )

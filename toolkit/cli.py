@@ -1,0 +1,436 @@
+"""The command line: parse, make one call, print. Heavy imports stand inside the commands.
+
+Results go to stdout, everything else to stderr. Exit code 0: success, 1: a clear error, 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from toolkit import __version__
+from toolkit.errors import UserError, next_step
+
+
+class Commands(TyperGroup):
+    """Shows the errors that a user can put right as one line, and lets bugs keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _fail(str(error), next_step(error))
+        except KeyboardInterrupt:
+            _fail("interrupted")
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                _fail(f"the disk is full: {error.filename or 'a file'} could not be written")
+            raise
+
+
+def _fail(message: str, hint: str = "") -> None:
+    print(f"error: {message}" + (f"\n{hint}" if hint and hint not in message else ""), file=sys.stderr)
+    raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil a large image classifier into a small one, prove it, export it to ONNX and serve it.",
+)
+
+
+class ProviderName(StrEnum):
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+# Options that several commands share. Those of a recipe are named after the field that they set.
+RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Shipped recipe or YAML file.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set any field of the recipe.")
+]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")]
+Dataset = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cifar10, cifar100, digits or folder:PATH.", show_default=False)
+]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of the data set; else $TOOLKIT_DATA, else ./data.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable images of a folder out.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
+RunDir = Annotated[Path | None, typer.Option(help="Run directory; else runs/NAME-DIGEST.")]
+Budget = Annotated[int | None, typer.Option(help="A student has fewer parameters than this.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+Baseline = Annotated[bool, typer.Option("--baseline", help="Train the student without a teacher too, and compare.")]
+TeacherName = Annotated[str | None, typer.Option("--teacher", metavar="NAME", help="Architecture of the teacher.")]
+TeacherCheckpoint = Annotated[
+    Path | None, typer.Option(help="Run directory or weights of a trained teacher; else the newest run.")
+]
+StudentName = Annotated[str | None, typer.Option("--student", metavar="NAME", help="Architecture of the student.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+ProviderOption = Annotated[ProviderName, typer.Option("--provider", help="ONNX Runtime's provider.")]
+
+FIELDS = {
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "lr": "optimizer.lr",
+    "seed": "seed",
+    "dataset": "data.dataset",
+    "data_dir": "data.data_dir",
+    "image_size": "data.image_size",
+    "offline": "data.offline",
+    "skip_broken": "data.skip_broken",
+    "device": "device",
+    "budget": "budget",
+    "teacher": "teacher.name",
+    "teacher_checkpoint": "teacher.checkpoint",
+    "student": "student.name",
+}
+
+
+def _overrides(ctx: typer.Context) -> dict[str, Any]:
+    """Recipe fields that the command line sets; ``--set`` comes last and wins."""
+    from toolkit.recipe import parse_settings
+
+    given = {
+        path: str(value) if isinstance(value, Path) else value
+        for flag, path in FIELDS.items()
+        if (value := ctx.params.get(flag)) is not None and value is not False
+    }
+    return given | parse_settings(ctx.params["settings"] or [])
+
+
+def _source(ctx: typer.Context, default: str) -> Any:
+    """The recipe that is named, or with --resume the one in the run directory, or the default."""
+    run_dir: Path | None = ctx.params["run_dir"]
+    if ctx.params["recipe"] is None and run_dir is not None and (run_dir / "recipe.yaml").is_file():
+        from toolkit.recipe import read
+
+        return read(run_dir / "recipe.yaml")
+    return ctx.params["recipe"] or default
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    teacher: TeacherName = None,
+    recipe: RecipeOption = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    offline: Offline = False,
+    skip_broken: SkipBroken = False,
+    device: Device = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    settings: Settings = None,
+) -> None:
+    """Train a teacher, with no limit on its size."""
+    from toolkit import stages
+    from toolkit.recipe import resolve
+
+    run = stages.train(resolve(_source(ctx, "cifar10"), "train", _overrides(ctx)), run_dir, resume)
+    _print_run(run)
+    print(f"next: toolkit distill --teacher {run.recipe.model.name} --student NAME")
+
+
+@app.command()
+def distill(
+    ctx: typer.Context,
+    teacher: TeacherName = None,
+    student: StudentName = None,
+    teacher_checkpoint: TeacherCheckpoint = None,
+    train_teacher: Annotated[bool, typer.Option("--train-teacher", help="Train the teacher first.")] = False,
+    baseline: Baseline = False,
+    recipe: RecipeOption = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    offline: Offline = False,
+    skip_broken: SkipBroken = False,
+    device: Device = None,
+    run_dir: RunDir = None,
+    budget: Budget = None,
+    resume: Resume = False,
+    settings: Settings = None,
+) -> None:
+    """Distil a student from a trained teacher's soft targets."""
+    from toolkit import stages
+    from toolkit.recipe import resolve
+
+    source, overrides = _source(ctx, "cifar10"), _overrides(ctx)
+    wanted = resolve(source, "distill", overrides)
+    if train_teacher:
+        # Lengths and rates on this command line are the student's; the teacher keeps its recipe's.
+        shared = {k: v for k, v in overrides.items() if k.startswith(("data.", "train.")) or k in SHARED}
+        stages.check_student(wanted)
+        teacher_run = stages.train(resolve(source, "train", shared), resume=True)
+        wanted = stages.from_teacher(wanted, teacher_run)
+    run = stages.distill(wanted, run_dir, resume)
+    _print_run(run)
+    if baseline:
+        alone = stages.train(
+            stages.without_teacher(wanted), run_dir and run_dir.with_name(f"{run_dir.name}-baseline"), True
+        )
+        ours, theirs = (stages.validate(path)[0]["top1"] for path in (run.path, alone.path))
+        print(
+            f"test top-1 with the teacher {ours:.2%}, without {theirs:.2%}: {100 * (ours - theirs):+.2f} points "
+            "(one seed each; seeds differ by about 0.15)"
+        )
+    print(f"next: toolkit validate {run.path}, toolkit export {run.path}")
+
+
+SHARED = ("seed", "device", "teacher.name")
+
+
+@app.command()
+def pipeline(
+    ctx: typer.Context,
+    recipe: RecipeOption = None,
+    teacher: TeacherName = None,
+    student: StudentName = None,
+    baseline: Baseline = False,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    offline: Offline = False,
+    skip_broken: SkipBroken = False,
+    device: Device = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder for the run directories; else runs/.")] = None,
+    budget: Budget = None,
+    resume: Resume = False,
+    settings: Settings = None,
+) -> None:
+    """The whole chain: teacher, student, report, ONNX artifact, parity. By default on embedded digits, offline.
+
+    --set train.KEY=VALUE and --set distill.KEY=VALUE set a field of one of the two stages.
+    """
+    from toolkit import stages
+
+    chain = stages.pipeline(recipe or "digits", _overrides(ctx), run_dir, resume, baseline)
+    _print_metrics(chain.metrics)
+    _print_export(chain.exported)
+    print(f"report    {chain.student.report / 'report.md'}")
+    print(f"took      {chain.seconds:,.0f} s, at most {stages.engine.peak_memory() / 2**30:.2f} GiB of memory")
+    print(f"next: toolkit serve {chain.exported.path}")
+
+
+@app.command()
+def validate(
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="Run directory, weights (.safetensors) or artifact (.onnx); else the newest run."),
+    ] = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where PyTorch computes.")] = "auto",
+    provider: ProviderOption = ProviderName.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Measure accuracy, calibration and fidelity on the test set, and write the report."""
+    from toolkit import stages
+
+    metrics, folder = stages.validate(target, dataset, data_dir, device, provider.value)
+    if as_json:
+        _print_json(metrics | {"report": str(folder)})
+        return
+    _print_metrics(metrics)
+    print(f"report    {folder / 'report.md'}")
+
+
+@app.command()
+def export(
+    target: Annotated[Path | None, typer.Argument(help="Run directory; else the newest finished run.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
+    data_dir: DataDir = None,
+    provider: ProviderOption = ProviderName.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Write the ONNX artifact and hold its outputs against PyTorch's."""
+    from toolkit import stages
+
+    exported = stages.export(target, output, data_dir, provider.value)
+    if as_json:
+        _print_json(
+            {
+                "artifact": str(exported.path),
+                "bytes": exported.path.stat().st_size,
+                "parity": exported.parity.model_dump(mode="json"),
+                "parity_report": str(exported.report),
+            }
+        )
+        return
+    _print_export(exported)
+    print(f"next: toolkit serve {exported.path}")
+
+
+@app.command()
+def serve(
+    artifact: Annotated[Path | None, typer.Argument(help="ONNX artifact; else the newest one.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    provider: ProviderOption = ProviderName.auto,
+) -> None:
+    """Serve the image classification page on ONNX Runtime. PyTorch is not loaded."""
+    from serve import demo
+    from serve.session import Session
+
+    artifact = artifact or _newest_artifact("serving")
+    session = Session(artifact, provider.value)
+    examples = sorted((artifact.parent / "examples").glob("*.png"))
+    demo.launch(
+        session,
+        host,
+        port,
+        examples,
+        started=lambda url: print(f"{artifact} on {session.provider}: {url} (Ctrl-C stops)", flush=True),
+    )
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    artifact: Annotated[Path | None, typer.Option(help="ONNX artifact; else the newest one.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 5,
+    provider: ProviderOption = ProviderName.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Classify images from the shell."""
+    from serve.decode import read_image
+    from serve.session import Session
+
+    decoded = [(path, read_image(path)) for path in images]
+    session = Session(artifact or _newest_artifact("predicting with"), provider.value)
+    answers = [(path, session.predict(image, top_k)) for path, image in decoded]
+    if as_json:
+        _print_json([{"image": str(path), **answer.model_dump(mode="json")} for path, answer in answers])
+        return
+    for path, answer in answers:
+        best = ", ".join(f"{n} {p:.1%}" for n, p in zip(answer.labels, answer.probabilities, strict=True))
+        print(f"{path}: {best}  ({answer.milliseconds:.1f} ms, {session.provider})")
+
+
+@app.command()
+def models(
+    budget: Annotated[int | None, typer.Option(help="Parameters that a student must stay under.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The catalogue: parameters and multiply-accumulates at 32x32 with 10 classes, and who fits the budget."""
+    from dataclasses import asdict
+
+    from toolkit.catalogue import BUDGET, ROLES, info, names
+
+    rows = [info(name, role, budget=budget or BUDGET) for role in ROLES for name in names(role)]
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "role", "source", title=f"budget: fewer than {budget or BUDGET:,} parameters")
+    for heading in ("parameters", "MACs", "fits"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        fits = "yes" if row.fits_budget else "no"
+        table.add_row(row.name, row.role, row.source, f"{row.parameters:,}", f"{row.macs / 1e6:,.0f} M", fits)
+    Console().print(table)
+
+
+@app.command()
+def doctor(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """What this machine can do, and what is wrong with it."""
+    from toolkit.doctor import examine
+
+    findings = examine(data_dir)
+    if as_json:
+        _print_json(findings)
+    else:
+        for name, value in findings["facts"].items():
+            print(f"{name:<18} {value}")
+        for problem in findings["problems"]:
+            print(f"problem: {problem}")
+        print("nothing is wrong" if not findings["problems"] else f"{len(findings['problems'])} to put right")
+    if findings["problems"]:
+        raise typer.Exit(1)
+
+
+def _newest_artifact(doing: str) -> Path:
+    from toolkit.run import newest_artifact
+
+    path = newest_artifact()
+    print(f"{doing} the newest artifact, {path}", file=sys.stderr)
+    return path
+
+
+def _print_run(run: Any) -> None:
+    summary = run.summary()
+    val = "" if summary["val_top1"] is None else f"val top-1 {summary['val_top1']:.2%}, "
+    print(
+        f"{summary['model']}: {val}{summary['epochs']} epochs in {summary['train_seconds']:,.0f} s on "
+        f"{summary['device']} ({summary['precision']}), in {run.path}"
+    )
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    print(f"model     {metrics['model']} on {metrics['dataset']} ({metrics['n']:,} test images, {metrics['provider']})")
+    top5 = f", top-5 {metrics['top5']:.2%}" if "top5" in metrics else ""
+    print(f"accuracy  top-1 {metrics['top1']:.2%}{top5}")
+    print(f"calibration  NLL {metrics['nll']:.4f}, ECE {metrics['ece']:.4f}")
+    if "teacher_top1" in metrics:
+        print(
+            f"fidelity  agrees with the teacher ({metrics['teacher_top1']:.2%}) on {metrics['agreement']:.2%}, "
+            f"KL {metrics['kl']:.4f}"
+        )
+    if "baseline_top1" in metrics:
+        gain = 100 * (metrics["top1"] - metrics["baseline_top1"])
+        print(f"baseline  without a teacher {metrics['baseline_top1']:.2%}: {gain:+.2f} points (one seed each)")
+
+
+def _print_export(exported: Any) -> None:
+    parity = exported.parity
+    worst = max(case.max_logit_difference for case in parity.cases)
+    print(f"artifact  {exported.path} ({exported.path.stat().st_size / 1e6:.1f} MB)")
+    print(
+        f"parity    {len(parity.cases)} batches, logits differ by at most {worst:.1e}; test top-1 "
+        f"{parity.top1_artifact:.2%} as PyTorch's (n = {parity.n:,}, {parity.provider})"
+    )
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,371 @@
+"""Data sets to tensors: uint8 images of one size, labels, class names, and the train / val / test split."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from export import preprocess
+from serve.decode import read_image
+from toolkit import recipe
+from toolkit.errors import DataError, ImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+VAL_FOLDERS = ("val", "valid", "validation")
+TEST_FRACTION = 0.2  # where a data set brings no test images of its own
+DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Split:
+    """``images`` uint8 [N,3,S,S] and ``labels`` int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set in memory.
+
+    ``mean`` and ``std`` (per channel, of images in [0,1]) come from the training split alone. ``digest`` is
+    the SHA-256 of classes, images and labels before the split. ``broken`` names the files that were left out.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split | None
+    test: Split
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    digest: str
+    broken: tuple[str, ...] = ()
+
+
+def load(config: recipe.Data) -> DataSet:
+    """The data set that the recipe names. Raises ``DataError``."""
+    kind, _, path = config.dataset.partition(":")
+    broken: tuple[str, ...] = ()
+    if kind == "folder":
+        root = Path(path) if path else config.data_dir
+        if root is None:
+            raise DataError("the data set is a folder, but which? Give --dataset folder:PATH, or --data-dir PATH")
+        name = f"folder:{root.expanduser().resolve().name}"
+        classes, parts, broken = _folder(root.expanduser(), config)
+    else:
+        name = kind
+        classes, parts = _digits(config) if kind == "digits" else _cifar(kind, config)
+
+    digest = _digest(classes, parts)
+    train, val, test = parts["train"], parts.get("val"), parts["test"]
+    if val is None and config.val_size:
+        train, val = _hold_out(train, _val_count(train, config.val_size, classes), config.split_seed, classes)
+    mean, std = _statistics(train.images)
+    return DataSet(name, classes, train, val, test, mean, std, digest, broken)
+
+
+# --- the embedded data set ---------------------------------------------------------------------------------
+
+
+def _digits(config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split]]:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, with a fixed 80/20 split."""
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images * 255 / 16).round().to(torch.uint8)
+    images = resize(grey[:, None].expand(-1, 3, -1, -1), config.image_size)
+    whole = Split(images, torch.from_numpy(digits.target).long())
+    classes = tuple(str(digit) for digit in digits.target_names)
+    train, test = _hold_out(whole, round(TEST_FRACTION * len(whole)), 0, classes)
+    return classes, {"train": train, "test": test}
+
+
+# --- CIFAR -------------------------------------------------------------------------------------------------
+
+
+def _cifar(name: str, config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split]]:
+    """The official files, by torchvision, which checks their MD5."""
+    from torchvision import datasets  # slow to import, and nobody else needs it
+
+    kind: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    root = _cifar_root(name, kind, config)
+    parts = {}
+    for part in ("train", "test"):
+        try:
+            source = kind(root, train=part == "train")
+        except RuntimeError as error:  # torchvision does not say which file
+            raise DataError(_cifar_damage(kind, root / kind.base_folder)) from error
+        except OSError as error:
+            raise DataError(f"cannot read {name} in {root}: {error}") from error
+        images = torch.from_numpy(source.data.transpose(0, 3, 1, 2))  # as they lie in the file: no copy
+        parts[part] = Split(resize(images, config.image_size), torch.tensor(source.targets))
+    return tuple(source.classes), parts
+
+
+def _cifar_root(name: str, kind: Any, config: recipe.Data) -> Path:
+    """The first folder that holds the files; else they are unpacked or downloaded."""
+    named = (config.data_dir, os.environ.get("TOOLKIT_DATA"), "data")
+    roots = [Path(root).expanduser() for root in named if root]
+    for root in roots:
+        if (root / kind.base_folder).is_dir():
+            return root
+    for root in roots:
+        if (root / kind.filename).is_file():
+            _cifar_unpack(name, kind, root, download=False)
+            return root
+    if config.offline:
+        raise DataError(
+            f"{name} is not in {_listed(roots)}, and downloading is off: leave out --offline, or give the "
+            f"folder that holds {kind.base_folder} with --data-dir or $TOOLKIT_DATA"
+        )
+    _cifar_unpack(name, kind, roots[0], download=True)
+    return roots[0]
+
+
+def _cifar_unpack(name: str, kind: Any, root: Path, download: bool) -> None:
+    """Make ``root``'s folder from the archive in it or from the network: whole, or not at all."""
+    from torchvision.datasets.utils import calculate_md5, download_url
+
+    archive = root / kind.filename
+    if not download and (found := calculate_md5(archive)) != kind.tgz_md5:
+        raise DataError(f"{archive} is damaged: its MD5 is {found}, not {kind.tgz_md5}; delete it to download it again")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
+            if download:
+                print(f"downloading {kind.url} to {root}", file=sys.stderr)
+                with contextlib.redirect_stdout(sys.stderr), _socket_timeout(DOWNLOAD_TIMEOUT):
+                    download_url(kind.url, temporary, kind.filename, kind.tgz_md5)
+                archive = Path(temporary, kind.filename)
+            with tarfile.open(archive) as tar:
+                tar.extractall(temporary, filter="data")
+            Path(temporary, kind.base_folder).rename(root / kind.base_folder)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the official bytes
+        what = f"downloading {name} from {kind.url} to {root}" if download else f"unpacking {archive}"
+        raise DataError(
+            f"{what} failed: {error}; put the official {kind.filename} there, or give the folder that holds "
+            f"{kind.base_folder} with --data-dir or $TOOLKIT_DATA"
+        ) from error
+
+
+def _cifar_damage(kind: Any, folder: Path) -> str:
+    """The first file that is missing or not the official one."""
+    from torchvision.datasets.utils import calculate_md5
+
+    for name, expected in [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]:
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing; delete {folder} to download it again"
+        if (found := calculate_md5(path)) != expected:
+            return f"{path} is damaged: its MD5 is {found}, not {expected}; delete {folder} to download it again"
+    return ""
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# --- a folder of images ------------------------------------------------------------------------------------
+
+
+def _folder(root: Path, config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split], tuple[str, ...]]:
+    """Class folders in ``root``/train (and test, and val), or in ``root`` itself.
+
+    Without test images a fifth of the training images is held out. Returns classes, parts, and the files that
+    could not be read and were left out.
+    """
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}")
+    folders = {"train": root}
+    inside = {folder.name.lower(): folder for folder in _subfolders(root)}
+    if "train" in inside and _subfolders(inside["train"]):  # else it is a class, beside "bus" and "car"
+        val = next((name for name in VAL_FOLDERS if name in inside), "")
+        named = {"train": "train", "val": val, "test": "test"}
+        folders = {part: inside[name] for part, name in named.items() if name in inside}
+
+    classes = tuple(folder.name for folder in _subfolders(folders["train"]))
+    files = {part: _image_files(folder, classes, folders["train"]) for part, folder in folders.items()}
+    if not files["train"]:
+        raise DataError(
+            f"no images in {folders['train']}: a folder for each class is wanted there, "
+            "with PNG, JPEG, WebP, GIF or BMP files in it"
+        )
+    if len(classes) < 2:
+        raise DataError(f"only one class in {folders['train']} ({classes[0]}): at least two are needed")
+
+    parts, broken = {}, []
+    for part, found in files.items():
+        parts[part], unreadable = _read(found, config.image_size)
+        broken += [str(path.relative_to(root)) for path in unreadable]
+    if broken and not config.skip_broken:
+        total = sum(len(found) for found in files.values())
+        raise DataError(
+            f"{len(broken)} of {total} images in {root} cannot be read: {_listed(broken)}; "
+            "repair them, or leave them out with --skip-broken"
+        )
+    for part, split in parts.items():
+        missing = _missing(split, classes)
+        # Validation without a rare class is poor but possible.
+        if missing and (part != "val" or not len(split)):
+            raise DataError(f"no readable images in {folders[part]} for {_listed(missing)}")
+    if "test" not in parts:
+        held = max(len(classes), round(TEST_FRACTION * len(parts["train"])))
+        parts["train"], parts["test"] = _hold_out(parts["train"], held, config.split_seed, classes)
+        if missing := _missing(parts["test"], classes):
+            raise DataError(
+                f"too few images of {_listed(missing)} in {folders['train']} to hold out "
+                f"{TEST_FRACTION:.0%} of each class for the test: add some, or make folders train and test"
+            )
+    return classes, parts, tuple(broken)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _image_files(folder: Path, classes: Sequence[str], train: Path) -> list[tuple[Path, int]]:
+    """Each image file with the number of its class."""
+    found = [path.name for path in _subfolders(folder)]
+    if odd := sorted(set(found) ^ set(classes)):
+        raise DataError(f"{train} and {folder} do not hold the same classes: only one of them has {_listed(odd)}")
+    return [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def _read(files: Sequence[tuple[Path, int]], side: int) -> tuple[Split, list[Path]]:
+    """The images, at the size that the server would make of them, and the files that cannot be read."""
+
+    def read(path: Path) -> Tensor | None:
+        try:
+            return torch.from_numpy(preprocess.fit(read_image(path), side).copy()).permute(2, 0, 1)
+        except ImageError:
+            return None
+
+    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+    labels: list[int] = []
+    broken = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads are enough: Pillow lets go of the GIL
+        for (path, label), image in zip(files, pool.map(read, [path for path, _ in files]), strict=True):
+            if image is None:
+                broken.append(path)
+            else:
+                images[len(labels)] = image
+                labels.append(label)
+    return Split(images[: len(labels)], torch.tensor(labels, dtype=torch.int64)), broken
+
+
+# --- what all of them share --------------------------------------------------------------------------------
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """uint8 [N,3,H,W] to [N,3,side,side]: bilinear, antialiased; on the CPU the numbers are Pillow's."""
+    if images.shape[-2:] == (side, side):
+        return images
+    resized = torch.empty(len(images), 3, side, side, dtype=torch.uint8)
+    for source, target in zip(images.split(4096), resized.split(4096), strict=True):
+        target.copy_(F.interpolate(source, size=(side, side), mode="bilinear", antialias=True))
+    return resized
+
+
+def _val_count(train: Split, size: float, classes: Sequence[str]) -> int:
+    """How many images ``val_size`` (a fraction below 1, or a count) holds out."""
+    count = round(size * len(train)) if size < 1 else int(size)
+    if size > 1 and count != size:
+        raise DataError(f"data.val_size (={size:g}) must be a fraction below 1 or a whole number of images")
+    if count < len(classes):
+        raise DataError(
+            f"data.val_size (={size:g}) holds out {count} images, fewer than the {len(classes)} classes: "
+            "take more, or 0 for none"
+        )
+    if (left := len(train) - count) < len(classes):
+        raise DataError(
+            f"data.val_size (={size:g}) leaves {max(0, left)} of {len(train)} images to train on: take less"
+        )
+    return count
+
+
+def _hold_out(whole: Split, count: int, seed: int, classes: Sequence[str]) -> tuple[Split, Split]:
+    """Split ``count`` images off, each class in proportion. Both parts keep the order of the whole."""
+    per_class = torch.bincount(whole.labels, minlength=len(classes))
+    if per_class.min() < 2 or not len(classes) <= count <= len(whole) - len(classes):
+        few = int(per_class.argmin())
+        raise DataError(
+            f"too few images to split {count} of {len(whole)} off: each class needs one on either side, "
+            f"and {classes[few]!r} has {int(per_class[few])} in all; add images"
+        )
+    kept, held = train_test_split(
+        np.arange(len(whole)), test_size=count, random_state=seed, stratify=whole.labels.numpy()
+    )
+    first, second = (
+        Split(whole.images[index], whole.labels[index])
+        for index in (torch.from_numpy(np.sort(part)) for part in (kept, held))
+    )
+    return first, second
+
+
+def _missing(split: Split, classes: Sequence[str]) -> list[str]:
+    """Classes without an image."""
+    counts = torch.bincount(split.labels, minlength=len(classes))
+    return [name for name, count in zip(classes, counts, strict=True) if count == 0]
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel in [0,1], exactly: from the counts of the 256 values."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(3):
+        counts = torch.zeros(256, dtype=torch.float64)
+        for chunk in images.split(4096):
+            counts += torch.bincount(chunk[:, channel].flatten(), minlength=256)
+        share = counts / counts.sum()
+        mean.append(float(share @ values))
+        # A channel that never changes has no spread to divide by.
+        std.append(max(float(share @ (values - mean[-1]) ** 2) ** 0.5, 1 / 255))
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def _digest(classes: Sequence[str], parts: dict[str, Split]) -> str:
+    digest = hashlib.sha256(repr(tuple(classes)).encode())
+    for part, split in sorted(parts.items()):
+        digest.update(f"{part} {tuple(split.images.shape)}".encode())
+        for images in split.images.split(4096):
+            digest.update(images.contiguous().numpy().data)
+        digest.update(split.labels.numpy().data)
+    return digest.hexdigest()
+
+
+def _listed(items: Sequence[object], most: int = 5) -> str:
+    """The first items, and how many more there are."""
+    text = ", ".join(str(item) for item in items[:most])
+    return text if len(items) <= most else f"{text} and {len(items) - most} more"

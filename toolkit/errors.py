@@ -1,0 +1,76 @@
+"""The errors a user can meet. A leaf: every package may import it, and it imports nothing.
+
+A ``UserError`` is shown as one clear line (what, which value, what to do) and ends the command with exit
+code 1. Every other exception is a bug and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Something the user can put right. The message names the thing, its value and what would be right."""
+
+
+class RecipeError(UserError):
+    """A recipe with wrong fields; the message lists all of them."""
+
+
+class UnknownNameError(UserError):
+    """A model, data set or recipe that is not in the catalogue."""
+
+
+class DataError(UserError):
+    """Images that are missing, damaged or unusable."""
+
+
+class BudgetError(UserError):
+    """A student with too many parameters."""
+
+
+class RunError(UserError):
+    """A run directory that is missing, unfinished, locked or holds another run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged or belongs to another model."""
+
+
+class TeacherError(UserError):
+    """A teacher that is missing or does not fit the data."""
+
+
+class DivergedError(UserError):
+    """Training that produced NaN or infinite numbers."""
+
+
+class ArtifactError(UserError):
+    """An ONNX file that is empty, damaged or not made by this toolkit."""
+
+
+class ParityError(UserError):
+    """An artifact whose outputs are not those of PyTorch."""
+
+
+class DeviceError(UserError):
+    """A device or provider that was asked for and cannot be had."""
+
+
+class ImageError(UserError):
+    """An image that cannot be taken: not an image, of another format, too large, or broken."""
+
+
+class Interrupted(UserError):
+    """A run that was stopped by Ctrl-C or SIGTERM after its state had been saved."""
+
+
+# What to try next, by type; printed after the message where the message does not already say it.
+NEXT: dict[type[UserError], str] = {
+    UnknownNameError: "`toolkit models` lists the models.",
+    DivergedError: "Try a lower learning rate (--lr), --set optimizer.grad_clip=1, or --set precision=fp32.",
+    DeviceError: "`toolkit doctor` shows what this machine can do.",
+    ArtifactError: "`toolkit export` makes an artifact from a finished run.",
+    CheckpointError: "Train again with another --run-dir, or give another checkpoint.",
+}
+
+
+def next_step(error: UserError) -> str:
+    """The line from ``NEXT`` for this error, or an empty string."""
+    return next((text for kind, text in NEXT.items() if isinstance(error, kind)), "")

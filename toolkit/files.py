@@ -1,0 +1,50 @@
+"""Files that are written whole or not at all. A leaf: every package may import it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from toolkit.errors import UserError
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary path beside ``path``, flush it to disk, then rename it to ``path``.
+
+    A disk that is full or a folder that cannot be written raises ``UserError``; the file that was there is
+    then as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except Exception as error:
+        # safetensors reports a full disk in an error of its own
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise UserError(
+                f"the disk is full: {path} could not be written; what was there before is kept. "
+                "Free some space and try again."
+            ) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))

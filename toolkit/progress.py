@@ -1,0 +1,79 @@
+"""What a training shows while it runs, on stderr: a line that changes on a terminal, else a line an epoch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line for the user, on stderr; stdout belongs to results."""
+    console.print(text, markup=False)
+
+
+class _Live(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("live", ""))
+
+
+class Display:
+    """Progress of one run of ``epochs`` times ``steps`` steps."""
+
+    def __init__(self, title: str, epochs: int, steps: int, done: int = 0) -> None:
+        self.title, self.epochs, self.steps, self.done = title, epochs, steps, done
+        self.live = sys.stderr.isatty()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            _Live(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not self.live,
+            refresh_per_second=4,
+        )
+        self.task = self.bar.add_task(title, total=epochs * steps, completed=done)
+        self.start = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def step(self, done: int, loss: float, top1: float, rate: float) -> None:
+        """``done`` steps of the whole run; the rest are means of this epoch."""
+        epoch = min((done - 1) // self.steps + 1, self.epochs)
+        self.bar.update(
+            self.task,
+            completed=done,
+            description=f"{self.title} {epoch}/{self.epochs}",
+            live=f"loss {loss:.3f}  top-1 {top1:.1%}  {rate:,.0f} img/s",
+        )
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        done = row["step"] - self.done
+        left = (self.epochs * self.steps - row["step"]) * (time.monotonic() - self.start) / max(done, 1)
+        val = "" if row["val_top1"] is None else f"  val loss {row['val_loss']:.3f} top-1 {row['val_top1']:.2%}"
+        say(
+            f"{self.title} {row['epoch']}/{self.epochs}  loss {row['train_loss']:.3f} "
+            f"top-1 {row['train_top1']:.2%}{val}  {row['images_per_second']:,.0f} img/s  "
+            f"{_clock(left)} left"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

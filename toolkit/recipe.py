@@ -1,0 +1,377 @@
+"""Recipes: frozen models of everything that decides a run. No torch here.
+
+A recipe file is YAML. Its top level holds the fields of ``Recipe``; the optional sections ``train`` and
+``distill`` hold what differs between the teacher's run and the student's run of one file.
+``resolve`` merges file, section and overrides into the ``Recipe`` of one run.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from toolkit.catalogue import BUDGET, closest, names
+from toolkit.errors import RecipeError
+
+RECIPES = Path(__file__).parent / "recipes"
+STAGES = ("train", "distill")
+# Where a run happens, not what it computes: left out of its identity.
+PLACES = ("data.data_dir", "data.offline", "device", "teacher.checkpoint")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Data(Section):
+    """Which images, at which size, and how they are split."""
+
+    dataset: str = Field(
+        "cifar10",
+        pattern=r"^(cifar10|cifar100|digits|folder|folder:.+)$",
+        description="cifar10, cifar100, digits, or folder:PATH",
+    )
+    data_dir: Path | None = Field(None, description="folder that holds the data set; else $TOOLKIT_DATA, else ./data")
+    offline: bool = Field(False, description="never download")
+    image_size: int = Field(32, ge=16, le=512, description="side of the images in pixels")
+    val_size: int | float = Field(
+        0.1, ge=0, description="validation split: a fraction below 1, or a count of images; 0 for none"
+    )
+    split_seed: int = Field(0, description="seed of the validation split; the same for teacher and student")
+    skip_broken: bool = Field(False, description="leave unreadable images of a folder out")
+
+
+class Augment(Section):
+    """Augmentation of the training images, in the order in which it is applied."""
+
+    flip: Literal["none", "random", "alternating"] = Field(
+        "random", description="horizontal flip; alternating: each image every second epoch (airbench)"
+    )
+    crop_padding: int = Field(4, ge=0, le=64, description="pixels of padding before a random crop; 0: off")
+    padding_mode: Literal["reflect", "zero", "white"] = Field("reflect", description="what the padding holds")
+    rotation: float = Field(0, ge=0, le=180, description="degrees: uniform in plus or minus this")
+    translation: float = Field(0, ge=0, le=1, description="fraction of the side: uniform in plus or minus this")
+    cutout: int = Field(0, ge=0, description="side of a black square in pixels, at a random place; 0: off")
+    mixup: float = Field(0, ge=0, description="alpha of mixup's Beta(alpha, alpha); 0: off")
+    cutmix: float = Field(0, ge=0, description="alpha of CutMix's Beta(alpha, alpha); 0: off")
+    mix_probability: float = Field(
+        1, ge=0, le=1, description="fraction of the images that mixup or CutMix is applied to"
+    )
+
+
+class Model(BaseModel):
+    """A name from the catalogue; every further key is an argument of that architecture's builder."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Teacher(Model):
+    checkpoint: Path | None = Field(
+        None, description="run directory or weights (.safetensors) of a trained teacher; else the newest run"
+    )
+    weights: str | None = Field(
+        None, description="SHA-256 of that teacher's weights; written when a run starts, and then held to"
+    )
+
+
+class Loss(Section):
+    """The terms of the loss and what each is multiplied by."""
+
+    ce_weight: float = Field(1, ge=0, description="weight of the cross entropy with the labels")
+    kd_weight: float = Field(0, ge=0, description="weight of the distillation term")
+    temperature: float = Field(4, gt=0, description="what logits are divided by to make soft targets")
+    label_smoothing: float = Field(0, ge=0, lt=1, description="mass spread over all classes, in the cross entropy")
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Loss:
+        if self.ce_weight + self.kd_weight == 0:
+            raise ValueError("ce_weight and kd_weight are both 0: one must be positive")
+        return self
+
+
+class Optimizer(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0, description="peak learning rate, per step on the batch's mean loss")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum, AdamW's first beta")
+    nesterov: bool = Field(True, description="SGD with Nesterov's momentum")
+    weight_decay: float = Field(5e-4, ge=0, description="as torch.optim takes it")
+    decay_norm: bool = Field(True, description="weight decay on normalisation layers and biases too")
+    norm_bias_lr: float = Field(
+        1, gt=0, description="factor on the learning rate of the normalisation layers' biases (airbench: 64)"
+    )
+    grad_clip: float | None = Field(None, gt=0, description="largest L2 norm of the gradient")
+
+    @model_validator(mode="after")
+    def _nesterov_wants_momentum(self) -> Optimizer:
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov (=true) needs a momentum above 0")
+        return self
+
+
+class Schedule(Section):
+    """The learning rate over training, as a factor on the peak."""
+
+    name: Literal["cosine", "triangular", "constant", "step"] = "cosine"
+    warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up from initial_fraction")
+    initial_fraction: float = Field(0, ge=0, le=1, description="factor at the first step of the warm-up")
+    final_fraction: float = Field(0, ge=0, le=1, description="factor at the end (cosine, triangular)")
+    milestones: tuple[float, ...] = Field((), description="epochs at which step multiplies by gamma")
+    gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+
+
+class Recipe(Section):
+    """Everything that decides one run: the training of a teacher, or the distillation of a student."""
+
+    name: str = Field("recipe", description="the file it came from")
+    data: Data = Data()
+    augment: Augment = Augment()
+    teacher: Teacher | None = Field(None, description="trained, or distilled from where a student is given")
+    student: Model | None = Field(None, description="trained where it is given")
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    epochs: int = Field(200, ge=1, description="passes over the training split")
+    batch_size: int = Field(128, ge=2, description="images a step")
+    average_decay: float | None = Field(
+        None, gt=0, lt=1, description="decay a step of an exponential average of weights and BN buffers"
+    )
+    select: Literal["best", "last"] = Field(
+        "best", description="weights that are kept: best on val, or of the last epoch"
+    )
+    eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations on val")
+    budget: int = Field(BUDGET, gt=0, description="a student has fewer parameters than this")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: bool = Field(True, description="memory format of the images and weights")
+    checkpoint_minutes: float = Field(10, gt=0, description="most minutes of work that a kill can lose")
+    seed: int = 0
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$", description="auto, cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.teacher is None and self.student is None:
+            raise ValueError("neither a teacher nor a student is named")
+        if self.distils and self.teacher is None:
+            raise ValueError(f"loss.kd_weight (={self.loss.kd_weight:g}) needs a teacher")
+        if self.schedule.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs (={self.schedule.warmup_epochs:g}) must be at most epochs (={self.epochs})"
+            )
+        return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher's logits are part of the loss."""
+        return self.student is not None and self.loss.kd_weight > 0
+
+    @property
+    def model(self) -> Model:
+        """What is trained."""
+        model = self.student or self.teacher
+        assert model is not None
+        return model
+
+    @property
+    def role(self) -> Literal["teacher", "student"]:
+        return "student" if self.student is not None else "teacher"
+
+    def identity(self) -> dict[str, Any]:
+        """The recipe without the fields that only say where it runs."""
+        tree = self.model_dump(mode="json")
+        for path in (*PLACES, "name"):
+            *parents, leaf = path.split(".")
+            node: Any = tree
+            for parent in parents:
+                node = (node or {}).get(parent)
+            if node:
+                node.pop(leaf, None)
+        return tree
+
+    def digest(self) -> str:
+        """SHA-256 of the identity, as 64 hex digits."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Recipe) -> list[str]:
+        """One line ``field: mine -> theirs`` for each field of the identity that differs."""
+        mine, theirs = _flatten(self.identity()), _flatten(other.identity())
+        return [
+            f"{key}: {mine.get(key)} -> {theirs.get(key)}"
+            for key in sorted({*mine, *theirs})
+            if mine.get(key) != theirs.get(key)
+        ]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the toolkit."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """The tree of a shipped recipe (by name) or of a file (by path)."""
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{source}.yaml"
+        if not path.is_file():
+            raise RecipeError(f"no recipe named {str(source)!r}{closest(str(source), shipped())}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must hold a mapping of recipe fields, not {type(tree).__name__}")
+    tree.setdefault("name", path.stem)
+    return tree
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """``["a.b=1"]`` to ``{"a.b": 1}``; values are YAML."""
+    parsed, wrong = {}, []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            if not equals or not key:
+                raise ValueError
+            parsed[key.strip()] = _scalar(value)
+        except (ValueError, yaml.YAMLError):
+            wrong.append(setting)
+    if wrong:
+        raise RecipeError(f"--set takes key.path=value, not {', '.join(map(repr, wrong))}")
+    return parsed
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def resolve(
+    source: str | Path | Mapping[str, Any],
+    stage: Literal["train", "distill"],
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of one run.
+
+    ``source`` is a shipped name, a file, or a tree. ``overrides`` maps paths such as ``optimizer.lr`` to
+    values; a path that starts with ``train.`` or ``distill.`` counts for that stage alone. Raises
+    ``RecipeError`` with one line for each wrong field.
+    """
+    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read(source)
+    sections = {name: tree.pop(name, None) or {} for name in STAGES}
+    _merge(tree, sections[stage])
+    if stage == "train":
+        tree.pop("student", None)
+    for path, value in (overrides or {}).items():
+        head, _, rest = path.partition(".")
+        if head in STAGES:
+            if head != stage:
+                continue
+            path = rest
+        _set(tree, path, value)
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> Recipe:
+    """A ``Recipe`` from a tree, or a ``RecipeError`` that lists everything that is wrong with it."""
+    problems: list[str] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+    for key, known in (("teacher", names("teacher")), ("student", names("student"))):
+        node = tree.get(key)
+        name = node.get("name") if isinstance(node, Mapping) else None
+        if isinstance(name, str) and name not in known:
+            problems.append(f"{key}.name = {name!r}: there is no such {key}{closest(name, known)}")
+    if problems or recipe is None:
+        head = "the recipe is wrong" if len(problems) == 1 else f"the recipe is wrong in {len(problems)} places"
+        raise RecipeError(f"{head}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return recipe
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields(item["loc"][:-1])
+        return f"{path}: there is no such field{closest(str(item['loc'][-1]), known)}"
+    message = item["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
+    if item["type"] == "missing":
+        return f"{path}: is missing"
+    if item["type"] == "value_error":
+        return f"{path}: {message}"
+    if item["type"] == "string_pattern_mismatch":
+        field = _field(item["loc"])
+        message = f"should be {field}" if field else message
+    return f"{path} = {item['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _section(location: tuple[Any, ...]) -> type[BaseModel] | None:
+    section: Any = Recipe
+    for part in location:
+        info = section.model_fields.get(part)
+        kinds = (info.annotation, *getattr(info.annotation, "__args__", ())) if info else ()
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if section is None:
+            return None
+    return section
+
+
+def _fields(location: tuple[Any, ...]) -> list[str]:
+    section = _section(location)
+    return list(section.model_fields) if section else []
+
+
+def _field(location: tuple[Any, ...]) -> str | None:
+    section = _section(location[:-1])
+    info = section.model_fields.get(location[-1]) if section else None
+    return info.description if info else None
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = copy.deepcopy(value)
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        node = tree.get(parent)
+        if not isinstance(node, dict):
+            node = tree[parent] = {}
+        tree = node
+    tree[leaf] = value
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else key))
+    return flat

@@ -1,0 +1,186 @@
+"""The run directory: everything that one run wrote.
+
+recipe.yaml  environment.json  metrics.jsonl  summary.json (once finished)
+checkpoints/last.safetensors   all of the training state, to resume from
+checkpoints/best.safetensors   the weights that are kept, with what they are in the header
+report/  export/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from toolkit import __version__
+from toolkit.errors import CheckpointError, RunError
+from toolkit.files import write_atomic, write_text
+from toolkit.recipe import Recipe, validate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUNS = Path("runs")
+
+
+class Run:
+    """A run directory that exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        source = path / "recipe.yaml"
+        if not source.is_file():
+            raise RunError(f"{path} is not a run directory: it has no recipe.yaml")
+        try:
+            self.recipe: Recipe = validate(yaml.safe_load(source.read_text()))
+        except (yaml.YAMLError, AttributeError) as error:
+            raise RunError(f"{source} is damaged: {error}") from error
+
+    @classmethod
+    def start(cls, path: Path, recipe: Recipe, resume: bool) -> Run:
+        """The directory of this recipe's run, made where it does not exist.
+
+        A directory of another run, or of an unfinished one without ``resume``, raises ``RunError``.
+        """
+        if (path / "recipe.yaml").is_file():
+            run = cls(path)
+            if differences := run.recipe.differences(recipe):
+                raise RunError(
+                    f"{path} already holds a different run; differing: {'; '.join(differences)}. "
+                    "Choose another --run-dir, or repeat that run's recipe."
+                )
+            if not run.finished and not resume and run.checkpoint("last").is_file():
+                raise RunError(
+                    f"{path} holds an unfinished run of this recipe: add --resume to go on with it, "
+                    "or choose another --run-dir."
+                )
+            return run
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} exists and is not a run directory; choose another --run-dir")
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_text(path / "environment.json", json.dumps(environment(), indent=2))
+        write_text(path / "recipe.yaml", recipe.to_yaml())
+        return cls(path)
+
+    def checkpoint(self, name: Literal["last", "best"]) -> Path:
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def artifact(self) -> Path:
+        return self.export / f"{self.recipe.role}.onnx"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def summary(self) -> dict[str, Any]:
+        """What the finished run reached."""
+        if not self.finished:
+            raise RunError(f"{self.path} is not finished; go on with it by --run-dir {self.path} --resume")
+        return json.loads((self.path / "summary.json").read_text())
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2))
+
+    def history(self) -> list[dict[str, Any]]:
+        """One row an epoch; a line that a kill cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, epochs: int) -> None:
+        """Forget the rows of epochs that the checkpoint does not know."""
+        rows = [row for row in self.history() if row["epoch"] <= epochs]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def runs(root: Path = RUNS) -> list[Run]:
+    """The run directories under ``root``, newest first; damaged ones are left out."""
+    found = []
+    for path in root.glob("*/recipe.yaml"):
+        try:
+            found.append((path.stat().st_mtime, Run(path.parent)))
+        except (RunError, OSError, ValueError):
+            continue
+        except Exception as error:
+            if type(error).__name__ != "RecipeError":
+                raise
+    return [run for _, run in sorted(found, key=lambda item: (-item[0], str(item[1].path)))]
+
+
+def newest_artifact() -> Path:
+    """The newest ONNX file of a run. Raises ``RunError``."""
+    found = sorted(RUNS.glob("*/export/*.onnx"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise RunError(f"there is no artifact under {RUNS}/: `toolkit export` makes one from a finished run")
+    return found[-1]
+
+
+def default_path(recipe: Recipe, root: Path = RUNS) -> Path:
+    """``runs/<what>-<digest>``: the same recipe finds its own run again."""
+    dataset = recipe.data.dataset.split(":")[0]
+    parts = [recipe.model.name]
+    if recipe.distils and recipe.teacher:
+        parts += ["from", recipe.teacher.name]
+    return root / "-".join([*parts, dataset, recipe.digest()[:8]])
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    packages = ("torch", "torchvision", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime")
+    versions = {"toolkit": __version__, "python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "platform": platform.platform(), "command": ["toolkit", *sys.argv[1:]]}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """A safetensors file, written whole or not at all. ``header`` is any JSON."""
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = {"toolkit": json.dumps(header)}
+    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata=text))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors on the CPU and header of a file of ``save_tensors``. Raises ``CheckpointError``."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("toolkit")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    if text is None:
+        raise CheckpointError(f"{path} is a safetensors file, but not one of this toolkit")
+    return tensors, json.loads(text)

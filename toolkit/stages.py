@@ -1,0 +1,447 @@
+"""The stages of the chain, each one call: ``train``, ``distill``, ``validate``, ``export``, ``pipeline``.
+
+They find what they are not given (the newest run, the teacher's run), call the module that does the work, and
+return what happened. The command line prints it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from toolkit import data as datasets
+from toolkit import engine, recipe, report
+from toolkit.catalogue import build, mac_count, parameter_count
+from toolkit.errors import CheckpointError, DataError, RunError, TeacherError
+from toolkit.files import write_bytes, write_text
+from toolkit.progress import say
+from toolkit.recipe import Data, Recipe
+from toolkit.run import RUNS, Run, default_path, environment, load_tensors, runs
+
+if TYPE_CHECKING:
+    from export.parity import ParityReport
+    from toolkit.classifier import Classifier
+
+EXAMPLES = 8  # test images beside an artifact, for the page
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+def train(wanted: Recipe, run_dir: Path | None = None, resume: bool = False) -> Run:
+    """Train the recipe's teacher, or its student without one; the finished run."""
+    path = run_dir or default_path(wanted)
+    data = load_data(wanted.data)
+    engine.new_model(wanted, data)  # what the recipe gets wrong is said before a directory is made
+    run = Run.start(path, wanted, resume)
+    if run.finished:
+        say(f"{run.path} is finished already; its results are kept")
+    else:
+        say(f"training {wanted.model.name} on {data.name} in {run.path}")
+    engine.fit(wanted, data, run)
+    return run
+
+
+def distill(wanted: Recipe, run_dir: Path | None = None, resume: bool = False) -> Run:
+    """Distil the recipe's student from its teacher; the finished run.
+
+    The teacher comes from ``teacher.checkpoint``, else from the newest finished run of that name on the same
+    data. Raises ``TeacherError`` where there is none or it does not fit the data.
+    """
+    if not wanted.distils:
+        return train(wanted, run_dir, resume)
+    assert wanted.teacher is not None
+    data = load_data(wanted.data)
+    engine.new_model(wanted, data)
+    weights = find_teacher(wanted)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if wanted.teacher.weights not in (None, digest):
+        raise TeacherError(
+            f"{weights} has SHA-256 {digest[:12]}, the recipe asks for {wanted.teacher.weights[:12]}: "
+            "it is another teacher. Give the right one by --teacher-checkpoint."
+        )
+    teacher = load_teacher(weights, data)
+    chosen = wanted.teacher.model_copy(update={"checkpoint": weights, "weights": digest})
+    wanted = wanted.model_copy(update={"teacher": chosen})
+    run = Run.start(run_dir or default_path(wanted), wanted, resume)
+    if run.finished:
+        say(f"{run.path} is finished already; its results are kept")
+    else:
+        say(f"distilling {wanted.model.name} from {weights.parent.parent} on {data.name} in {run.path}")
+    engine.fit(wanted, data, run, teacher)
+    return run
+
+
+def check_student(wanted: Recipe) -> None:
+    """Raise what is wrong with the student, its size above all, before hours go into its teacher."""
+    engine.new_model(wanted, load_data(wanted.data))
+
+
+def without_teacher(wanted: Recipe) -> Recipe:
+    """The baseline of a distillation: the same recipe with the labels alone."""
+    loss = wanted.loss.model_copy(update={"ce_weight": 1.0, "kd_weight": 0.0})
+    return wanted.model_copy(update={"teacher": None, "loss": loss})
+
+
+def find_teacher(wanted: Recipe) -> Path:
+    """The weights of the recipe's teacher, or a ``TeacherError`` that names the command that makes them."""
+    assert wanted.teacher is not None
+    teacher = wanted.teacher
+    if teacher.checkpoint is not None:
+        path = teacher.checkpoint
+        weights = Run(path).checkpoint("best") if path.is_dir() else path
+        if not weights.is_file():
+            raise TeacherError(f"there are no weights of a teacher at {weights}")
+        return weights
+    for run in runs():
+        same = run.recipe.model.name == teacher.name and run.recipe.model.arguments == teacher.arguments
+        if run.finished and run.recipe.role == "teacher" and same and same_images(run.recipe.data, wanted.data):
+            return run.checkpoint("best")
+    dataset = wanted.data.dataset
+    raise TeacherError(
+        f"there is no trained {teacher.name} for {dataset} under {RUNS}/. Train one with `toolkit train --teacher "
+        f"{teacher.name} --dataset {dataset}`, add --train-teacher, or name one by --teacher-checkpoint."
+    )
+
+
+def same_images(one: Data, other: Data) -> bool:
+    keys = ("dataset", "image_size", "split_seed", "val_size")
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
+
+
+def load_teacher(weights: Path, data: datasets.DataSet) -> Classifier:
+    """A trained model, checked against the data. Raises ``TeacherError``."""
+    teacher, header = load_model(weights)
+    if header["classes"] != list(data.classes):
+        theirs, ours = header["classes"], list(data.classes)
+        differing = next((f"{a!r} where the data has {b!r}" for a, b in zip(theirs, ours, strict=False) if a != b), "")
+        raise TeacherError(
+            f"the teacher {weights} knows {len(theirs)} classes of {header['dataset']}, the data has {len(ours)} of "
+            f"{data.name}{'; first difference: ' + differing if differing else ''}"
+        )
+    return teacher
+
+
+def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
+    """The model of a file of weights, and the file's header (see ``engine.describe``). ``CheckpointError``."""
+    tensors, header = load_tensors(path)
+    if "position" in header:
+        raise CheckpointError(f"{path} is the state of an unfinished run; its weights are in best.safetensors")
+    model = build(header["model"], header["role"], len(header["classes"]), **header["arguments"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {header['model']}: {' '.join(str(error).split())}") from error
+    return model.eval(), header
+
+
+def load_data(config: Data) -> datasets.DataSet:
+    data = datasets.load(config)
+    if data.broken:
+        say(f"left out {len(data.broken)} unreadable files: {', '.join(data.broken[:5])}")
+    return data
+
+
+# --- what a command works on -------------------------------------------------------------------------------
+
+
+def newest_run(role: Literal["teacher", "student"] | None = None) -> Run:
+    """The newest finished run, of a student first. Raises ``RunError``."""
+    finished = [run for run in runs() if run.finished and role in (None, run.recipe.role)]
+    if not finished:
+        raise RunError(f"there is no finished run under {RUNS}/: `toolkit distill` makes one, `toolkit pipeline` too")
+    return next((run for run in finished if run.recipe.role == "student"), finished[0])
+
+
+# --- validation --------------------------------------------------------------------------------------------
+
+
+def validate(
+    target: Path | None = None,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    provider: Literal["auto", "cuda", "cpu"] = "auto",
+) -> tuple[dict[str, Any], Path]:
+    """Measure a run directory, a file of weights or an artifact on the test set.
+
+    Without a target the newest finished run is taken. Returns the metrics (see ``report.measure``) and the
+    folder of the report. A model of PyTorch is measured in fp32.
+    """
+    if target is None:
+        target = newest_run().path
+        say(f"validating the newest run, {target}")
+    if target.suffix == ".onnx":
+        return _validate_artifact(target, dataset, data_dir, provider)
+    run = Run(target) if target.is_dir() else None
+    if run is not None:
+        run.summary()  # unfinished runs are refused
+    weights = run.checkpoint("best") if run else target
+    model, header = load_model(weights)
+    data = load_data(_data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir))
+    _check_classes(header["classes"], data, weights)
+    place = engine.pick_device(device)
+    began = time.monotonic()
+    logits = engine.predict(model.to(place), data.test.images, place)
+    seconds = time.monotonic() - began
+    teacher_logits = None
+    facts = {
+        "model": header["model"],
+        "role": header["role"],
+        "parameters": f"{parameter_count(model):,}",
+        "MACs": f"{mac_count(model, header['image_size']):,} at {header['image_size']}x{header['image_size']}",
+        "data": f"{data.name}, {len(data.test):,} test images",
+        "teacher": header["teacher"] or "none",
+    }
+    history: list[dict[str, Any]] = []
+    if run is not None:
+        history, summary = run.history(), run.summary()
+        facts |= {
+            "recipe": f"{run.recipe.name} ({run.recipe.digest()[:12]})",
+            "seed": str(run.recipe.seed),
+            "epochs": f"{summary['epochs']} ({summary['steps']:,} steps of {history[-1]['batch_size']} images)",
+            "training": f"{summary['train_seconds']:,.0f} s on {summary['device']} in {summary['precision']}",
+        }
+        teacher_logits = _teacher_logits(run, data, place)
+    metrics = report.measure(logits, data.test.labels.numpy(), data.classes, teacher_logits)
+    identity = {"model": header["model"], "dataset": data.name, "provider": f"pytorch {place}", "seconds": seconds}
+    folder = run.report if run else weights.with_suffix(".report")
+    _write_report(folder, header["model"], identity | metrics, history, data, logits, facts, layer_table(model, header))
+    return identity | metrics, folder
+
+
+def _validate_artifact(
+    path: Path, dataset: str | None, data_dir: Path | None, provider: Literal["auto", "cuda", "cpu"]
+) -> tuple[dict[str, Any], Path]:
+    from serve.session import Session
+
+    session = Session(path, provider)
+    about = session.metadata
+    run = _run_of(path)
+    config = _data_config(
+        run.recipe.data if run else None, about.dataset, {"image_size": about.image_size}, dataset, data_dir
+    )
+    data = load_data(config)
+    _check_classes(list(about.labels), data, path)
+    began = time.monotonic()
+    logits, _ = session.run_batches(to_nhwc(data.test.images))
+    seconds = time.monotonic() - began
+    metrics = report.measure(logits, data.test.labels.numpy(), data.classes)
+    facts = {
+        "artifact": path.name,
+        "model": about.model,
+        "provider": session.provider,
+        "precision": about.precision,
+        "parameters": f"{about.parameters:,}",
+        "data": f"{data.name}, {len(data.test):,} test images",
+        "teacher": about.teacher or "none",
+    }
+    identity = {"model": about.model, "dataset": data.name, "provider": session.provider, "seconds": seconds}
+    folder = path.with_suffix(".report")
+    _write_report(folder, path.name, identity | metrics, [], data, logits, facts, None)
+    return identity | metrics, folder
+
+
+def _write_report(
+    folder: Path,
+    title: str,
+    metrics: dict[str, Any],
+    history: list[dict[str, Any]],
+    data: datasets.DataSet,
+    logits: np.ndarray,
+    facts: Mapping[str, str],
+    table: str | None,
+) -> None:
+    probabilities = torch.from_numpy(logits).softmax(1).numpy()
+    labels = data.test.labels.numpy()
+    images = to_nhwc(data.test.images)
+    report.write(folder, title, metrics, history, images, labels, probabilities, data.classes, facts, table)
+
+
+def to_nhwc(images: torch.Tensor) -> np.ndarray:
+    """uint8 ``[N,3,H,W]`` to what an artifact takes, ``[N,H,W,3]``."""
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def layer_table(model: Classifier, header: Mapping[str, Any]) -> str:
+    """Layers with output shapes and parameters, as torchinfo prints them."""
+    import torchinfo
+
+    size = header["image_size"]
+    return str(torchinfo.summary(model, (1, 3, size, size), device="cpu", verbose=0, depth=6))
+
+
+def _data_config(
+    of_run: Data | None, name: str, header: Mapping[str, Any], dataset: str | None, data_dir: Path | None
+) -> Data:
+    """Where the test images come from: the flags, else the run, else what the file says of its data set."""
+    if of_run is None:
+        if dataset is None and name.startswith("folder"):
+            raise DataError(f"the model was trained on {name}; say where it is by --dataset folder:PATH")
+        of_run = Data(dataset=dataset or name, image_size=header["image_size"])
+    changes: dict[str, Any] = {}
+    if dataset is not None:
+        changes["dataset"] = dataset
+    if data_dir is not None:
+        changes["data_dir"] = data_dir
+    return Data.model_validate(of_run.model_dump() | changes)
+
+
+def _check_classes(classes: list[str], data: datasets.DataSet, what: Path) -> None:
+    if list(classes) != list(data.classes):
+        raise DataError(
+            f"{what} knows the classes {', '.join(classes[:5])}... ({len(classes)}), {data.name} has "
+            f"{', '.join(data.classes[:5])}... ({len(data.classes)}): they must be the same"
+        )
+
+
+def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> np.ndarray | None:
+    """The teacher's logits on the test set, or None where there is no teacher any more."""
+    if not run.recipe.distils:
+        return None
+    try:
+        weights = find_teacher(run.recipe)
+        teacher = load_teacher(weights, data).to(device, memory_format=torch.channels_last)
+    except (TeacherError, CheckpointError, RunError) as error:
+        say(f"the comparison with the teacher is left out: {error}")
+        return None
+    return engine.predict(teacher, data.test.images, device, engine.pick_dtype("auto", device))
+
+
+def _run_of(artifact: Path) -> Run | None:
+    """The run directory that an artifact lies in, if it does."""
+    folder = artifact.resolve().parent.parent
+    return Run(folder) if (folder / "recipe.yaml").is_file() else None
+
+
+# --- export ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exported:
+    path: Path
+    parity: ParityReport
+    report: Path
+
+
+def export(
+    target: Path | None = None,
+    output: Path | None = None,
+    data_dir: Path | None = None,
+    provider: Literal["auto", "cuda", "cpu"] = "auto",
+) -> Exported:
+    """Write a finished run's model as an ONNX artifact, and hold it against PyTorch.
+
+    The session that is compared is the one that ``serve`` opens. An artifact that fails is removed, its
+    parity report kept, and ``ParityError`` raised.
+    """
+    from export import onnx_export, parity
+    from export.artifact import Metadata
+    from serve.session import Session
+
+    if target is None:
+        target = newest_run().path
+        say(f"exporting the newest run, {target}")
+    run = Run(target)
+    run.summary()
+    model, header = load_model(run.checkpoint("best"))
+    metrics_file = run.report / "metrics.json"
+    if not metrics_file.is_file():
+        say("measuring the model first: the artifact carries its accuracy")
+        validate(target, data_dir=data_dir)
+    metrics = json.loads(metrics_file.read_text())
+    data = load_data(_data_config(run.recipe.data, header["dataset"], header, None, data_dir))
+    about = Metadata(
+        model=header["model"],
+        labels=tuple(header["classes"]),
+        image_size=header["image_size"],
+        parameters=parameter_count(model),
+        macs=mac_count(model, header["image_size"]),
+        recipe_digest=header["recipe_digest"],
+        dataset=header["dataset"],
+        dataset_digest=header["dataset_digest"],
+        accuracy=metrics["top1"],
+        ece=metrics["ece"],
+        teacher=header["teacher"],
+        versions=environment()["versions"],
+    )
+    path = output or run.artifact
+    # The gate comes before the name: what fails never stands where a good artifact stood.
+    candidate = path.with_name(f".{path.stem}.candidate.onnx")
+    try:
+        onnx_export.export(model, about, candidate)
+        session = Session(candidate, provider)
+        result = parity.check(session.run_batches, model, data.test.images, data.test.labels, provider=session.provider)
+        parity_file = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
+        write_text(parity_file, result.model_dump_json(indent=2))
+        result.raise_if_failed()
+        candidate.replace(path)
+    finally:
+        candidate.unlink(missing_ok=True)
+    _write_examples(path.parent / "examples", data)
+    return Exported(path, result, parity_file)
+
+
+def _write_examples(folder: Path, data: datasets.DataSet) -> None:
+    """The first test image of each of the first classes, as PNG, for the page."""
+    import io
+
+    from PIL import Image
+
+    for index, name in enumerate(data.classes[:EXAMPLES]):
+        found = (data.test.labels == index).nonzero()
+        if len(found):
+            buffer = io.BytesIO()
+            Image.fromarray(to_nhwc(data.test.images[found[0]])[0]).save(buffer, "PNG")
+            safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+            write_bytes(folder / f"{index:02}-{safe}.png", buffer.getvalue())
+
+
+# --- the whole chain ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chain:
+    teacher: Run
+    student: Run
+    baseline: Run | None
+    metrics: dict[str, Any]
+    exported: Exported
+    seconds: float
+
+
+def pipeline(
+    source: str | Path,
+    overrides: Mapping[str, Any],
+    root: Path | None = None,
+    resume: bool = False,
+    baseline: bool = False,
+) -> Chain:
+    """Teacher, student, report and artifact from one recipe file; ``root`` holds the run directories."""
+    began = time.monotonic()
+    teacher_recipe = recipe.resolve(source, "train", overrides)
+    student_recipe = recipe.resolve(source, "distill", overrides)
+    check_student(student_recipe)
+    teacher = train(teacher_recipe, root and root / "teacher", resume)
+    student_recipe = from_teacher(student_recipe, teacher)
+    student = distill(student_recipe, root and root / "student", resume)
+    alone = train(without_teacher(student_recipe), root and root / "baseline", resume) if baseline else None
+    metrics, _ = validate(student.path)
+    if alone is not None:
+        metrics["baseline_top1"] = validate(alone.path)[0]["top1"]
+    exported = export(student.path)
+    return Chain(teacher, student, alone, metrics, exported, time.monotonic() - began)
+
+
+def from_teacher(wanted: Recipe, run: Run) -> Recipe:
+    """The recipe with this run as its teacher."""
+    assert wanted.teacher is not None
+    return wanted.model_copy(update={"teacher": wanted.teacher.model_copy(update={"checkpoint": run.path})})
