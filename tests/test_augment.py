@@ -247,6 +247,17 @@ def test_cutout_squares_have_their_size_and_any_centre() -> None:
     assert set((boxes[:, 0] + 3).tolist()) == set((boxes[:, 1] + 3).tolist()) == set(range(SIDE))
 
 
+def test_cutmix_boxes_lie_anywhere() -> None:
+    boxes = drawn(5000, cutmix=1)["box"]
+    height, width = (boxes[:, 2:] - boxes[:, :2]).T
+    # Boxes have even sides unless the border clips them: 1 pixel is left of 2 around the first one alone.
+    assert (height == 1).any()
+    assert (width == 1).any()
+    assert boxes.min() == 0
+    assert boxes.max() == SIDE
+    assert (height * width).mean() / SIDE**2 == pytest.approx(0.3, abs=0.1)
+
+
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_mixup_weights_follow_beta(alpha: float) -> None:
     table = drawn(20_000, mixup=alpha)

@@ -379,6 +379,23 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert load_data(f"folder:{tmp_path / 'vehicles'}", val_size=0).classes == ("bus", "train")
 
 
+def test_few_images_leave_one_of_each_class_for_the_test(tmp_path: Path) -> None:
+    fill(tmp_path / "photos" / "cat", 3)
+    fill(tmp_path / "photos" / "dog", 3, 100)
+    assert load_data(f"folder:{tmp_path / 'photos'}", val_size=0).test.labels.tolist() == [0, 1]
+
+
+def test_digest_covers_labels_and_class_names(photos: Path) -> None:
+    digests = {load_data(f"folder:{photos}").digest}
+    # The same images in the same order, one with another label.
+    (photos / "train" / "cat" / "011.JPEG").rename(photos / "train" / "dog" / "!.JPEG")
+    digests.add(load_data(f"folder:{photos}").digest)
+    for part in ("train", "test"):
+        (photos / part / "dog").rename(photos / part / "fox")
+    digests.add(load_data(f"folder:{photos}").digest)
+    assert len(digests) == 3
+
+
 def test_folder_without_a_path() -> None:
     with pytest.raises(DataError, match="which"):
         load_data("folder")

@@ -64,7 +64,7 @@ class Augmenter:
         if not self.mixes:
             return self._view(index), self.one_hot[self.labels[index]]
         partner = self.table["partner"][index]
-        images, others = self._view(torch.cat([index, partner])).chunk(2)
+        images, others = self._view(index), self._view(partner)
         weight = self.table["weight"][index].view(-1, 1, 1, 1)
         if self.config.cutmix:
             weight = weight.masked_fill(self._inside(self.table["box"][index]), 0)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import socket
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,7 +143,7 @@ def _cifar_root(name: str, kind: Any, config: recipe.Data) -> Path:
 
 def _cifar_unpack(name: str, kind: Any, root: Path, download: bool) -> None:
     """Make ``root``'s folder from the archive in it or from the network: whole, or not at all."""
-    from torchvision.datasets.utils import calculate_md5, download_url
+    from torchvision.datasets.utils import calculate_md5, download_url, extract_archive
 
     archive = root / kind.filename
     if not download and (found := calculate_md5(archive)) != kind.tgz_md5:
@@ -154,11 +153,10 @@ def _cifar_unpack(name: str, kind: Any, root: Path, download: bool) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
             if download:
                 print(f"downloading {kind.url} to {root}", file=sys.stderr)
-                with contextlib.redirect_stdout(sys.stderr), _socket_timeout(DOWNLOAD_TIMEOUT):
+                with _socket_timeout(DOWNLOAD_TIMEOUT):  # its progress goes to stderr
                     download_url(kind.url, temporary, kind.filename, kind.tgz_md5)
                 archive = Path(temporary, kind.filename)
-            with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter="data")
+            extract_archive(str(archive), temporary)
             Path(temporary, kind.base_folder).rename(root / kind.base_folder)
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the official bytes
         what = f"downloading {name} from {kind.url} to {root}" if download else f"unpacking {archive}"

@@ -379,7 +379,7 @@ def export(
     try:
         onnx_export.export(model, about, candidate)
         session = Session(candidate, provider)
-        result = parity.check(session.run_batches, model, data.test.images, data.test.labels, provider=session.provider)
+        result = parity.check(session.run, model, data.test.images, data.test.labels, provider=session.provider)
         parity_file = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
         write_text(parity_file, result.model_dump_json(indent=2))
         result.raise_if_failed()

@@ -1,0 +1,95 @@
+"""Each architecture of the catalogue: counts, shapes, gradients, and parity of its ONNX file."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from export import onnx_export, parity
+from export.artifact import Metadata
+from serve.session import Session
+from toolkit.catalogue import ROLES, build, builder, check_budget, info, names, parameter_count
+from toolkit.errors import BudgetError, RecipeError, UnknownNameError
+
+MODELS = [(role, name) for role in ROLES for name in names(role)]
+PARAMETERS = {"wrn28": 36_479_194, "tpsnet": 4_959_770, "resnet9": 3_195_680, "resnet9_wide": 9_947_504}
+
+
+@pytest.mark.parametrize(("role", "name"), MODELS)
+def test_counts_are_those_of_source_and_docstring(role, name):
+    entry = info(name, role)
+    assert entry.parameters == PARAMETERS[name]
+    assert entry.source
+    assert entry.fits_budget == (entry.parameters < 5_000_000)
+    assert entry.fits_budget or role == "teacher"
+    doc = inspect.getdoc(builder(name, role))
+    assert f"{entry.parameters:,} parameters" in doc
+    giga = float(re.search(r"([\d.]+) G MACs at 32x32", doc)[1])
+    assert giga == pytest.approx(entry.macs / 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize(("role", "name"), MODELS)
+@pytest.mark.parametrize("classes", [2, 100])
+def test_shapes_and_finite_gradients(role, name, classes):
+    torch.manual_seed(0)
+    model = build(name, role, classes)
+    logits = model(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, classes)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+def test_the_normalisation_is_inside():
+    model = build("resnet9", "student", 10, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), widths=(8, 8, 8)).eval()
+    images = torch.rand(2, 3, 32, 32)
+    by_hand = (images - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    torch.testing.assert_close(model(images), model.network(by_hand))
+
+
+@pytest.mark.parametrize(("role", "name"), MODELS)
+def test_the_artifact_computes_what_pytorch_computes(role, name, tmp_path):
+    torch.manual_seed(0)
+    model = build(name, role, 10)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():  # norms that have seen images, so that folding them changes something
+        for _ in range(2):
+            model(images.float() / 255)
+    about = Metadata(
+        model=name,
+        labels=tuple("abcdefghij"),
+        image_size=32,
+        parameters=parameter_count(model),
+        recipe_digest="",
+        dataset="random",
+        dataset_digest="",
+    )
+    onnx_export.export(model, about, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", "cpu")
+    labels = torch.zeros(8, dtype=torch.int64)
+    report = parity.check(session.run, model, images, labels, provider=session.provider, batches=(1, 3))
+    report.raise_if_failed()
+    assert max(abs(session.run(images.permute(0, 2, 3, 1).numpy())[0]).ravel()) > 1e-3
+
+
+def test_a_student_over_the_budget_stops_with_the_excess_and_what_fits():
+    with pytest.raises(BudgetError) as caught:
+        check_budget("tpsnet", 4_959_770, 4_000_000, 10)
+    message = str(caught.value)
+    assert "4,959,770" in message
+    assert "959,771 too many" in message
+    assert "resnet9 (3,195,680)" in message
+    check_budget("tpsnet", 4_959_770, 4_959_771, 10)
+    with pytest.raises(BudgetError):
+        check_budget("tpsnet", 4_959_770, 4_959_770, 10)
+
+
+def test_unknown_names_and_arguments_are_refused_with_the_nearest():
+    with pytest.raises(UnknownNameError, match="did you mean 'tpsnet'"):
+        build("tpsnot", "student", 10)
+    with pytest.raises(RecipeError, match=r"student\.widht.*did you mean 'width'"):
+        build("tpsnet", "student", 10, widht=2)
+    with pytest.raises(RecipeError, match="6 n"):
+        build("wrn28", "teacher", 10, depth=27)

@@ -1,0 +1,138 @@
+"""Every shipped recipe, and the rules of recipes. No training here."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from toolkit import recipe as recipes
+from toolkit.catalogue import build, check_budget, parameter_count
+from toolkit.errors import RecipeError
+from toolkit.recipe import RECIPES, resolve, shipped
+
+STUDENT = {"teacher": {"name": "wrn28"}, "student": {"name": "tpsnet"}, "loss": {"kd_weight": 0.9}}
+
+
+@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("stage", ["train", "distill"])
+def test_shipped_recipes_are_whole(name, stage):
+    recipe = resolve(name, stage)
+    model = build(recipe.model.name, recipe.role, 10, **recipe.model.arguments)
+    assert recipe.role == ("teacher" if stage == "train" else "student")
+    if stage == "distill":
+        assert recipe.distils
+        check_budget(recipe.model.name, parameter_count(model), recipe.budget, 10)
+    header = re.match(r"(#.*\n)+", (RECIPES / f"{name}.yaml").read_text())[0]
+    assert "toolkit " in header, "the header gives the command"
+
+
+def test_all_errors_come_at_once_with_field_value_and_what_is_allowed():
+    tree = {
+        "student": {"name": "tpsnat"},
+        "teacher": {"name": "wrn"},
+        "optimizer": {"lrr": 1, "lr": -1},
+        "loss": {"temperature": 0},
+        "epochs": "many",
+        "data": {"dataset": "cifar"},
+    }
+    with pytest.raises(RecipeError) as caught:
+        resolve(tree, "distill")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the recipe is wrong in 7 places:"
+    text = "\n".join(lines)
+    for expected in (
+        "student.name = 'tpsnat'",
+        "did you mean 'tpsnet'?",
+        "teacher.name = 'wrn'",
+        "optimizer.lrr: there is no such field; did you mean 'lr'?",
+        "optimizer.lr = -1: input should be greater than 0",
+        "loss.temperature = 0: input should be greater than 0",
+        "epochs = 'many'",
+        "data.dataset = 'cifar': should be cifar10, cifar100, digits, or folder:PATH",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": None, "teacher": None}, "neither a teacher nor a student"),
+        ({"teacher": None}, r"loss.kd_weight \(=0.9\) needs a teacher"),
+        ({"loss": {"ce_weight": 0, "kd_weight": 0}}, "both 0"),
+        ({"epochs": 3, "schedule": {"warmup_epochs": 5}}, r"warmup_epochs \(=5\) must be at most epochs \(=3\)"),
+        ({"optimizer": {"momentum": 0}}, "nesterov"),
+    ],
+)
+def test_fields_that_contradict_each_other(change, message):
+    with pytest.raises(RecipeError, match=message):
+        resolve(STUDENT | change, "distill")
+
+
+def test_sections_and_overrides_count_for_their_stage():
+    tree = STUDENT | {"epochs": 9, "train": {"epochs": 5, "loss": {"kd_weight": 0}}, "distill": {"batch_size": 64}}
+    overrides = recipes.parse_settings(["optimizer.lr=1e-3", "train.seed=7", "student.blocks=[7,7,7]"])
+    train, distill = resolve(tree, "train", overrides), resolve(tree, "distill", overrides)
+    assert (train.epochs, train.batch_size, train.seed) == (5, 128, 7)
+    assert (distill.epochs, distill.batch_size, distill.seed) == (9, 64, 0)
+    assert train.optimizer.lr == distill.optimizer.lr == 1e-3
+    assert train.student is None
+    assert distill.model.arguments == {"blocks": [7, 7, 7]}
+
+
+def test_a_written_recipe_is_the_same_recipe(tmp_path):
+    recipe = resolve(STUDENT | {"schedule": {"name": "step", "milestones": [1, 2]}}, "distill")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    again = resolve(tmp_path / "recipe.yaml", "distill")
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+
+
+def test_the_digest_knows_what_is_computed_and_not_where():
+    recipe = resolve(STUDENT, "distill")
+    elsewhere = resolve(STUDENT, "distill", {"data.data_dir": "/tmp/x", "device": "cpu", "teacher.checkpoint": "a"})
+    assert elsewhere.digest() == recipe.digest()
+    other = resolve(STUDENT, "distill", {"optimizer.lr": 0.2, "student.dropout": 0.1})
+    assert recipe.differences(other) == ["optimizer.lr: 0.1 -> 0.2", "student.dropout: None -> 0.1"]
+
+
+@pytest.mark.parametrize("setting", ["epochs", "=3", "optimizer.lr=[1", ""])
+def test_settings_that_are_none(setting):
+    with pytest.raises(RecipeError, match="key.path=value"):
+        recipes.parse_settings([setting])
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "3", ""])
+def test_files_that_are_no_recipe(tmp_path, content):
+    path = tmp_path / "x.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=r"x\.yaml"):
+        resolve(path, "train")
+    with pytest.raises(RecipeError, match="cannot read"):
+        resolve(tmp_path / "missing.yaml", "train")
+    with pytest.raises(RecipeError, match="did you mean 'cifar10'"):
+        resolve("cifar11", "train")
+
+
+def test_every_field_says_what_it_means():
+    """Fields whose name and choices say it all are exempt."""
+    plain = {"name", "seed", "precision"}
+    for section in (recipes.Data, recipes.Augment, recipes.Loss, recipes.Optimizer, recipes.Schedule, recipes.Recipe):
+        for name, field in section.model_fields.items():
+            nested = isinstance(field.annotation, type) and issubclass(field.annotation, recipes.Section)
+            assert field.description or nested or name in plain, f"{section.__name__}.{name}"
+
+
+def test_recipes_load_without_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, toolkit.recipe as r; r.resolve('digits', 'train'); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_yaml_of_shipped_recipes_has_no_unknown_section():
+    for path in Path(RECIPES).glob("*.yaml"):
+        tree = yaml.safe_load(path.read_text())
+        assert set(tree) <= {*recipes.Recipe.model_fields, "train", "distill"}, path.name

@@ -1,0 +1,81 @@
+"""Schedules against PyTorch's own, parameter groups, and the average of weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.optim import lr_factor, make_average, make_optimizer, set_lr
+from toolkit.recipe import Optimizer, Schedule
+
+
+def torchs(scheduler, steps, **arguments):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = scheduler(optimizer, **arguments)
+    factors = []
+    for _ in range(steps):
+        factors.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return factors
+
+
+def ours(steps, per_epoch=10, **config):
+    return [lr_factor(Schedule(**config), step, steps, per_epoch) for step in range(steps)]
+
+
+def test_cosine_is_pytorchs():
+    expected = torchs(torch.optim.lr_scheduler.CosineAnnealingLR, 50, T_max=50)
+    assert ours(50, name="cosine") == pytest.approx(expected)
+
+
+def test_step_is_pytorchs():
+    expected = torchs(torch.optim.lr_scheduler.MultiStepLR, 50, milestones=[20, 40], gamma=0.2)
+    assert ours(50, name="step", milestones=(2, 4), gamma=0.2) == pytest.approx(expected)
+
+
+def test_triangular_is_two_straight_lines():
+    expected = torchs(torch.optim.lr_scheduler.LinearLR, 10, start_factor=0.2, end_factor=1.0, total_iters=10)
+    expected += torchs(torch.optim.lr_scheduler.LinearLR, 40, start_factor=1.0, end_factor=0.1, total_iters=40)
+    config = {"name": "triangular", "warmup_epochs": 1, "initial_fraction": 0.2, "final_fraction": 0.1}
+    assert ours(50, **config) == pytest.approx(expected)
+
+
+def test_constant_stays_after_its_warm_up():
+    assert ours(30, name="constant", warmup_epochs=2)[:3] == pytest.approx([0, 0.05, 0.1])
+    assert set(ours(30, name="constant", warmup_epochs=2)[20:]) == {1.0}
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name):
+    model = net()
+    config = Optimizer(name=name, lr=0.5, weight_decay=0.1, decay_norm=False, norm_bias_lr=8)
+    optimizer = make_optimizer(config, model)
+    set_lr(optimizer, 0.25)
+    seen = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in seen
+            seen[id(parameter)] = (group["weight_decay"], group["lr"])
+    expected = {
+        model[0].weight: (0.1, 0.25),
+        model[0].bias: (0.0, 0.25),
+        model[1].weight: (0.0, 0.25),
+        model[1].bias: (0.0, 2.0),
+        model[4].weight: (0.1, 0.25),
+        model[4].bias: (0.0, 0.25),
+    }
+    assert seen == {id(parameter): values for parameter, values in expected.items()}
+
+
+def test_the_average_holds_the_buffers_of_batch_norm_too():
+    model = net()
+    average = make_average(model, 0.5)
+    average.update_parameters(model)  # the first update copies
+    before = model[1].running_mean.clone()
+    model[1].running_mean.fill_(3.0)
+    average.update_parameters(model)
+    torch.testing.assert_close(average.module[1].running_mean, (before + 3.0) / 2)
