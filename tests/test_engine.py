@@ -1,5 +1,6 @@
 """The training loop: determinism, resuming, what is kept, and what stops it."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_a_run_stopped_within_an_epoch_ends_as_one_that_was_not(tmp_path, data, 
         @property
         def asked(self):
             StopAt.steps += 1
-            return StopAt.steps == 6  # read once or twice a step: within an epoch
+            return StopAt.steps == 3  # read once a step: within an epoch, and once at the end of all
 
         @asked.setter
         def asked(self, value):
@@ -73,12 +74,10 @@ def test_a_run_stopped_within_an_epoch_ends_as_one_that_was_not(tmp_path, data, 
         stops = 0
         while not halved.finished:
             StopAt.steps = 0
-            try:
+            with contextlib.suppress(Interrupted):
                 engine.fit(recipe, data, halved)
-            except Interrupted as stop:
-                stops += 1
-                assert "--resume" in str(stop)
-    assert stops >= 3
+            stops += not halved.finished
+    assert stops == 4
     assert weights(whole) == weights(halved)
     keys = ("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "lr")
     assert [[row[k] for k in keys] for row in whole.history()] == [[row[k] for k in keys] for row in halved.history()]
@@ -127,7 +126,14 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, 
 
 def test_the_student_learns_from_the_teacher_alone_and_leaves_it_as_it_was(tmp_path, data):
     """Labels are shuffled: only the teacher knows, and with ce_weight 0 only the teacher counts."""
-    recipe, run = start(tmp_path / "teacher", epochs=12, **{"student.dropout": 0})
+    fast = {
+        "student": {"name": "resnet9", "widths": [16, 16, 32], "stem": 8},
+        "optimizer": {"lr": 0.4, "momentum": 0.85},
+        "augment": {"flip": "none", "crop_padding": 0},
+        "epochs": 12,
+    }
+    recipe = resolve(TREE | fast, "distill")
+    run = Run.start(tmp_path / "teacher", recipe, resume=False)
     engine.fit(recipe, data, run)
     teacher, _ = load_model(run.checkpoint("best"))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -142,20 +148,22 @@ def test_the_student_learns_from_the_teacher_alone_and_leaves_it_as_it_was(tmp_p
         data.std,
         "d",
     )
-    tree = TREE | {"teacher": {"name": "resnet9_wide"}, "loss": {"ce_weight": 0, "kd_weight": 1}}
-    recipe = resolve(tree, "distill", {"epochs": 12, "student.dropout": 0})
+    recipe = resolve(
+        TREE | fast | {"teacher": {"name": "resnet9_wide"}, "loss": {"ce_weight": 0, "kd_weight": 1}}, "distill"
+    )
     student = Run.start(tmp_path / "student", recipe, resume=False)
     engine.fit(recipe, wrong, student, teacher)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     distilled, _ = load_model(student.checkpoint("best"))
     answers = [engine.predict(m, data.test.images, torch.device("cpu")).argmax(1) for m in (teacher, distilled)]
-    assert (answers[0] == answers[1]).mean() > 0.5
+    assert (answers[0] == answers[1]).mean() > 0.6
 
 
 def test_a_state_of_another_model_is_refused(tmp_path, data):
     recipe, run = start(tmp_path / "run", epochs=1)
     engine.fit(recipe, data, run)
     other = Run.start(tmp_path / "other", resolve(TREE, "distill", {"student.base": 6}), resume=True)
+    other.checkpoint("last").parent.mkdir()
     run.checkpoint("last").rename(other.checkpoint("last"))
     with pytest.raises(CheckpointError, match="belongs to another model"):
         engine.fit(other.recipe, data, other)

@@ -179,9 +179,7 @@ def test_the_page_shows_pictures_that_exist(tmp_path, k, n, epochs, val):
     assert "Conv2d: 5" in page
     assert all(f"| class {i} |" in page for i in range(k))
     links = set(re.findall(r"\]\((.+?)\)", page))
-    assert links | {"report.md"} == {
-        path.name for path in tmp_path.iterdir()
-    }  # nothing missing, nothing over
+    assert links | {"report.md"} == {path.name for path in tmp_path.iterdir()}  # nothing missing, nothing over
 
 
 def test_history_as_csv(tmp_path):
@@ -209,8 +207,7 @@ def test_worst_mistakes_are_the_most_confident_ones():
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.01, 0.99], [0.2, 0.8], [0.45, 0.55]])
     images = np.zeros((5, 8, 8, 3), dtype=np.uint8)
     texts = [
-        text.get_text()
-        for text in report._predictions(images, labels, probabilities, ["cat", "dog"]).axes[0].texts
+        text.get_text() for text in report._predictions(images, labels, probabilities, ["cat", "dog"]).axes[0].texts
     ]
     start = next(i for i, text in enumerate(texts) if text.startswith("Worst mistakes"))
     assert "4 wrong" in texts[start]
@@ -253,10 +250,5 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
 
 
 def test_no_torch_and_no_global_pyplot():
-    code = (
-        "import sys, toolkit.report; print([m for m in ('torch', 'matplotlib.pyplot') if m in sys.modules])"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    code = "import sys, toolkit.report; print([m for m in ('torch', 'matplotlib.pyplot') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -33,7 +33,8 @@ BUDGET = 5_000_000
 def _modules(role: Role) -> dict[str, str]:
     """Name of each builder to the module that holds it."""
     spec = importlib.util.find_spec(f"{role}s")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     found: dict[str, str] = {}
     for path in sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -159,7 +159,7 @@ def train(
 
     run = stages.train(resolve(_source(ctx, "cifar10"), "train", _overrides(ctx)), run_dir, resume)
     _print_run(run)
-    print(f"next: toolkit distill --teacher {run.recipe.model.name} --student NAME")
+    print(f"next: toolkit distill {stages.options(run.recipe)} --teacher {run.recipe.model.name} --student NAME")
 
 
 @app.command()
@@ -192,10 +192,10 @@ def distill(
 
     source, overrides = _source(ctx, "cifar10"), _overrides(ctx)
     wanted = resolve(source, "distill", overrides)
-    if train_teacher:
+    if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
         # Lengths and rates on this command line are the student's; the teacher keeps its recipe's.
-        shared = {k: v for k, v in overrides.items() if k.startswith(("data.", "train.")) or k in SHARED}
-        stages.check_student(wanted)
+        shared = {k: v for k, v in overrides.items() if k.startswith(SHARED)}
+        stages.check(wanted)
         teacher_run = stages.train(resolve(source, "train", shared), resume=True)
         wanted = stages.from_teacher(wanted, teacher_run)
     run = stages.distill(wanted, run_dir, resume)
@@ -212,7 +212,7 @@ def distill(
     print(f"next: toolkit validate {run.path}, toolkit export {run.path}")
 
 
-SHARED = ("seed", "device", "teacher.name")
+SHARED = ("seed", "device", "data.", "teacher.", "train.")
 
 
 @app.command()

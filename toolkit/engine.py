@@ -141,6 +141,10 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
     )
     batch_size = min(recipe.batch_size, len(train.labels))
     steps = len(train.labels) // batch_size  # the ragged rest of the shuffled order is left out
+
+    def lr_at(step: int) -> float:
+        return recipe.optimizer.lr * lr_factor(recipe.schedule, step, recipe.epochs * steps, steps)
+
     state = Checkpoint(run, model, optimizer, average)
     at = state.load()
     header = describe(recipe, data)
@@ -156,10 +160,7 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
             before = at.epoch_seconds
             for step in range(at.step, steps):
                 done = epoch * steps + step
-                set_lr(
-                    optimizer,
-                    recipe.optimizer.lr * lr_factor(recipe.schedule, done, recipe.epochs * steps, steps),
-                )
+                set_lr(optimizer, lr_at(done))
                 images, labels = augmenter.batch(order[step * batch_size : (step + 1) * batch_size])
                 images = images.contiguous(memory_format=layout)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -188,10 +189,11 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
                     raise DivergedError(diverged(run, epoch, done + 1))
                 rate = at.step * batch_size / at.epoch_seconds
                 display.step(done + 1, at.loss_sum / at.step, at.correct / at.step, rate)
-                if stop.asked or now - saved > recipe.checkpoint_minutes * 60:
+                stopping = stop.asked  # read once: a signal may come at any time
+                if stopping or now - saved > recipe.checkpoint_minutes * 60:
                     state.save(at, header)
                     saved = time.monotonic()
-                if stop.asked:
+                if stopping:
                     raise Interrupted(stopped(run, epoch, step, steps))
 
             val_loss = val_top1 = None
@@ -213,7 +215,7 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
                 "train_top1": at.correct / steps,
                 "val_loss": val_loss,
                 "val_top1": val_top1,
-                "lr": optimizer.param_groups[0]["lr"],
+                "lr": lr_at((epoch + 1) * steps - 1),
                 "batch_size": batch_size,
                 "images_per_second": steps * batch_size / at.epoch_seconds,
                 "seconds": at.epoch_seconds,

@@ -47,6 +47,14 @@ class Data(Section):
     split_seed: int = Field(0, description="seed of the validation split; the same for teacher and student")
     skip_broken: bool = Field(False, description="leave unreadable images of a folder out")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_by_its_path(cls, tree: Any) -> Any:
+        # data_dir only says where a known data set lies; a folder's path is what tells it from another.
+        if isinstance(tree, Mapping) and tree.get("dataset") == "folder" and tree.get("data_dir"):
+            return {**tree, "dataset": f"folder:{tree['data_dir']}", "data_dir": None}
+        return tree
+
 
 class Augment(Section):
     """Augmentation of the training images, in the order in which it is applied."""
@@ -279,15 +287,23 @@ def resolve(
     tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read(source)
     sections = {name: tree.pop(name, None) or {} for name in STAGES}
     _merge(tree, sections[stage])
-    if stage == "train":
-        tree.pop("student", None)
+    given: dict[str, Any] = {}
     for path, value in (overrides or {}).items():
         head, _, rest = path.partition(".")
-        if head in STAGES:
-            if head != stage:
-                continue
-            path = rest
+        if head not in STAGES or not rest:
+            given[path] = value
+        elif head == stage:
+            given[rest] = value
+    for key in ("teacher", "student"):
+        node, name = tree.get(key), given.get(f"{key}.name")
+        if isinstance(node, dict) and name not in (None, node.get("name")):
+            tree[key] = {}  # what the recipe says of one model does not hold for another
+    for path, value in given.items():
         _set(tree, path, value)
+    if stage == "train":  # a file for both stages names the student too
+        tree.pop("student", None)
+    elif tree.get("student") is None:
+        raise RecipeError("the recipe names no student to distil: give one by --student NAME")
     return validate(tree)
 
 
@@ -313,8 +329,10 @@ def validate(tree: Mapping[str, Any]) -> Recipe:
 def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        known = _fields(item["loc"][:-1])
-        return f"{path}: there is no such field{closest(str(item['loc'][-1]), known)}"
+        leaf, everywhere = str(item["loc"][-1]), [f"{s}.{f}" for s in _fields(()) for f in _fields((s,))]
+        elsewhere = next((repr(other) for other in everywhere if other.endswith(f".{leaf}")), None)
+        nearest = f"; did you mean {elsewhere}?" if elsewhere else closest(leaf, _fields(item["loc"][:-1]))
+        return f"{path}: there is no such field{nearest}"
     message = item["msg"].removeprefix("Value error, ")
     if not path:
         return message

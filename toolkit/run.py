@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -39,8 +40,8 @@ class Run:
             raise RunError(f"{path} is not a run directory: it has no recipe.yaml")
         try:
             self.recipe: Recipe = validate(yaml.safe_load(source.read_text()))
-        except (yaml.YAMLError, AttributeError) as error:
-            raise RunError(f"{source} is damaged: {error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            raise RunError(f"{source} is damaged: {' '.join(str(error).split())}") from error
 
     @classmethod
     def start(cls, path: Path, recipe: Recipe, resume: bool) -> Run:
@@ -63,9 +64,12 @@ class Run:
             return run
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"{path} exists and is not a run directory; choose another --run-dir")
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_text(path / "environment.json", json.dumps(environment(), indent=2))
-        write_text(path / "recipe.yaml", recipe.to_yaml())
+        try:
+            write_text(path / "recipe.yaml", recipe.to_yaml())
+            write_text(path / "environment.json", json.dumps(environment(), indent=2))
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return cls(path)
 
     def checkpoint(self, name: Literal["last", "best"]) -> Path:
@@ -133,7 +137,8 @@ def runs(root: Path = RUNS) -> list[Run]:
 
 def newest_artifact() -> Path:
     """The newest ONNX file of a run. Raises ``RunError``."""
-    found = sorted(RUNS.glob("*/export/*.onnx"), key=lambda path: path.stat().st_mtime)
+    # "[!.]": an export that was killed leaves a hidden file
+    found = sorted(RUNS.glob("*/export/[!.]*.onnx"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise RunError(f"there is no artifact under {RUNS}/: `toolkit export` makes one from a finished run")
     return found[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from toolkit.catalogue import build, mac_count, parameter_count
 from toolkit.errors import CheckpointError, DataError, RunError, TeacherError
 from toolkit.files import write_bytes, write_text
 from toolkit.progress import say
-from toolkit.recipe import Data, Recipe
+from toolkit.recipe import Data, Recipe, Teacher
 from toolkit.run import RUNS, Run, default_path, environment, load_tensors, runs
 
 if TYPE_CHECKING:
@@ -38,16 +39,8 @@ EXAMPLES = 8  # test images beside an artifact, for the page
 
 def train(wanted: Recipe, run_dir: Path | None = None, resume: bool = False) -> Run:
     """Train the recipe's teacher, or its student without one; the finished run."""
-    path = run_dir or default_path(wanted)
-    data = load_data(wanted.data)
-    engine.new_model(wanted, data)  # what the recipe gets wrong is said before a directory is made
-    run = Run.start(path, wanted, resume)
-    if run.finished:
-        say(f"{run.path} is finished already; its results are kept")
-    else:
-        say(f"training {wanted.model.name} on {data.name} in {run.path}")
-    engine.fit(wanted, data, run)
-    return run
+    data = check(wanted)
+    return _fit(wanted, data, None, run_dir, resume, f"training {wanted.model.name} on {data.name}")
 
 
 def distill(wanted: Recipe, run_dir: Path | None = None, resume: bool = False) -> Run:
@@ -59,8 +52,7 @@ def distill(wanted: Recipe, run_dir: Path | None = None, resume: bool = False) -
     if not wanted.distils:
         return train(wanted, run_dir, resume)
     assert wanted.teacher is not None
-    data = load_data(wanted.data)
-    engine.new_model(wanted, data)
+    data = check(wanted)
     weights = find_teacher(wanted)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     if wanted.teacher.weights not in (None, digest):
@@ -68,21 +60,35 @@ def distill(wanted: Recipe, run_dir: Path | None = None, resume: bool = False) -
             f"{weights} has SHA-256 {digest[:12]}, the recipe asks for {wanted.teacher.weights[:12]}: "
             "it is another teacher. Give the right one by --teacher-checkpoint."
         )
-    teacher = load_teacher(weights, data)
-    chosen = wanted.teacher.model_copy(update={"checkpoint": weights, "weights": digest})
-    wanted = wanted.model_copy(update={"teacher": chosen})
+    teacher, header = load_teacher(weights, data)
+    if header["model"] != wanted.teacher.name:
+        raise TeacherError(
+            f"{weights} holds {header['model']}, the recipe asks for {wanted.teacher.name}: give --teacher "
+            f"{header['model']}, or another --teacher-checkpoint."
+        )
+    known = {"name": header["model"], "checkpoint": weights, "weights": digest}
+    wanted = wanted.model_copy(update={"teacher": Teacher(**known, **header["arguments"])})
+    doing = f"distilling {wanted.model.name} from {weights.parent.parent} on {data.name}"
+    return _fit(wanted, data, teacher, run_dir, resume, doing)
+
+
+def check(wanted: Recipe) -> datasets.DataSet:
+    """Raise what is wrong with data, device or model (a student's size above all) before anything is made."""
+    data = load_data(wanted.data)
+    engine.pick_device(wanted.device)
+    engine.new_model(wanted, data)
+    return data
+
+
+def _fit(
+    wanted: Recipe, data: datasets.DataSet, teacher: Classifier | None, run_dir: Path | None, resume: bool, doing: str
+) -> Run:
     run = Run.start(run_dir or default_path(wanted), wanted, resume)
-    if run.finished:
-        say(f"{run.path} is finished already; its results are kept")
-    else:
-        say(f"distilling {wanted.model.name} from {weights.parent.parent} on {data.name} in {run.path}")
+    if run.finished and run.summary()["dataset_digest"] != data.digest:
+        raise RunError(f"the images of {data.name} have changed since {run.path} was trained: choose another --run-dir")
+    say(f"{run.path} is finished already; its results are kept" if run.finished else f"{doing} in {run.path}")
     engine.fit(wanted, data, run, teacher)
     return run
-
-
-def check_student(wanted: Recipe) -> None:
-    """Raise what is wrong with the student, its size above all, before hours go into its teacher."""
-    engine.new_model(wanted, load_data(wanted.data))
 
 
 def without_teacher(wanted: Recipe) -> Recipe:
@@ -105,11 +111,16 @@ def find_teacher(wanted: Recipe) -> Path:
         same = run.recipe.model.name == teacher.name and run.recipe.model.arguments == teacher.arguments
         if run.finished and run.recipe.role == "teacher" and same and same_images(run.recipe.data, wanted.data):
             return run.checkpoint("best")
-    dataset = wanted.data.dataset
     raise TeacherError(
-        f"there is no trained {teacher.name} for {dataset} under {RUNS}/. Train one with `toolkit train --teacher "
-        f"{teacher.name} --dataset {dataset}`, add --train-teacher, or name one by --teacher-checkpoint."
+        f"there is no trained {teacher.name} for {wanted.data.dataset} under {RUNS}/. Train one with `toolkit train "
+        f"{options(wanted)} --teacher {teacher.name}`, add --train-teacher, or name one by --teacher-checkpoint."
     )
+
+
+def options(wanted: Recipe) -> str:
+    """The options that name the recipe's file and data again, for a line that says what to run next."""
+    file = wanted.name if wanted.name in recipe.shipped() else f"{wanted.name}.yaml"
+    return f"--recipe {file} --dataset {wanted.data.dataset}"
 
 
 def same_images(one: Data, other: Data) -> bool:
@@ -117,8 +128,8 @@ def same_images(one: Data, other: Data) -> bool:
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
-def load_teacher(weights: Path, data: datasets.DataSet) -> Classifier:
-    """A trained model, checked against the data. Raises ``TeacherError``."""
+def load_teacher(weights: Path, data: datasets.DataSet) -> tuple[Classifier, dict[str, Any]]:
+    """A trained model and its header (see ``load_model``), checked against the data. Raises ``TeacherError``."""
     teacher, header = load_model(weights)
     if header["classes"] != list(data.classes):
         theirs, ours = header["classes"], list(data.classes)
@@ -127,7 +138,7 @@ def load_teacher(weights: Path, data: datasets.DataSet) -> Classifier:
             f"the teacher {weights} knows {len(theirs)} classes of {header['dataset']}, the data has {len(ours)} of "
             f"{data.name}{'; first difference: ' + differing if differing else ''}"
         )
-    return teacher
+    return teacher, header
 
 
 def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
@@ -139,8 +150,21 @@ def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit {header['model']}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{path} does not fit {header['model']}: {textwrap.shorten(str(error), 300)}") from error
     return model.eval(), header
+
+
+def load_run(run: Run) -> tuple[Classifier, dict[str, Any]]:
+    """``load_model`` of a run; ``RunError`` where it is not finished, ``CheckpointError`` for foreign weights."""
+    run.summary()
+    weights, wanted = run.checkpoint("best"), run.recipe.model
+    model, header = load_model(weights)
+    if (header["model"], header["role"], header["arguments"]) != (wanted.name, run.recipe.role, wanted.arguments):
+        raise CheckpointError(
+            f"{weights} is not of this run: it holds {header['role']} {header['model']} {header['arguments'] or ''}, "
+            f"the run's recipe has {run.recipe.role} {wanted.name} {wanted.arguments or ''}"
+        )
+    return model, header
 
 
 def load_data(config: Data) -> datasets.DataSet:
@@ -154,11 +178,11 @@ def load_data(config: Data) -> datasets.DataSet:
 
 
 def newest_run(role: Literal["teacher", "student"] | None = None) -> Run:
-    """The newest finished run, of a student first. Raises ``RunError``."""
+    """The newest finished run: of a distilled student, else of a student alone, else of a teacher. ``RunError``."""
     finished = [run for run in runs() if run.finished and role in (None, run.recipe.role)]
     if not finished:
         raise RunError(f"there is no finished run under {RUNS}/: `toolkit distill` makes one, `toolkit pipeline` too")
-    return next((run for run in finished if run.recipe.role == "student"), finished[0])
+    return max(finished, key=lambda run: (run.recipe.distils, run.recipe.role == "student"))  # the first of equals
 
 
 # --- validation --------------------------------------------------------------------------------------------
@@ -182,10 +206,8 @@ def validate(
     if target.suffix == ".onnx":
         return _validate_artifact(target, dataset, data_dir, provider)
     run = Run(target) if target.is_dir() else None
-    if run is not None:
-        run.summary()  # unfinished runs are refused
     weights = run.checkpoint("best") if run else target
-    model, header = load_model(weights)
+    model, header = load_run(run) if run else load_model(weights)
     data = load_data(_data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir))
     _check_classes(header["classes"], data, weights)
     place = engine.pick_device(device)
@@ -309,7 +331,7 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
         return None
     try:
         weights = find_teacher(run.recipe)
-        teacher = load_teacher(weights, data).to(device, memory_format=torch.channels_last)
+        teacher = load_teacher(weights, data)[0].to(device).to(memory_format=torch.channels_last)
     except (TeacherError, CheckpointError, RunError) as error:
         say(f"the comparison with the teacher is left out: {error}")
         return None
@@ -351,8 +373,7 @@ def export(
         target = newest_run().path
         say(f"exporting the newest run, {target}")
     run = Run(target)
-    run.summary()
-    model, header = load_model(run.checkpoint("best"))
+    model, header = load_run(run)
     metrics_file = run.report / "metrics.json"
     if not metrics_file.is_file():
         say("measuring the model first: the artifact carries its accuracy")
@@ -429,7 +450,7 @@ def pipeline(
     began = time.monotonic()
     teacher_recipe = recipe.resolve(source, "train", overrides)
     student_recipe = recipe.resolve(source, "distill", overrides)
-    check_student(student_recipe)
+    check(student_recipe)
     teacher = train(teacher_recipe, root and root / "teacher", resume)
     student_recipe = from_teacher(student_recipe, teacher)
     student = distill(student_recipe, root and root / "student", resume)
@@ -442,6 +463,7 @@ def pipeline(
 
 
 def from_teacher(wanted: Recipe, run: Run) -> Recipe:
-    """The recipe with this run as its teacher."""
-    assert wanted.teacher is not None
+    """The recipe with this run as its teacher, where it wants one."""
+    if wanted.teacher is None:
+        return wanted
     return wanted.model_copy(update={"teacher": wanted.teacher.model_copy(update={"checkpoint": run.path})})

@@ -1,0 +1,69 @@
+"""What the tests of the command line share: a way to call it, and one small run of the whole chain."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from toolkit.cli import app
+
+Toolkit = Callable[..., Result]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A folder in which ``toolkit pipeline`` was run on the digits, and what that made; paths in the folder."""
+
+    folder: Path
+    teacher: Path
+    student: Path
+    artifact: Path
+    example: Path
+    output: str
+
+
+def _toolkit(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def toolkit() -> Toolkit:
+    """Calls the command line in this process. Bugs raise, as they would end a command with a traceback."""
+    return _toolkit
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Two and three epochs of the shipped ``digits`` recipe. Read it only; ``chain`` is a copy to work in."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = _toolkit("pipeline", "--set", "train.epochs=2", "--set", "distill.epochs=3")
+        assert result.exit_code == 0, result.output
+        (teacher,) = Path("runs").glob("resnet9_wide-digits-*")
+        (student,) = Path("runs").glob("resnet9-from-*")
+        example = min(student.glob("export/examples/*.png"))
+    return Chain(folder, teacher, student, student / "export/student.onnx", example, result.output)
+
+
+@pytest.fixture
+def chain(pipeline: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
+    """A copy of the small run of the chain, with the working directory in it."""
+    folder = tmp_path / "chain"
+    shutil.copytree(pipeline.folder, folder)
+    monkeypatch.chdir(folder)
+    return Chain(folder, pipeline.teacher, pipeline.student, pipeline.artifact, pipeline.example, pipeline.output)
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory without data or runs."""
+    folder = tmp_path / "nowhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("TOOLKIT_DATA", raising=False)
+    return folder

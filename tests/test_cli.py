@@ -1,0 +1,133 @@
+"""The command line: what it lists, what its flags set, how fast it starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Chain, Toolkit
+
+from toolkit import __version__, cli
+from toolkit.run import Run
+
+COMMANDS = ("train", "distill", "validate", "export", "serve", "predict", "models", "doctor", "pipeline")
+
+
+def test_help_lists_the_commands(toolkit: Toolkit) -> None:
+    result = toolkit("--help")
+    assert result.exit_code == 0
+    assert all(f" {command} " in result.stdout for command in COMMANDS)
+    assert toolkit("--version").stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_for_each_option(toolkit: Toolkit, command: str) -> None:
+    result = toolkit(command, "--help")
+    assert result.exit_code == 0
+    described = {p.name: p.help for p in cli.typer.main.get_command(cli.app).commands[command].params}
+    assert all(described.values()), described
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--teacher", "wrn82"], ["predict", "missing.png"]])
+def test_what_needs_no_torch_imports_none(arguments: list[str], nowhere: Path) -> None:
+    script = (
+        "import sys; from toolkit.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'sklearn', 'matplotlib'} & sys.modules.keys()"
+    )
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert result.returncode == (0 if arguments == ["--help"] else 1), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fly"],
+        ["train", "--epoch"],
+        ["train", "--epochs", "many"],
+        ["predict"],
+        ["serve", "--port", "99999"],
+        ["validate", "--provider", "tpu"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(toolkit: Toolkit, nowhere: Path, arguments: list[str]) -> None:
+    result = toolkit(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--epochs", 30], "epochs", 30),
+        (["--batch-size", 64], "batch_size", 64),
+        (["--lr", 0.05], "optimizer.lr", 0.05),
+        (["--seed", 7], "seed", 7),
+        (["--dataset", "digits"], "data.dataset", "digits"),
+        (["--data-dir", "here"], "data.data_dir", Path("here")),
+        (["--image-size", 48], "data.image_size", 48),
+        (["--offline"], "data.offline", True),
+        (["--skip-broken"], "data.skip_broken", True),
+        (["--device", "cpu"], "device", "cpu"),
+        (["--budget", 6_000_000], "budget", 6_000_000),
+        (["--teacher", "resnet9_wide"], "teacher.name", "resnet9_wide"),
+        (["--teacher-checkpoint", "there"], "teacher.checkpoint", Path("there")),
+        (["--student", "resnet9"], "student.name", "resnet9"),
+        (["--set", "optimizer.lr=1e-3"], "optimizer.lr", 1e-3),
+        (["--lr", 0.05, "--set", "optimizer.lr=0.2"], "optimizer.lr", 0.2),
+        (["--set", "distill.epochs=3", "--set", "train.epochs=4"], "epochs", 3),
+    ],
+)
+def test_flags_set_fields_of_the_recipe(
+    toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch, flags: list[object], field: str, value: object
+) -> None:
+    taken = []
+    monkeypatch.setattr("toolkit.stages.distill", lambda recipe, *rest: taken.append(recipe) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # what is not the user's fault keeps its traceback
+        toolkit("distill", "--student", "tpsnet", *flags)
+    found = taken[0]
+    for part in field.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_another_model_drops_the_arguments_of_the_recipes_own(
+    toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr("toolkit.stages.distill", lambda recipe, *rest: taken.append(recipe) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        toolkit("distill", "--recipe", "digits", "--student", "tpsnet", "--set", "student.width=32")
+    assert taken[0].student.arguments == {"width": 32}  # and not the widths of resnet9
+    assert taken[0].teacher.arguments == {"widths": [32, 64, 128], "stem": 16}
+
+
+def test_models_is_a_table_of_the_catalogue(toolkit: Toolkit) -> None:
+    table = toolkit("models").stdout
+    assert all(name in table for name in ("wrn28", "resnet9_wide", "tpsnet", "resnet9", "36,479,194", "4,959,770"))
+
+
+def test_models_knows_the_budget(toolkit: Toolkit) -> None:
+    rows = json.loads(toolkit("models", "--json", "--budget", 4_000_000).stdout)
+    assert {row["name"]: row["fits_budget"] for row in rows if row["role"] == "student"}["tpsnet"] is False
+
+
+def test_doctor_says_what_is_wrong_and_fails(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"facts": {"cores": 2}, "problems": ["the disk is nearly full"]}
+    monkeypatch.setattr("toolkit.doctor.examine", lambda data_dir: found)
+    result = toolkit("doctor")
+    assert result.exit_code == 1
+    assert "problem: the disk is nearly full" in result.stdout
+    result = toolkit("doctor", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == found
+
+
+def test_a_written_recipe_holds_every_field(pipeline: Chain) -> None:
+    written = yaml.safe_load((pipeline.folder / pipeline.student / "recipe.yaml").read_text())
+    assert written == Run(pipeline.folder / pipeline.student).recipe.model_dump(mode="json")
+    assert written["epochs"] == 3
