@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +56,7 @@ class PoolFirstNet(nn.Module):
     without bias, logits times ``scale``. ``[B,3,H,W]`` to ``[B,K]``, H and W at least 8.
     """
 
-    def __init__(self, num_classes: int, widths: tuple[int, int, int], stem: int = 32, scale: float = 1 / 9) -> None:
+    def __init__(self, num_classes: int, widths: Sequence[int], stem: int = 32, scale: float = 1 / 9) -> None:
         super().__init__()
         self.stem = nn.Sequential(conv3x3(3, stem), quick_norm(stem), nn.GELU())
         self.stages = nn.Sequential(*(PoolStage(i, o) for i, o in zip((stem, *widths[:-1]), widths, strict=True)))

@@ -79,7 +79,7 @@ def test_wrong_usage_is_exit_code_2(toolkit: Toolkit, nowhere: Path, arguments: 
         (["--student", "resnet9"], "student.name", "resnet9"),
         (["--set", "optimizer.lr=1e-3"], "optimizer.lr", 1e-3),
         (["--lr", 0.05, "--set", "optimizer.lr=0.2"], "optimizer.lr", 0.2),
-        (["--set", "distill.epochs=3", "--set", "train.epochs=4"], "epochs", 3),
+        (["--set", "distill.epochs=30", "--set", "train.epochs=40"], "epochs", 30),
     ],
 )
 def test_flags_set_fields_of_the_recipe(

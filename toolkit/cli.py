@@ -154,10 +154,12 @@ def train(
     settings: Settings = None,
 ) -> None:
     """Train a teacher, with no limit on its size."""
-    from toolkit import stages
     from toolkit.recipe import resolve
 
-    run = stages.train(resolve(_source(ctx, "cifar10"), "train", _overrides(ctx)), run_dir, resume)
+    wanted = resolve(_source(ctx, "cifar10"), "train", _overrides(ctx))
+    from toolkit import stages  # imports torch: a misspelt name is told before that
+
+    run = stages.train(wanted, run_dir, resume)
     _print_run(run)
     print(f"next: toolkit distill {stages.options(run.recipe)} --teacher {run.recipe.model.name} --student NAME")
 
@@ -187,11 +189,12 @@ def distill(
     settings: Settings = None,
 ) -> None:
     """Distil a student from a trained teacher's soft targets."""
-    from toolkit import stages
     from toolkit.recipe import resolve
 
     source, overrides = _source(ctx, "cifar10"), _overrides(ctx)
     wanted = resolve(source, "distill", overrides)
+    from toolkit import stages  # imports torch: a misspelt name is told before that
+
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
         # Lengths and rates on this command line are the student's; the teacher keeps its recipe's.
         shared = {k: v for k, v in overrides.items() if k.startswith(SHARED)}

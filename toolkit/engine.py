@@ -127,9 +127,9 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(recipe.seed)
-    model = new_model(recipe, data).to(device, memory_format=layout)
+    model = new_model(recipe, data).to(device).to(memory_format=layout)
     if teacher is not None:
-        teacher = teacher.to(device, memory_format=layout).eval().requires_grad_(False)
+        teacher = teacher.to(device).to(memory_format=layout).eval().requires_grad_(False)
     objective = Objective(recipe.loss)
     optimizer = make_optimizer(recipe.optimizer, model)
     average = make_average(model, recipe.average_decay) if recipe.average_decay else None

@@ -1,0 +1,223 @@
+"""The whole chain through the command line, on the embedded digits."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from conftest import Chain, Toolkit
+
+from serve.session import Session
+from toolkit import stages
+from toolkit.data import load
+from toolkit.run import Run
+
+TINY = ("--set", "teacher.widths=[8, 16, 32]", "--set", "teacher.stem=8")
+
+
+def best(run: Path) -> bytes:
+    return (run / "checkpoints/best.safetensors").read_bytes()
+
+
+def test_the_pipeline_leaves_two_runs_a_report_and_an_artifact(pipeline: Chain) -> None:
+    for run in (pipeline.folder / pipeline.teacher, pipeline.folder / pipeline.student):
+        for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json"):
+            assert (run / name).stat().st_size > 0
+        assert {file.stem for file in (run / "checkpoints").iterdir()} == {"best", "last"}
+    made = {file.name for file in (pipeline.folder / pipeline.student).glob("*/*")}
+    assert made >= {"report.md", "metrics.json", "curves.png", "confusion.png", "predictions.png"}
+    assert made >= {"student.onnx", "parity.json", "examples"}
+    assert f"next: toolkit serve {pipeline.artifact}" in pipeline.output
+
+
+def test_the_pipeline_learns(pipeline: Chain) -> None:
+    metrics = json.loads((pipeline.folder / pipeline.student / "report/metrics.json").read_text())
+    assert metrics["top1"] > 0.6  # 0.1 by chance; after three epochs
+    assert metrics["teacher_top1"] > 0.6
+    assert metrics["agreement"] > 0.6
+
+
+def test_each_command_takes_the_newest_and_says_which(toolkit: Toolkit, nowhere: Path) -> None:
+    distil = ("distill", "--recipe", "digits", "--epochs", 2, *TINY)
+    missing = toolkit(*distil)
+    assert missing.exit_code == 1
+    assert "--train-teacher" in missing.stderr
+    assert not any(nowhere.iterdir())
+    command = missing.stderr.partition("`toolkit ")[2].partition("`")[0]
+    assert command == "train --recipe digits --dataset digits --teacher resnet9_wide"
+
+    trained = toolkit(*command.split(), "--epochs", 2, *TINY)
+    assert trained.exit_code == 0, trained.output
+    (teacher,) = Path("runs").iterdir()
+    assert str(teacher) in trained.stdout
+
+    distilled = toolkit(*distil)
+    assert distilled.exit_code == 0, distilled.output
+    assert f"from {teacher} " in distilled.stderr
+    (student,) = Path("runs").glob("resnet9-from-resnet9_wide-*")
+
+    validated = toolkit("validate")
+    assert validated.exit_code == 0, validated.output
+    assert f"the newest run, {student}" in validated.stderr
+    assert "fidelity" in validated.stdout
+
+    exported = toolkit("export")
+    assert exported.exit_code == 0, exported.output
+    assert f"the newest run, {student}" in exported.stderr
+    artifact = student / "export/student.onnx"
+    assert str(artifact) in exported.stdout
+
+    image = min(student.glob("export/examples/*.png"))
+    predicted = toolkit("predict", image)
+    assert predicted.exit_code == 0, predicted.output
+    assert f"the newest artifact, {artifact}" in predicted.stderr
+    assert predicted.stdout.startswith(f"{image}: ")
+
+
+def test_json_of_export(toolkit: Toolkit, chain: Chain) -> None:
+    before = (chain.folder / chain.artifact).read_bytes()
+    document = json.loads(toolkit("export", "--json").stdout)
+    assert document["artifact"] == str(chain.artifact)
+    assert document["bytes"] == len(before)
+    assert document["parity"]["ok"] is True
+    assert Path(document["parity_report"]).is_file()
+    assert chain.artifact.read_bytes() == before  # the same run exports to the same bytes
+
+
+def test_json_of_predict(toolkit: Toolkit, chain: Chain) -> None:
+    images = sorted(chain.example.parent.iterdir())
+    document = json.loads(toolkit("predict", *images, "--top-k", 3, "--json").stdout)
+    assert [entry["image"] for entry in document] == [str(image) for image in images]
+    for entry in document:
+        assert len(entry["labels"]) == 3
+        assert entry["probabilities"] == sorted(entry["probabilities"], reverse=True)
+    right = sum(entry["labels"][0] == image.stem[-1] for entry, image in zip(document, images, strict=True))
+    assert right >= len(images) / 2
+
+
+def test_json_of_models(toolkit: Toolkit) -> None:
+    document = json.loads(toolkit("models", "--json").stdout)
+    assert {entry["role"] for entry in document} == {"teacher", "student"}
+    for entry in document:
+        assert entry.keys() == {"name", "role", "parameters", "macs", "fits_budget", "source"}
+        assert entry["fits_budget"] == (entry["parameters"] < 5_000_000)
+        assert entry["macs"] > 1_000_000
+        assert entry["source"]
+
+
+def test_json_of_doctor(toolkit: Toolkit, chain: Chain) -> None:
+    document = json.loads(toolkit("doctor", "--json").stdout)
+    assert document["facts"]["runs"] == "2 finished of 2 in ./runs"
+    assert "CPUExecutionProvider" in document["facts"]["providers (ONNX Runtime)"]
+    assert isinstance(document["problems"], list)
+
+
+def test_json_of_validate_is_the_same_for_run_and_artifact(toolkit: Toolkit, chain: Chain) -> None:
+    torches = json.loads(toolkit("validate", chain.student, "--json").stdout)
+    assert torches.keys() >= {"top1", "top5", "nll", "ece", "per_class", "agreement", "kl", "teacher_top1"}
+    assert torches["n"] == np.sum(torches["confusion"]) == 359
+    artifacts = json.loads(toolkit("validate", chain.artifact, "--provider", "cpu", "--json").stdout)
+    assert artifacts["provider"] == "CPUExecutionProvider"
+    assert artifacts["top1"] == torches["top1"]
+    assert artifacts["confusion"] == torches["confusion"]
+    assert artifacts["nll"] == pytest.approx(torches["nll"], rel=1e-4)
+    assert artifacts["report"] != torches["report"]  # one does not write over the other
+
+
+def test_the_artifact_answers_as_pytorch_for_each_test_image(chain: Chain) -> None:
+    run = Run(chain.student)
+    model, header = stages.load_run(run)
+    test = load(run.recipe.data).test
+    session = Session(chain.artifact, "cpu")
+    with torch.inference_mode():
+        expected = model(test.images.float() / 255).numpy()
+    logits, probabilities = session.run_batches(stages.to_nhwc(test.images))
+    assert (logits.argmax(1) == expected.argmax(1)).all()
+    assert (probabilities.argmax(1) == expected.argmax(1)).all()
+    assert session.metadata.accuracy == (expected.argmax(1) == test.labels.numpy()).mean()
+    assert list(session.metadata.labels) == header["classes"] == [str(digit) for digit in range(10)]
+
+
+def test_serve_answers_until_sigterm(chain: Chain) -> None:
+    command = [sys.executable, "-m", "toolkit", "serve", "--port", "0", "--provider", "cpu"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=chain.folder) as server:
+        assert server.stdout is not None
+        started = server.stdout.readline()
+        try:
+            assert started.startswith(f"{chain.artifact} on CPUExecutionProvider: http://")
+            url = next(word for word in started.split() if word.startswith("http://"))
+            page = httpx.get(url)
+            assert page.status_code == 200
+            assert "resnet9" in page.text
+        finally:
+            server.send_signal(signal.SIGTERM)
+            _, said = server.communicate(timeout=20)
+    assert server.returncode == 0
+    assert f"serving the newest artifact, {chain.artifact}" in said
+    assert "Traceback" not in said
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(toolkit: Toolkit, nowhere: Path) -> None:
+    arguments = ["train", "--recipe", "digits", "--epochs", "4", *TINY, "--set", "average_decay=0.9", "--run-dir"]
+    command = [sys.executable, "-m", "toolkit", *arguments, "runs/killed"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as training:
+        assert training.stderr is not None
+        said = ""
+        while " 1/4 " not in said:
+            line = training.stderr.readline()
+            assert line, said
+            said += line
+        training.send_signal(signal.SIGTERM)
+        said += training.communicate(timeout=60)[1]
+    assert training.returncode == 1, said
+    assert "Traceback" not in said
+    assert not Run(Path("runs/killed")).finished
+
+    again = toolkit(*arguments, "runs/killed")
+    assert again.exit_code == 1
+    assert "--resume" in again.stderr
+
+    go_on = next(line for line in said.splitlines() if "Go on with: toolkit " in line).partition("with: toolkit ")[2]
+    resumed = toolkit(*shlex.split(go_on))
+    assert resumed.exit_code == 0, resumed.output
+    assert toolkit(*arguments, "runs/whole").exit_code == 0
+    assert best(Path("runs/killed")) == best(Path("runs/whole"))
+    killed, whole = (Run(Path("runs", name)).history() for name in ("killed", "whole"))
+    assert [row["train_loss"] for row in killed] == [row["train_loss"] for row in whole]
+
+
+def test_a_written_recipe_starts_the_same_run_again(toolkit: Toolkit, chain: Chain) -> None:
+    before = best(chain.student)
+    again = toolkit("distill", "--recipe", chain.student / "recipe.yaml")
+    assert again.exit_code == 0, again.output
+    assert f"{chain.student} is finished already" in again.stderr
+    other = toolkit("distill", "--recipe", chain.student / "recipe.yaml", "--run-dir", "elsewhere")
+    assert other.exit_code == 0, other.output
+    assert best(Path("elsewhere")) == before == best(chain.student)
+
+
+def test_train_teacher_and_baseline(toolkit: Toolkit, nowhere: Path) -> None:
+    short = ("--recipe", "digits", "--epochs", 1, "--set", "schedule.warmup_epochs=1", "--set", "train.epochs=2")
+    result = toolkit("distill", *short, *TINY, "--train-teacher", "--baseline")
+    assert result.exit_code == 0, result.output
+    runs = {run.name.rsplit("-", 2)[0]: Run(run) for run in Path("runs").iterdir()}
+    assert runs.keys() == {"resnet9_wide", "resnet9-from-resnet9_wide", "resnet9"}
+    teacher, student, alone = runs["resnet9_wide"], runs["resnet9-from-resnet9_wide"], runs["resnet9"]
+    assert teacher.recipe.epochs == 2
+    assert teacher.recipe.teacher is not None
+    assert teacher.recipe.teacher.arguments == {"widths": [8, 16, 32], "stem": 8}
+    assert student.recipe.epochs == alone.recipe.epochs == 1
+    assert alone.recipe.loss.kd_weight == 0
+
+    ours, theirs = (json.loads((run.report / "metrics.json").read_text())["top1"] for run in (student, alone))
+    assert f"with the teacher {ours:.2%}, without {theirs:.2%}: {100 * (ours - theirs):+.2f} points" in result.stdout
+    assert stages.newest_run().path == student.path  # the baseline is newer, but it is not the result
