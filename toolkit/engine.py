@@ -152,12 +152,12 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
     with StopSignal() as stop, Display(recipe.model.name, recipe.epochs, steps, at.epoch * steps + at.step) as display:
         saved = time.monotonic()
         for epoch in range(at.epoch, recipe.epochs):
+            began = read = time.monotonic()
+            before = at.epoch_seconds
             augmenter.start_epoch(epoch)
             order = augmenter.order(epoch)
             model.train()
             sums = torch.tensor([at.loss_sum, at.correct], dtype=torch.float64, device=device)
-            began = read = time.monotonic()
-            before = at.epoch_seconds
             for step in range(at.step, steps):
                 done = epoch * steps + step
                 set_lr(optimizer, lr_at(done))

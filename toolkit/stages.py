@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import textwrap
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ import torch
 from toolkit import data as datasets
 from toolkit import engine, recipe, report
 from toolkit.catalogue import build, mac_count, parameter_count
-from toolkit.errors import CheckpointError, DataError, RunError, TeacherError
+from toolkit.errors import CheckpointError, DataError, RunError, TeacherError, UserError
 from toolkit.files import write_bytes, write_text
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe, Teacher
@@ -83,11 +84,18 @@ def check(wanted: Recipe) -> datasets.DataSet:
 def _fit(
     wanted: Recipe, data: datasets.DataSet, teacher: Classifier | None, run_dir: Path | None, resume: bool, doing: str
 ) -> Run:
-    run = Run.start(run_dir or default_path(wanted), wanted, resume)
+    path = run_dir or default_path(wanted)
+    fresh = not (path / "recipe.yaml").exists()
+    run = Run.start(path, wanted, resume)
     if run.finished and run.summary()["dataset_digest"] != data.digest:
         raise RunError(f"the images of {data.name} have changed since {run.path} was trained: choose another --run-dir")
     say(f"{run.path} is finished already; its results are kept" if run.finished else f"{doing} in {run.path}")
-    engine.fit(wanted, data, run, teacher)
+    try:
+        engine.fit(wanted, data, run, teacher)
+    except UserError:
+        if fresh and not run.checkpoint("last").is_file():
+            shutil.rmtree(path)  # nothing was reached
+        raise
     return run
 
 

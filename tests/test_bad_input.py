@@ -1,0 +1,416 @@
+"""What users get wrong, and what goes wrong around them: a clear line, exit code 1, and nothing lost.
+
+The fixture ``toolkit`` lets every exception through that the command line does not turn into a line, so each
+test here also says: no traceback.
+"""
+
+import errno
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import Result
+from conftest import Chain, Toolkit
+from PIL import Image
+
+SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 32]", "--set", "teacher.stem=8")
+
+
+def refused(result: Result, *words: object, lines: int = 2) -> None:
+    """The command ended with an error of at most so many lines, with all these words in it."""
+    _, found, message = result.stderr.partition("error: ")
+    assert found, result.output
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    for word in words:
+        assert str(word) in message
+    assert len(message.strip().splitlines()) <= lines, message
+    assert len(message) < 700, message
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """All that is in the folder."""
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+# --- names, recipes, sizes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train --teacher wrn82", ["teacher.name = 'wrn82'", "did you mean 'wrn28'"]),
+        ("distill --student tpsnett", ["student.name = 'tpsnett'", "did you mean 'tpsnet'"]),
+        ("distill --student qqqqqq", ["'qqqqqq'", "there are: resnet9, tpsnet"]),
+        ("pipeline --student resnet", ["'resnet'", "did you mean 'resnet9'"]),
+        ("train --dataset cifar11", ["data.dataset = 'cifar11'", "cifar10, cifar100, digits, or folder:PATH"]),
+        ("pipeline --recipe digit", ["'digit'", "did you mean 'digits'"]),
+        ("train --recipe nothing.yaml", ["nothing.yaml", "No such file"]),
+        ("train --set optimizer.lrr=1", ["optimizer.lrr", "did you mean 'lr'"]),
+        ("train --set epoch=3", ["epoch", "did you mean 'epochs'"]),
+        ("train --set lr=3", ["lr", "did you mean 'optimizer.lr'"]),
+        ("train --set train=3", ["train: there is no such field"]),
+        ("train --epochs 0", ["epochs = 0", "greater than or equal to 1"]),
+        (
+            "train --recipe digits --image-size 16 --set augment.crop_padding=20 --set augment.padding_mode=reflect",
+            ["augment.crop_padding (=20) must be less than the side of the images (=16)"],
+        ),
+        ("train --set epochs", ["--set takes key.path=value", "'epochs'"]),
+        ("train --set =3", ["--set takes key.path=value", "'=3'"]),
+        ("train --set epochs=[1", ["--set takes key.path=value", "'epochs=[1'"]),
+        ("train --recipe digits --set teacher.width=3", ["teacher.width", "did you mean 'widths'"]),
+        ("distill --recipe digits --set student.stem=wide", ["resnet9 cannot be built", "'wide'"]),
+        ("distill --recipe digits --budget 100000", ["122,504 parameters", "22,505 too many", "fewer than 100,000"]),
+        (
+            "pipeline --set student.widths=[512,1024,2048]",
+            [
+                "122,762,472 parameters",
+                "117,762,473 too many",
+                "nearest that fit: tpsnet (4,959,770), resnet9",
+                "--budget",
+            ],
+        ),
+        ("validate nowhere", ["nowhere"]),
+        ("validate", ["no finished run under runs", "toolkit distill"]),
+        ("export", ["no finished run under runs", "toolkit distill"]),
+        ("predict --artifact none.onnx missing.png", ["missing.png", "No such file"]),
+    ],
+)
+def test_names_and_values(toolkit: Toolkit, nowhere: Path, arguments: str, words: list[str]) -> None:
+    refused(toolkit(*arguments.split()), *words)
+    assert files(nowhere) == {}
+
+
+def test_all_mistakes_come_at_once(toolkit: Toolkit, nowhere: Path) -> None:
+    result = toolkit("train", "--teacher", "wrn82", "--dataset", "cifar11", "--batch-size", 1, "--set", "seeds=3")
+    refused(result, "wrong in 4 places", "'wrn82'", "'cifar11'", "batch_size = 1", "did you mean 'seed'", lines=5)
+
+
+def test_an_artifact_that_does_not_exist_yet(toolkit: Toolkit, nowhere: Path) -> None:
+    Image.new("RGB", (8, 8)).save("black.png")
+    refused(toolkit("predict", "black.png"), "no artifact under runs", "toolkit export")
+    refused(toolkit("serve"), "no artifact under runs", "toolkit export")
+
+
+# --- devices -----------------------------------------------------------------------------------------------
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+
+
+@without_cuda
+@pytest.mark.parametrize("command", ["train", "pipeline"])
+def test_cuda_that_is_not_there(toolkit: Toolkit, nowhere: Path, command: str) -> None:
+    refused(toolkit(command, "--recipe", "digits", "--device", "cuda"), "--device cuda", "0 CUDA devices", "doctor")
+    assert files(nowhere) == {}
+
+
+@without_cuda
+@pytest.mark.parametrize("command", ["validate {artifact}", "predict {example}", "serve", "export"])
+def test_a_cuda_provider_that_cannot_be_had(toolkit: Toolkit, chain: Chain, command: str) -> None:
+    before = files(chain.folder)
+    arguments = command.format(artifact=chain.artifact, example=chain.example).split()
+    refused(toolkit(*arguments, "--provider", "cuda"), "cuda cannot be had", "doctor")
+    assert files(chain.folder) == before
+
+
+# --- data --------------------------------------------------------------------------------------------------
+
+
+def test_no_data_and_offline(toolkit: Toolkit, nowhere: Path) -> None:
+    result = toolkit("train", "--recipe", "cifar10", "--offline", "--data-dir", "here")
+    refused(result, "cifar10 is not in here", "--offline", "--data-dir")
+    assert files(nowhere) == {}
+
+
+def test_no_data_and_no_network(toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        for variable in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        refused(toolkit("train", "--recipe", "cifar10"), "downloading cifar10 from https://", "failed", "--data-dir")
+    assert not any(path.is_file() for path in files(nowhere))
+    assert not Path("runs").exists()
+
+
+def test_wrong_md5(toolkit: Toolkit, nowhere: Path) -> None:
+    folder = nowhere / "data/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in ("data_batch_1", "test_batch", "batches.meta"):
+        (folder / name).write_bytes(b"not what was published")
+    before = files(nowhere)
+    result = toolkit("train", "--recipe", "cifar10")
+    refused(result, "data_batch_1 is damaged: its MD5 is", "c99cafc152244af753f735de768cd75f", "delete")
+    assert files(nowhere) == before
+
+
+@pytest.fixture
+def photos(nowhere: Path) -> Path:
+    """A folder with twelve images of each of two classes."""
+    noise = np.random.default_rng(0)
+    for name, low in (("day", 128), ("night", 0)):
+        (nowhere / "photos" / name).mkdir(parents=True)
+        for index in range(12):
+            pixels = noise.integers(low, low + 128, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(nowhere / f"photos/{name}/{index}.png")
+    return nowhere / "photos"
+
+
+FOLDER = ("train", *SMALL, "--dataset", "folder:photos", "--set", "data.val_size=2")
+
+
+def test_a_folder_that_is_not_there(toolkit: Toolkit, nowhere: Path) -> None:
+    refused(toolkit(*FOLDER), "there is no folder photos")
+    assert files(nowhere) == {}
+
+
+def test_a_folder_with_one_class(toolkit: Toolkit, photos: Path) -> None:
+    shutil.rmtree(photos / "night")
+    refused(toolkit(*FOLDER), "only one class in photos (day)", "at least two")
+    assert not Path("runs").exists()
+
+
+def test_a_folder_with_no_images(toolkit: Toolkit, photos: Path) -> None:
+    for path in photos.glob("*/*"):
+        path.rename(path.with_suffix(".txt"))
+    refused(toolkit(*FOLDER), "no images in photos", "PNG, JPEG, WebP, GIF or BMP")
+    assert not Path("runs").exists()
+
+
+def test_broken_images_are_named_and_counted_and_can_be_left_out(toolkit: Toolkit, photos: Path) -> None:
+    (photos / "day/3.png").write_bytes((photos / "day/3.png").read_bytes()[:100])
+    (photos / "night/7.png").write_text("not an image")
+    before = files(photos)
+    refused(toolkit(*FOLDER), "2 of 24 images in photos", "day/3.png, night/7.png", "--skip-broken")
+    assert not Path("runs").exists()
+    result = toolkit(*FOLDER, "--skip-broken", "--set", "batch_size=8")
+    assert result.exit_code == 0, result.output
+    assert "left out 2 unreadable files: day/3.png, night/7.png" in result.stderr
+    assert files(photos) == before
+
+
+def test_a_folder_whose_images_changed_is_not_the_same_run(toolkit: Toolkit, photos: Path) -> None:
+    arguments = (*FOLDER, "--set", "batch_size=8")
+    assert toolkit(*arguments).exit_code == 0
+    before = files(Path("runs"))
+    (photos / "day/3.png").unlink()
+    refused(toolkit(*arguments), "photos have changed since", "--run-dir")
+    assert files(Path("runs")) == before
+
+
+def test_two_folders_given_by_data_dir_are_two_runs(toolkit: Toolkit, photos: Path) -> None:
+    photos.with_name("more").mkdir()
+    for name in ("day", "night"):
+        shutil.copytree(photos / name, photos.with_name("more") / name)
+    for data_dir in ("photos", "more"):
+        arguments = ("train", *SMALL, "--dataset", "folder", "--data-dir", data_dir, "--set", "data.val_size=2")
+        assert toolkit(*arguments, "--set", "batch_size=8").exit_code == 0
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+# --- runs and checkpoints ----------------------------------------------------------------------------------
+
+
+def test_a_run_directory_that_holds_a_different_run(toolkit: Toolkit, chain: Chain) -> None:
+    before = files(chain.folder)
+    result = toolkit("train", "--recipe", "digits", "--epochs", 5, "--lr", 0.3, "--run-dir", chain.teacher)
+    refused(result, chain.teacher, "different run", "epochs: 2 -> 5", "optimizer.lr: 0.4 -> 0.3", "--run-dir")
+    assert files(chain.folder) == before
+
+
+def test_a_directory_that_is_not_a_run(toolkit: Toolkit, nowhere: Path) -> None:
+    Path("letters").mkdir()
+    Path("letters/mum.txt").write_text("dear")
+    before = files(nowhere)
+    refused(toolkit("train", *SMALL, "--run-dir", "letters"), "letters", "not a run directory")
+    refused(toolkit("validate", "letters"), "letters", "not a run directory")
+    refused(toolkit("train", *SMALL, "--run-dir", "letters/mum.txt/run"), "letters/mum.txt")
+    assert files(nowhere) == before
+
+
+def test_a_damaged_recipe_of_a_run(toolkit: Toolkit, chain: Chain) -> None:
+    (chain.student / "recipe.yaml").write_text("epochs: [3\nseed")
+    refused(toolkit("validate", chain.student), chain.student / "recipe.yaml", "damaged")
+    assert toolkit("validate").exit_code == 0  # the newest run that is whole
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("command", ["validate", "export"])
+def test_weights_cut_short(toolkit: Toolkit, chain: Chain, command: str) -> None:
+    weights = chain.student / "checkpoints/best.safetensors"
+    cut(weights)
+    before = files(chain.folder)
+    refused(toolkit(command, chain.student), weights, "not a whole safetensors file")
+    assert files(chain.folder) == before
+
+
+@pytest.mark.parametrize("command", ["validate", "export"])
+def test_weights_of_another_model(toolkit: Toolkit, chain: Chain, command: str) -> None:
+    weights = chain.student / "checkpoints/best.safetensors"
+    shutil.copy(chain.teacher / "checkpoints/best.safetensors", weights)
+    before = files(chain.folder)
+    refused(toolkit(command, chain.student), weights, "resnet9_wide", "the run's recipe has student resnet9")
+    assert files(chain.folder) == before
+
+
+def test_the_state_of_a_run_is_not_weights(toolkit: Toolkit, chain: Chain) -> None:
+    result = toolkit("validate", chain.student / "checkpoints/last.safetensors")
+    refused(result, "last.safetensors", "its weights are in best.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["cut", "another model"])
+def test_a_state_that_cannot_be_resumed_from(toolkit: Toolkit, chain: Chain, damage: str) -> None:
+    state = chain.student / "checkpoints/last.safetensors"
+    (chain.student / "summary.json").unlink()
+    if damage == "cut":
+        cut(state)
+    else:
+        shutil.copy(chain.teacher / "checkpoints/last.safetensors", state)
+    before = files(chain.folder)
+    refused(toolkit("distill", "--run-dir", chain.student, "--resume"), state)
+    assert files(chain.folder) == before
+
+
+def test_a_teacher_that_is_damaged_or_another(toolkit: Toolkit, chain: Chain) -> None:
+    weights = chain.teacher / "checkpoints/best.safetensors"
+    student = chain.student / "checkpoints/best.safetensors"
+    distil = ("distill", "--recipe", "digits", "--run-dir", "new", "--teacher-checkpoint")
+    refused(toolkit(*distil, student), student, "holds resnet9", "asks for resnet9_wide", "--teacher resnet9")
+    refused(toolkit(*distil, "nothing"), "no weights of a teacher at nothing")
+    again = toolkit(
+        "distill", "--recipe", chain.student / "recipe.yaml", "--run-dir", "new", "--teacher-checkpoint", student
+    )
+    refused(again, student, "another teacher", "--teacher-checkpoint")
+    cut(weights)
+    refused(toolkit(*distil, weights), weights, "not a whole safetensors file")
+    assert not Path("new").exists()
+
+
+def test_a_teacher_of_other_classes(toolkit: Toolkit, chain: Chain, photos: Path) -> None:
+    os.chdir(chain.folder)
+    folder = f"folder:{photos}"
+    distil = ("distill", "--recipe", "digits", "--dataset", folder, "--set", "data.val_size=2", "--run-dir", "new")
+    refused(toolkit(*distil, "--teacher-checkpoint", chain.teacher), "knows 10 classes of digits", "2 of folder:photos")
+    assert not Path("new").exists()
+    refused(toolkit("validate", "--dataset", folder), "0, 1, 2, 3, 4", "day, night", "must be the same")
+
+
+# --- artifacts and images ----------------------------------------------------------------------------------
+
+
+def other_onnx() -> bytes:
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    return onnx.helper.make_model(onnx.helper.make_graph([node], "other", [x], [y])).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "command", ["validate artifact.onnx", "serve artifact.onnx", "predict --artifact artifact.onnx"]
+)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda good: None, ["artifact.onnx", "No such file"]),
+        (lambda good: b"", ["artifact.onnx is empty"]),
+        (lambda good: b"A poem\nabout a cat\n" * 50, ["artifact.onnx is not an ONNX file"]),
+        (lambda good: good[: len(good) // 2], ["artifact.onnx is not an ONNX file, or it is cut short"]),
+        (lambda good: other_onnx(), ["artifact.onnx is not an artifact of this toolkit"]),
+    ],
+    ids=["missing", "empty", "not ONNX", "cut short", "not ours"],
+)
+def test_artifacts(
+    toolkit: Toolkit, chain: Chain, command: str, content: Callable[[bytes], bytes | None], words: list[str]
+) -> None:
+    bad = content(chain.artifact.read_bytes())
+    if bad is not None:
+        Path("artifact.onnx").write_bytes(bad)
+    before = files(chain.folder)
+    images = [chain.example] if command.startswith("predict") else []
+    refused(toolkit(*command.split(), *images), *words, "toolkit export")
+    assert files(chain.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"", "is empty"),
+        (b"Just a text.\n" * 100, "is not a PNG, JPEG, WebP, GIF or BMP image"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "broken"),
+    ],
+    ids=["missing", "empty", "text", "broken"],
+)
+def test_images(toolkit: Toolkit, chain: Chain, content: bytes | None, words: str) -> None:
+    if content is not None:
+        Path("cat.png").write_bytes(content)
+    refused(toolkit("predict", chain.example, "cat.png", "--json"), "cat.png", words)
+
+
+def test_a_port_in_use(toolkit: Toolkit, chain: Chain) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused(toolkit("serve", "--port", port, "--provider", "cpu"), f"port {port}", "in use", "--port")
+
+
+# --- a full disk -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["validate", "export", "train"])
+def test_a_write_that_finds_the_disk_full(
+    toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = files(chain.folder)
+    refused(toolkit(command, *(SMALL if command == "train" else ())), "the disk is full", "Free some space")
+    assert files(chain.folder) == before
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system in memory, whose size is what it is called with."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def resize(size: str) -> Path:
+        options = f"size={size}" + (",remount" if place.is_mount() else "")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs root")
+        return place
+
+    yield resize
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_training_on_a_full_disk_goes_on_when_there_is_room(
+    toolkit: Toolkit, nowhere: Path, disk: Callable[[str], Path]
+) -> None:
+    command = ("train", *SMALL, "--run-dir", disk("100k") / "run")
+    refused(toolkit(*command), "the disk is full", "safetensors")
+    assert files(disk("20m")) == {}
+    result = toolkit(*command)
+    assert result.exit_code == 0, result.output
+
+
+def test_an_export_to_a_full_disk_leaves_the_artifact_that_was_there(
+    toolkit: Toolkit, chain: Chain, disk: Callable[[str], Path]
+) -> None:
+    place = disk("200k")
+    (place / "student.onnx").write_text("what was there")
+    before = files(place)
+    refused(toolkit("export", "--output", place / "student.onnx"), "the disk is full", place)
+    assert files(place) == before
