@@ -62,6 +62,10 @@ class PoolFirstNet(nn.Module):
         self.stages = nn.Sequential(*(PoolStage(i, o) for i, o in zip((stem, *widths[:-1]), widths, strict=True)))
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         self.scale = scale
+        for module in self.stages.modules():
+            if isinstance(module, nn.Conv2d):  # begin by passing on what comes in (airbench)
+                with torch.no_grad():
+                    nn.init.dirac_(module.weight[: module.in_channels])
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.stages(self.stem(x)).amax((2, 3))

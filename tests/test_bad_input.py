@@ -58,10 +58,6 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("train --set lr=3", ["lr", "did you mean 'optimizer.lr'"]),
         ("train --set train=3", ["train: there is no such field"]),
         ("train --epochs 0", ["epochs = 0", "greater than or equal to 1"]),
-        (
-            "train --recipe digits --image-size 16 --set augment.crop_padding=20 --set augment.padding_mode=reflect",
-            ["augment.crop_padding (=20) must be less than the side of the images (=16)"],
-        ),
         ("train --set epochs", ["--set takes key.path=value", "'epochs'"]),
         ("train --set =3", ["--set takes key.path=value", "'=3'"]),
         ("train --set epochs=[1", ["--set takes key.path=value", "'epochs=[1'"]),
@@ -97,6 +93,12 @@ def test_an_artifact_that_does_not_exist_yet(toolkit: Toolkit, nowhere: Path) ->
     Image.new("RGB", (8, 8)).save("black.png")
     refused(toolkit("predict", "black.png"), "no artifact under runs", "toolkit export")
     refused(toolkit("serve"), "no artifact under runs", "toolkit export")
+
+
+def test_a_mistake_found_when_training_begins_leaves_no_run(toolkit: Toolkit, nowhere: Path) -> None:
+    padding = ("--set", "augment.padding_mode=reflect", "--set", "augment.crop_padding=40")
+    refused(toolkit("train", *SMALL, *padding), "augment.crop_padding (=40) must be less than", "(=32)")
+    assert not any(Path("runs").iterdir())
 
 
 # --- devices -----------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_json_of_doctor(toolkit: Toolkit, chain: Chain) -> None:
 
 
 def test_json_of_validate_is_the_same_for_run_and_artifact(toolkit: Toolkit, chain: Chain) -> None:
-    torches = json.loads(toolkit("validate", chain.student, "--json").stdout)
+    torches = json.loads(toolkit("validate", chain.student, "--device", "cpu", "--json").stdout)
     assert torches.keys() >= {"top1", "top5", "nll", "ece", "per_class", "agreement", "kl", "teacher_top1"}
     assert torches["n"] == np.sum(torches["confusion"]) == 359
     artifacts = json.loads(toolkit("validate", chain.artifact, "--provider", "cpu", "--json").stdout)
@@ -166,7 +166,8 @@ def test_serve_answers_until_sigterm(chain: Chain) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(toolkit: Toolkit, nowhere: Path) -> None:
-    arguments = ["train", "--recipe", "digits", "--epochs", "4", *TINY, "--set", "average_decay=0.9", "--run-dir"]
+    options = "--recipe digits --epochs 4 --device cpu --set average_decay=0.9 --run-dir"
+    arguments = ["train", *TINY, *options.split()]
     command = [sys.executable, "-m", "toolkit", *arguments, "runs/killed"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as training:

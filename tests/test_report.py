@@ -17,7 +17,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from toolkit import report
-from toolkit.errors import DivergedError
+from toolkit.errors import DivergedError, UserError
 
 
 def softmax(logits):
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="disk is full"):
         write(tmp_path, accuracy=0.0)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -84,7 +84,7 @@ def build(
             raise RecipeError(f"{role}.{key}: {name} takes no such argument{closest(key, known)}")
     try:
         network = make(num_classes, **arguments)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise RecipeError(f"{role}: {name} cannot be built from {arguments}: {error}") from error
     return Classifier(network, mean, std)
 

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from toolkit import __version__
+from toolkit.catalogue import BUDGET
 from toolkit.errors import UserError, next_step
 
 
@@ -351,22 +352,22 @@ def predict(
 
 @app.command()
 def models(
-    budget: Annotated[int | None, typer.Option(help="Parameters that a student must stay under.")] = None,
+    budget: Annotated[int, typer.Option(help="Parameters that a student must stay under.")] = BUDGET,
     as_json: AsJson = False,
 ) -> None:
     """The catalogue: parameters and multiply-accumulates at 32x32 with 10 classes, and who fits the budget."""
     from dataclasses import asdict
 
-    from toolkit.catalogue import BUDGET, ROLES, info, names
+    from toolkit.catalogue import ROLES, info, names
 
-    rows = [info(name, role, budget=budget or BUDGET) for role in ROLES for name in names(role)]
+    rows = [info(name, role, budget=budget) for role in ROLES for name in names(role)]
     if as_json:
         _print_json([asdict(row) for row in rows])
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "role", "source", title=f"budget: fewer than {budget or BUDGET:,} parameters")
+    table = Table("name", "role", "source", title=f"budget: fewer than {budget:,} parameters")
     for heading in ("parameters", "MACs", "fits"):
         table.add_column(heading, justify="right")
     for row in rows:

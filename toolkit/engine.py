@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import math
 import resource
+import shlex
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -146,8 +148,8 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
         return recipe.optimizer.lr * lr_factor(recipe.schedule, step, recipe.epochs * steps, steps)
 
     state = Checkpoint(run, model, optimizer, average)
-    at = state.load()
     header = describe(recipe, data)
+    at = state.load(header)
 
     with StopSignal() as stop, Display(recipe.model.name, recipe.epochs, steps, at.epoch * steps + at.step) as display:
         saved = time.monotonic()
@@ -277,20 +279,28 @@ class Checkpoint:
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         save_tensors(self.run.checkpoint("last"), tensors, header | {"position": asdict(at)})
 
-    def load(self) -> Position:
-        """Restore the last state where there is one; the position from which to go on."""
+    def load(self, expected: dict[str, Any]) -> Position:
+        """Restore the last state where there is one; the position from which to go on.
+
+        A state whose header says other than ``expected`` raises ``CheckpointError``.
+        """
         path = self.run.checkpoint("last")
         if not path.is_file():
             return Position()
         tensors, header = load_tensors(path)
         if "position" not in header:
             raise CheckpointError(f"{path} holds weights alone, not the state of a run")
+        differing = [f"{key}: {header.get(key)} there, {value} here" for key, value in expected.items()
+                     if header.get(key) != value]  # fmt: skip
+        if differing:
+            raise CheckpointError(f"{path} is the state of another run: {textwrap.shorten('; '.join(differing), 300)}")
         try:
             self.model.load_state_dict(_below(tensors, "model."))
             if self.average is not None:
                 self.average.load_state_dict(_below(tensors, "average."))
         except RuntimeError as error:
-            raise CheckpointError(f"{path} belongs to another model: {error}") from error
+            reason = textwrap.shorten(str(error), 300)
+            raise CheckpointError(f"{path} belongs to another model: {reason}") from error
         for name, value in _below(tensors, "optimizer.").items():
             index, _, key = name.partition(".")
             parameter = self.parameters[int(index)]
@@ -333,9 +343,10 @@ class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
 
 
 def stopped(run: Run, epoch: int, step: int, steps: int) -> str:
+    command = f"toolkit {'distill' if run.recipe.role == 'student' else 'train'}"
     return (
         f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}; all of it is saved. Go on with: "
-        f"toolkit {'distill' if run.recipe.role == 'student' else 'train'} --run-dir {run.path} --resume"
+        f"{command} --run-dir {shlex.quote(str(run.path))} --resume"
     )
 
 

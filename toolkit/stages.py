@@ -242,7 +242,13 @@ def validate(
         }
         teacher_logits = _teacher_logits(run, data, place)
     metrics = report.measure(logits, data.test.labels.numpy(), data.classes, teacher_logits)
-    identity = {"model": header["model"], "dataset": data.name, "provider": f"pytorch {place}", "seconds": seconds}
+    identity = {
+        "model": header["model"],
+        "dataset": data.name,
+        "dataset_digest": data.digest,
+        "provider": f"pytorch {place}",
+        "seconds": seconds,
+    }
     folder = run.report if run else weights.with_suffix(".report")
     _write_report(folder, header["model"], identity | metrics, history, data, logits, facts, layer_table(model, header))
     return identity | metrics, folder
@@ -274,7 +280,13 @@ def _validate_artifact(
         "data": f"{data.name}, {len(data.test):,} test images",
         "teacher": about.teacher or "none",
     }
-    identity = {"model": about.model, "dataset": data.name, "provider": session.provider, "seconds": seconds}
+    identity = {
+        "model": about.model,
+        "dataset": data.name,
+        "dataset_digest": data.digest,
+        "provider": session.provider,
+        "seconds": seconds,
+    }
     folder = path.with_suffix(".report")
     _write_report(folder, path.name, identity | metrics, [], data, logits, facts, None)
     return identity | metrics, folder
@@ -383,10 +395,10 @@ def export(
     run = Run(target)
     model, header = load_run(run)
     metrics_file = run.report / "metrics.json"
-    if not metrics_file.is_file():
+    metrics = json.loads(metrics_file.read_text()) if metrics_file.is_file() else {}
+    if metrics.get("dataset_digest") != header["dataset_digest"]:
         say("measuring the model first: the artifact carries its accuracy")
-        validate(target, data_dir=data_dir)
-    metrics = json.loads(metrics_file.read_text())
+        metrics, _ = validate(target, data_dir=data_dir)
     data = load_data(_data_config(run.recipe.data, header["dataset"], header, None, data_dir))
     about = Metadata(
         model=header["model"],
