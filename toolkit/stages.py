@@ -185,9 +185,9 @@ def load_data(config: Data) -> datasets.DataSet:
 # --- what a command works on -------------------------------------------------------------------------------
 
 
-def newest_run(role: Literal["teacher", "student"] | None = None) -> Run:
+def newest_run() -> Run:
     """The newest finished run: of a distilled student, else of a student alone, else of a teacher. ``RunError``."""
-    finished = [run for run in runs() if run.finished and role in (None, run.recipe.role)]
+    finished = [run for run in runs() if run.finished]
     if not finished:
         raise RunError(f"there is no finished run under {RUNS}/: `toolkit distill` makes one, `toolkit pipeline` too")
     return max(finished, key=lambda run: (run.recipe.distils, run.recipe.role == "student"))  # the first of equals
