@@ -1,43 +1,14 @@
-"""TPSNet: deep, thin, post-activation residual networks."""
+"""TPSNet: deep, thin, post-activation residual networks, and their siblings from the same search."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from students.blocks import ResidualBlock, conv3x3, kaiming
+from students.resnet import ResNet
 
-__all__ = ["tpsnet"]
-
-
-class ResNet(nn.Module):
-    """A 3x3 stem and stages of residual blocks; each stage after the first halves the resolution.
-
-    ``[B,3,H,W]`` to ``[B,K]``.
-    """
-
-    def __init__(
-        self, num_classes: int, stem: int, widths: Sequence[int], blocks: Sequence[int], dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.conv, self.norm = conv3x3(3, stem), nn.BatchNorm2d(stem)
-        stages, inputs = [], stem
-        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
-            strides = [1 if stage == 0 else 2] + [1] * (count - 1)
-            layers = []
-            for stride in strides:
-                layers.append(ResidualBlock(inputs, width, stride, dropout))
-                inputs = width
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(inputs, num_classes)
-        kaiming(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(torch.relu(self.norm(self.conv(x))))
-        return self.head(x.mean((2, 3)))
+__all__ = ["tpsnet", "tpsnet_17", "tpsnet_23", "tpsnet_333", "tpsnet_777"]
 
 
 def tpsnet(
@@ -47,7 +18,7 @@ def tpsnet(
     width: int = 2,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """An 82-layer residual network of 4,959,770 parameters; 0.74 G MACs at 32x32.
+    """An 82-layer residual network of 4,959,770 parameters; 0.72 G MACs at 32x32.
 
     Stem of ``base`` channels, stages of ``base * width`` times 1, 2, 4; ``blocks`` residual blocks in each;
     ``dropout`` between the convs of a block.
@@ -56,3 +27,43 @@ def tpsnet(
     """
     widths = [base * width * 2**stage for stage in range(len(blocks))]
     return ResNet(num_classes, base, widths, blocks, dropout)
+
+
+def tpsnet_333(
+    num_classes: int, blocks: Sequence[int] = (3, 3, 3), base: int = 34, width: int = 2, dropout: float = 0.0
+) -> nn.Module:
+    """``tpsnet`` with 3 blocks a stage, wider: 4,865,580 parameters, 0.71 G MACs at 32x32.
+
+    Source: Rao, Pan, Ananth: TPSNet, model 1 (94.02% on CIFAR-10)
+    """
+    return tpsnet(num_classes, blocks, base, width, dropout)
+
+
+def tpsnet_777(
+    num_classes: int, blocks: Sequence[int] = (7, 7, 7), base: int = 22, width: int = 2, dropout: float = 0.0
+) -> nn.Module:
+    """``tpsnet`` with 7 blocks a stage: 4,971,680 parameters, 0.73 G MACs at 32x32.
+
+    Source: Rao, Pan, Ananth: TPSNet, model 2 (94.24% on CIFAR-10)
+    """
+    return tpsnet(num_classes, blocks, base, width, dropout)
+
+
+def tpsnet_17(
+    num_classes: int, blocks: Sequence[int] = (17, 17, 17), base: int = 14, width: int = 2, dropout: float = 0.0
+) -> nn.Module:
+    """``tpsnet`` with 17 blocks a stage, thinner: 4,987,384 parameters, 0.73 G MACs at 32x32.
+
+    Source: Rao, Pan, Ananth: TPSNet, table 1 (84.09% on CIFAR-10 after 30 epochs)
+    """
+    return tpsnet(num_classes, blocks, base, width, dropout)
+
+
+def tpsnet_23(
+    num_classes: int, blocks: Sequence[int] = (23, 23, 23), base: int = 12, width: int = 2, dropout: float = 0.0
+) -> nn.Module:
+    """``tpsnet`` with 23 blocks a stage, thinner still: 4,976,470 parameters, 0.73 G MACs at 32x32.
+
+    Source: Rao, Pan, Ananth: TPSNet, table 1 (81.32% on CIFAR-10 after 30 epochs)
+    """
+    return tpsnet(num_classes, blocks, base, width, dropout)

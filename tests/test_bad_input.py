@@ -20,7 +20,7 @@ from click.testing import Result
 from conftest import Chain, Toolkit
 from PIL import Image
 
-SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 32]", "--set", "teacher.stem=8")
+SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 32]")
 
 
 def refused(result: Result, *words: object, lines: int = 2) -> None:
@@ -62,7 +62,7 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("train --set =3", ["--set takes key.path=value", "'=3'"]),
         ("train --set epochs=[1", ["--set takes key.path=value", "'epochs=[1'"]),
         ("train --recipe digits --set teacher.width=3", ["teacher.width", "did you mean 'widths'"]),
-        ("distill --recipe digits --set student.stem=wide", ["resnet9 cannot be built", "'wide'"]),
+        ("distill --recipe digits --set student.widths=wide", ["resnet9 cannot be built", "'wide'"]),
         ("distill --recipe digits --budget 100000", ["122,504 parameters", "22,505 too many", "fewer than 100,000"]),
         (
             "pipeline --set student.widths=[512,1024,2048]",

@@ -103,7 +103,7 @@ def test_another_model_drops_the_arguments_of_the_recipes_own(
     with pytest.raises(ZeroDivisionError):
         toolkit("distill", "--recipe", "digits", "--student", "tpsnet", "--set", "student.width=32")
     assert taken[0].student.arguments == {"width": 32}  # and not the widths of resnet9
-    assert taken[0].teacher.arguments == {"widths": [32, 64, 128], "stem": 16}
+    assert taken[0].teacher.arguments == {"widths": [32, 64, 128]}
 
 
 def test_models_is_a_table_of_the_catalogue(toolkit: Toolkit) -> None:

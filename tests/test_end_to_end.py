@@ -19,7 +19,7 @@ from toolkit import stages
 from toolkit.data import load
 from toolkit.run import Run
 
-TINY = ("--set", "teacher.widths=[8, 16, 32]", "--set", "teacher.stem=8")
+TINY = ("--set", "teacher.widths=[8, 16, 32]")
 
 
 def best(run: Path) -> bytes:
@@ -215,7 +215,7 @@ def test_train_teacher_and_baseline(toolkit: Toolkit, nowhere: Path) -> None:
     teacher, student, alone = runs["resnet9_wide"], runs["resnet9-from-resnet9_wide"], runs["resnet9"]
     assert teacher.recipe.epochs == 2
     assert teacher.recipe.teacher is not None
-    assert teacher.recipe.teacher.arguments == {"widths": [8, 16, 32], "stem": 8}
+    assert teacher.recipe.teacher.arguments == {"widths": [8, 16, 32]}
     assert student.recipe.epochs == alone.recipe.epochs == 1
     assert alone.recipe.loss.kd_weight == 0
 

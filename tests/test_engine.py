@@ -49,7 +49,7 @@ def weights(run):
     return run.checkpoint("best").read_bytes()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_run_stopped_within_an_epoch_ends_as_one_that_was_not(tmp_path, data, monkeypatch, optimizer):
     changes = {"optimizer.name": optimizer, "average_decay": 0.9, "precision": "bf16"}
     recipe, whole = start(tmp_path / "whole", **changes)
@@ -127,7 +127,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, 
 def test_the_student_learns_from_the_teacher_alone_and_leaves_it_as_it_was(tmp_path, data):
     """Labels are shuffled: only the teacher knows, and with ce_weight 0 only the teacher counts."""
     fast = {
-        "student": {"name": "resnet9", "widths": [16, 16, 32], "stem": 8},
+        "student": {"name": "resnet9", "widths": [16, 16, 32]},
         "optimizer": {"lr": 0.4, "momentum": 0.85},
         "augment": {"flip": "none", "crop_padding": 0},
         "epochs": 12,
@@ -180,7 +180,7 @@ def test_metrics_of_a_kill_are_valid_and_rewound(tmp_path, data):
 
 
 def test_predict_is_the_model_in_batches():
-    model = engine.build("resnet9", "student", 7, widths=(8, 8, 8), stem=4).eval()
+    model = engine.build("resnet9", "student", 7, widths=(8, 8, 8)).eval()
     images = torch.randint(0, 256, (engine.EVAL_BATCH + 3, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
         expected = model(images.float() / 255).numpy()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.optim import lr_factor, make_average, make_optimizer, set_lr
+from toolkit.optim import lr_factor, make_average, make_optimizer, orthogonal, set_lr
 from toolkit.recipe import Optimizer, Schedule
 
 
@@ -49,10 +49,10 @@ def net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name):
     model = net()
-    config = Optimizer(name=name, lr=0.5, weight_decay=0.1, decay_norm=False, norm_bias_lr=8)
+    config = Optimizer(name=name, lr=0.5, weight_decay=0.1, decay_norm=False, norm_bias_lr=8, filter_lr=0.3)
     optimizer = make_optimizer(config, model)
     set_lr(optimizer, 0.25)
     seen = {}
@@ -61,7 +61,7 @@ def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name):
             assert id(parameter) not in seen
             seen[id(parameter)] = (group["weight_decay"], group["lr"])
     expected = {
-        model[0].weight: (0.1, 0.25),
+        model[0].weight: (0.0, 0.15) if name == "muon" else (0.1, 0.25),
         model[0].bias: (0.0, 0.25),
         model[1].weight: (0.0, 0.25),
         model[1].bias: (0.0, 2.0),
@@ -79,3 +79,39 @@ def test_the_average_holds_the_buffers_of_batch_norm_too():
     model[1].running_mean.fill_(3.0)
     average.update_parameters(model)
     torch.testing.assert_close(average.module[1].running_mean, (before + 3.0) / 2)
+
+
+@pytest.mark.parametrize("shape", [(8, 27), (40, 12), (16, 16)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_the_orthogonal_matrix_keeps_the_directions_of_the_gradient(shape, size):
+    torch.manual_seed(0)
+    matrix = size * torch.randn(shape)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = torch.linalg.svdvals(orthogonal(matrix, steps=5))
+    assert 0.5 < found.min() <= found.max() < 1.5
+    between = u.T @ orthogonal(matrix, steps=5) @ v.T  # diagonal where the singular vectors are kept
+    torch.testing.assert_close(between, between.diagonal().diag(), atol=1e-4, rtol=0)
+
+
+def test_muon_steps_filters_by_their_rate_and_the_rest_as_sgd():
+    torch.manual_seed(0)
+    model = net()
+    config = Optimizer(name="muon", lr=0.1, weight_decay=0, momentum=0.9, filter_lr=0.25, filter_momentum=0.5)
+    optimizer, sgd = make_optimizer(config, model), torch.optim.SGD(
+        (twin := nn.Linear(4, 2)).parameters(), lr=0.1, momentum=0.9, nesterov=True
+    )  # fmt: skip
+    twin.load_state_dict(model[4].state_dict())
+    set_lr(optimizer, 0.1)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        before = model[0].weight.detach().clone()
+        for ours_, theirs in zip(model[4].parameters(), twin.parameters(), strict=True):
+            theirs.grad = ours_.grad.clone()
+        optimizer.step()
+        sgd.step()
+        optimizer.zero_grad()
+        step = model[0].weight.detach() - before * 2 / before.norm()  # four filters: norm 2
+        assert torch.linalg.svdvals(step.flatten(1) / 0.25) == pytest.approx(1, abs=0.6)
+    torch.testing.assert_close(model[4].weight, twin.weight)

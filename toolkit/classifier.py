@@ -26,3 +26,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network((images - self.mean) / self.std)
+
+    def prepare(self, images: Tensor) -> None:
+        """Show a new network training images ``[N,3,H,W]`` in [0,1], where it starts from data."""
+        if hasattr(self.network, "prepare"):
+            self.network.prepare((images - self.mean) / self.std)

@@ -32,6 +32,7 @@ from toolkit.recipe import Loss, Recipe
 from toolkit.run import Run, load_tensors, save_tensors
 
 EVAL_BATCH = 500
+PREPARE_IMAGES = 5000
 READ_SECONDS = 0.5  # the loss is read from the device this often: each reading waits for the device
 
 
@@ -129,11 +130,13 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(recipe.seed)
-    model = new_model(recipe, data).to(device).to(memory_format=layout)
+    model = new_model(recipe, data)
+    model.prepare(data.train.images[:PREPARE_IMAGES].float() / 255)
+    model = model.to(device).to(memory_format=layout)
     if teacher is not None:
         teacher = teacher.to(device).to(memory_format=layout).eval().requires_grad_(False)
     objective = Objective(recipe.loss)
-    optimizer = make_optimizer(recipe.optimizer, model)
+    optimizer = make_optimizer(recipe.optimizer, model, dtype)
     average = make_average(model, recipe.average_decay) if recipe.average_decay else None
     kept = average.module if average is not None else model
 

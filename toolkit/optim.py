@@ -3,32 +3,91 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from toolkit.recipe import Optimizer, Schedule
 
 
-def make_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over three groups: weights, other parameters of norms and biases, biases of norms.
+class Muon(torch.optim.SGD):
+    """Muon for the parameter groups with ``orthogonal=True``, SGD for the others.
 
-    Each group carries ``lr_factor``, what the scheduled learning rate is multiplied by.
+    A filter bank ``[O,I,h,w]`` is taken as a matrix ``[O, I h w]``. Its step is the momentum of its gradient with
+    all singular values brought near 1, times ``lr``; the bank itself is kept at norm sqrt(O), which changes
+    nothing where BN follows. Products are computed in ``dtype``.
+
+    Source: Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024), as in airbench94_muon.
     """
-    norm_biases, small, weights = [], [], []
+
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **arguments: Any) -> None:
+        self.dtype = dtype
+        super().__init__(groups, **arguments)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            if not group["orthogonal"]:
+                continue
+            for filters in group["params"]:
+                gradient, momentum = filters.grad, group["momentum"]
+                state = self.state[filters]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(filters)
+                average = state["momentum_buffer"].mul_(momentum).add_(gradient)
+                direction = gradient + momentum * average if group["nesterov"] else average
+                filters.mul_(len(filters) ** 0.5 / filters.norm())
+                step = orthogonal(direction.flatten(1).to(self.dtype)).view(filters.shape)
+                filters.add_(step, alpha=-group["lr"])
+                filters.grad = None  # done: not for SGD
+        super().step(closure)
+
+
+def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
+    """``[R,C]`` with its singular values brought to between about 0.5 and 1.5, by Newton-Schulz iterations.
+
+    The quintic polynomial and its coefficients are Jordan's: steep at 0, so that few iterations are enough.
+    """
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.7750 * gram) @ wide
+    return wide if len(matrix) <= matrix.shape[1] else wide.T
+
+
+def make_optimizer(config: Optimizer, model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+    """The optimizer over groups of parameters: filters, other weights, biases and BN's weights, BN's biases.
+
+    Each group carries ``lr_factor``, what the scheduled learning rate is multiplied by. ``dtype`` is what Muon
+    computes in.
+    """
+    filters, weights, small, norm_biases = [], [], [], []
     for module in model.modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             if norm and name == "bias":
                 norm_biases.append(parameter)
             elif norm or name == "bias":
                 small.append(parameter)
+            elif parameter.ndim == 4 and config.name == "muon":
+                filters.append(parameter)
             else:
                 weights.append(parameter)
     decay = config.weight_decay
     small_decay = decay if config.decay_norm else 0.0
-    groups = [
+    groups: list[dict[str, Any]] = [
+        {
+            "params": filters,
+            "orthogonal": True,
+            "momentum": config.filter_momentum,
+            "weight_decay": 0.0,
+            "lr_factor": config.filter_lr / config.lr,
+        },
         {"params": weights, "weight_decay": decay, "lr_factor": 1.0},
         {"params": small, "weight_decay": small_decay, "lr_factor": 1.0},
         {
@@ -38,11 +97,13 @@ def make_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer
             "lr_factor": config.norm_bias_lr,
         },
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"orthogonal": False} | group for group in groups if group["params"]]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
-    nesterov = config.nesterov and config.momentum > 0
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+    arguments = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov and config.momentum > 0}
+    if config.name == "muon":
+        return Muon(groups, dtype, fused=True, **arguments)
+    return torch.optim.SGD(groups, fused=True, **arguments)
 
 
 def lr_factor(config: Schedule, step: int, steps: int, steps_per_epoch: int) -> float:

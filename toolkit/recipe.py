@@ -110,7 +110,9 @@ class Loss(Section):
 
 
 class Optimizer(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "muon"] = Field(
+        "sgd", description="muon: Muon for the filters of convs that BN follows, SGD for the rest"
+    )
     lr: float = Field(0.1, gt=0, description="peak learning rate, per step on the batch's mean loss")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum, AdamW's first beta")
     nesterov: bool = Field(True, description="SGD with Nesterov's momentum")
@@ -119,11 +121,13 @@ class Optimizer(Section):
     norm_bias_lr: float = Field(
         1, gt=0, description="factor on the learning rate of the normalisation layers' biases (airbench: 64)"
     )
+    filter_lr: float = Field(0.1, gt=0, description="muon: peak length of a step, as a fraction of the filter's")
+    filter_momentum: float = Field(0.6, ge=0, lt=1, description="muon: momentum of the filters' gradients")
     grad_clip: float | None = Field(None, gt=0, description="largest L2 norm of the gradient")
 
     @model_validator(mode="after")
     def _nesterov_wants_momentum(self) -> Optimizer:
-        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+        if self.name != "adamw" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov (=true) needs a momentum above 0")
         return self
 
