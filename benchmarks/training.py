@@ -1,8 +1,10 @@
-"""Training throughput: the toolkit's loop against a stock PyTorch one, on the same images, nets and device.
+"""Training throughput: the toolkit's loop against a stock one and a bare one, on the same images, nets and device.
 
 Ours is ``engine.fit`` itself, with augmentation, metrics, progress and whatever precision it picks. The stock
 loop is that of kuangliu/pytorch-cifar (``main.py``): torchvision's transforms in a DataLoader with 2 workers,
-fp32, NCHW. Neither counts start-up: building the model and starting workers are before the clock.
+fp32, NCHW. The bare loop does forward, backward and step alone, on one resident batch, in our precision and
+layout: what data, augmentation, metrics and progress cost is its distance to ours. None counts start-up:
+building the model and starting workers are before the clock.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ from toolkit.catalogue import builder
 from toolkit.run import Run
 
 BATCH = 128
-# The students that are measured. TPSNet's blocks with the stem, widths and depths of ResNet-18 are the
-# ResNet-18 of pytorch-cifar: 11,173,962 parameters.
+# The students that are measured; resnet18 is pytorch-cifar's, of 11,173,962 parameters.
 NETS: dict[str, dict[str, Any]] = {
     "tpsnet": {"name": "tpsnet"},
-    "resnet18": {"name": "tpsnet", "blocks": [2, 2, 2, 2], "base": 64, "width": 1},
+    "resnet18_42": {"name": "resnet18_42"},
+    "resnet_large": {"name": "resnet_large"},
+    "resnet18": {"name": "resnet18_42", "stem": 64, "widths": [64, 128, 256, 512], "dropout": 0.0},
     "resnet9": {"name": "resnet9"},
 }
 
@@ -96,6 +99,31 @@ def ours(net: str, images: int, data_dir: Path) -> tuple[float, str]:
     return rate, f"{summary['device']}, {summary['threads']} threads; toolkit in {summary['precision']}, stock in fp32"
 
 
+def bare(net: str, images: int, data_dir: Path) -> float:
+    """Images a second of forward, backward and step on one batch, as fast as the device does them."""
+    device = engine.pick_device("auto")
+    dtype = engine.pick_dtype("auto", device)
+    if device.type == "cpu":
+        engine.keep_freed_memory()
+    arguments = dict(NETS[net])
+    model = builder(arguments.pop("name"), "student")(10, **arguments).to(device)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+    pixels = torch.rand(BATCH, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.eye(10, device=device)[torch.randint(0, 10, (BATCH,), device=device)]
+    model.train()
+    began = time.perf_counter()
+    for _ in range(images // BATCH):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(pixels)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return images / (time.perf_counter() - began)
+
+
 load = cache(data.load)
 
 
@@ -104,27 +132,30 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted, after one short warm-up.")] = 5,
     data_dir: Annotated[Path, typer.Option(envvar="TOOLKIT_DATA", help="Folder that holds CIFAR-10.")] = Path("data"),
 ) -> None:
-    """Print images a second of both loops, their ratio for each net, and the geometric mean of the ratios."""
+    """Print images a second of the three loops and their ratios for each net, and the geometric means."""
     images -= images % BATCH
     spawn, rows = get_context("spawn"), []
     for net in NETS:
-        # A process for each side, as each sets the allocator and cuDNN for itself; they take turns, so that
-        # what else the machine does meets both.
+        # A process for ours and one for the stock loop, as each sets the allocator and cuDNN for itself; they take
+        # turns, so that what else the machine does meets all of them.
         with ProcessPoolExecutor(1, spawn) as left, ProcessPoolExecutor(1, spawn) as right:
-            pairs = []
+            rounds_seen = []
             for count in [2 * BATCH] + [images] * rounds:
                 rate, where = left.submit(ours, net, count, data_dir).result()
-                pairs.append((right.submit(stock, net, count, data_dir).result(), rate))
-        pairs = pairs[1:]
-        rows.append((net, *map(statistics.median, zip(*pairs, strict=True)), [b / a for a, b in pairs]))
+                limit = left.submit(bare, net, count, data_dir).result()
+                rounds_seen.append((right.submit(stock, net, count, data_dir).result(), limit, rate))
+        rows.append((net, list(zip(*rounds_seen[1:], strict=True))))
 
-    print(f"{where}; medians of {rounds} rounds of {images} images")
-    print(f"{'net':<10} {'stock img/s':>12} {'toolkit img/s':>14} {'ratio':>7}   lowest, highest")
-    for net, slow, fast, ratios in rows:
-        ratio = statistics.median(ratios)
-        print(f"{net:<10} {slow:>12,.1f} {fast:>14,.1f} {ratio:>7.2f}   {min(ratios):.2f}, {max(ratios):.2f}")
-    mean = statistics.geometric_mean(statistics.median(ratios) for *_, ratios in rows)
-    print(f"{'geometric mean':<38} {mean:>7.2f}   (bar: 1.8)")
+    print(f"{where}; medians of {rounds} rounds of {images} images, images a second")
+    print(f"{'net':<13} {'stock':>7} {'bare':>7} {'toolkit':>8} {'to stock':>9} {'to bare':>8}")
+    gains, shares = [], []
+    for net, (slow, limit, fast) in rows:
+        gains.append(statistics.median(b / a for a, b in zip(slow, fast, strict=True)))
+        shares.append(statistics.median(b / a for a, b in zip(limit, fast, strict=True)))
+        rates = "{:>7,.0f} {:>7,.0f} {:>8,.0f}".format(*map(statistics.median, (slow, limit, fast)))
+        print(f"{net:<13} {rates} {gains[-1]:>9.2f} {shares[-1]:>8.3f}")
+    print(f"{'geometric mean':<38} {statistics.geometric_mean(gains):>9.2f} {statistics.geometric_mean(shares):>8.3f}")
+    print("bars: 1.9 and 0.95")
 
 
 if __name__ == "__main__":

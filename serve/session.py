@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from export import artifact
 from export.preprocess import fit
 from toolkit.errors import ArtifactError, DeviceError
+from toolkit.machine import available_cores
 
 Provider = Literal["auto", "cuda", "cpu"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -122,17 +122,6 @@ class Session:
     def _call(session: ort.InferenceSession, images: NDArray[np.uint8]) -> tuple[Array, Array]:
         logits, probabilities = session.run([artifact.LOGITS, artifact.PROBABILITIES], {artifact.IMAGE: images})
         return logits, probabilities
-
-
-def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = " ".join((cgroup / file).read_text() for file in files).split()
-            if quota not in ("max", "-1"):
-                cores = min(cores, int(quota) // int(period))
-    return max(1, cores)
 
 
 def _need_cuda() -> None:

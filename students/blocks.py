@@ -74,6 +74,7 @@ class WhiteningConv(nn.Conv2d):
     def __init__(self) -> None:
         super().__init__(3, 24, 2)
         self.weight.requires_grad_(False)
+        assert self.bias is not None
         nn.init.zeros_(self.bias)
 
     @torch.no_grad()

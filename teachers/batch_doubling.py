@@ -18,7 +18,7 @@ def norm(channels: int) -> nn.BatchNorm2d:
 
 
 class LeakyBlock(nn.Module):
-    """``[B,inputs,H,W]`` to ``[B,outputs,H/stride,W/stride]``: two 3x3 convs and a shortcut, LeakyReLU of slope 0.01."""
+    """``[B,inputs,H,W]`` to ``[B,outputs,H/stride,W/stride]``: two 3x3 convs, a shortcut, LeakyReLU (0.01)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

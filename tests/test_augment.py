@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from toolkit.augment import Augmenter, affine, cutmix_boxes, inverse_affine
+from toolkit.augment import JITTER, Augmenter, affine, cutmix_boxes, inverse_affine
 from toolkit.errors import RecipeError
 from toolkit.recipe import Augment
 
 N, SIDE, CLASSES = 60, 20, 5
 OFF = {"flip": "none", "crop_padding": 0}
 EVERYTHING = {
-    "flip": "random", "crop_padding": 3, "rotation": 20, "translation": 0.1, "cutout": 6,
+    "flip": "random", "crop_padding": 3, "rotation": 20, "translation": 0.1,
+    "brightness": 0.3, "contrast": 0.4, "saturation": 0.5, "hue": 0.1, "cutout": 6,
     "mixup": 0.4, "cutmix": 1, "mix_probability": 0.8,
 }  # fmt: skip
 IMAGES = torch.randint(0, 256, (N, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -92,10 +93,24 @@ def test_rotation_and_translation(degrees: float, right: int, down: int) -> None
     torch.testing.assert_close(affine(plain(), inverse), expected, rtol=0, atol=2e-5)
 
 
-def test_batch_applies_the_affine_map_before_cutout() -> None:
-    made = augmenter(rotation=30, translation=0.2, cutout=5)
-    moved = affine(plain(), made.table["affine"])
-    for image, before, box in zip(made.batch(ALL)[0], moved, made.table["cutout"].tolist(), strict=True):
+@pytest.mark.parametrize("name", JITTER)
+def test_colour_jitter(name: str) -> None:
+    images = plain()
+    images[0], images[1], images[2] = 0, 1, images[2, :1].clone()  # black, white, shades of grey
+    factors = torch.linspace(-0.5, 0.5, N) if name == "hue" else torch.linspace(0, 2.5, N)
+    adjust = getattr(TF, f"adjust_{name}")
+    expected = torch.stack([adjust(image, float(factor)) for image, factor in zip(images, factors, strict=True)])
+    torch.testing.assert_close(JITTER[name](images, factors), expected, rtol=0, atol=1e-5)
+
+
+def test_batch_moves_then_jitters_then_cuts_out() -> None:
+    jitter = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.2}
+    made = augmenter(rotation=30, translation=0.2, cutout=5, **jitter)
+    jittered = affine(plain(), made.table["affine"])
+    for name in jitter:
+        jittered = JITTER[name](jittered, made.table[name])
+    assert made.batch(ALL)[0].is_contiguous(memory_format=torch.channels_last)
+    for image, before, box in zip(made.batch(ALL)[0], jittered, made.table["cutout"].tolist(), strict=True):
         top, left, bottom, right = (min(max(edge, 0), SIDE) for edge in box)
         expected = TF.erase(before, top, left, bottom - top, right - left, torch.zeros(1))
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
@@ -180,11 +195,11 @@ def test_global_random_state_is_neither_read_nor_changed() -> None:
     assert torch.equal(augmenter(**EVERYTHING).batch(ALL)[0], images)
 
 
-@pytest.mark.parametrize("left_out", ["flip", "crop_padding", "rotation", "cutout", "mixup", "cutmix"])
+@pytest.mark.parametrize("left_out", ["flip", "crop_padding", "rotation", *JITTER, "cutout", "mixup", "cutmix"])
 def test_one_augmentation_does_not_change_the_draws_of_the_others(left_out: str) -> None:
     whole = augmenter(**EVERYTHING).table
     fewer = augmenter(**{name: value for name, value in EVERYTHING.items() if name != left_out}).table
-    for name in {"flip", "corner", "cutout", "partner"} & fewer.keys():
+    for name in {"flip", "corner", "cutout", "partner", *JITTER} & fewer.keys():
         assert torch.equal(whole[name], fewer[name]), name
 
 
@@ -216,6 +231,32 @@ def test_alternating_flip_shows_each_side_every_second_epoch() -> None:
     assert not torch.equal(augmenter(seed=1, flip="alternating").batch(ALL)[0], first)
 
 
+# --- the plain copy ----------------------------------------------------------------------------------------
+
+
+def test_the_plain_copy_follows_the_augmented_one() -> None:
+    made = augmenter(seed=5, epoch=7, plain_copy=True, **EVERYTHING)
+    augmented = augmenter(seed=5, epoch=7, **EVERYTHING).batch(ALL)
+    assert made.count == 2 * N
+    assert torch.equal(made.batch(ALL)[0], augmented[0])
+    assert torch.equal(made.batch(ALL)[1], augmented[1])
+    images, labels = made.batch(N + ALL)
+    torch.testing.assert_close(images, plain(), rtol=0, atol=1e-6)
+    assert torch.equal(labels, torch.nn.functional.one_hot(LABELS, CLASSES).float())
+
+
+def test_an_epoch_shows_both_copies_in_one_order() -> None:
+    made = augmenter(plain_copy=True, **EVERYTHING)
+    order = made.order(0)
+    assert sorted(order.tolist()) == list(range(2 * N))
+    assert 0 < (order[:N] < N).sum() < N
+    whole = made.batch(torch.arange(2 * N))
+    for part in order.split(7):
+        images, labels = made.batch(part)
+        assert torch.equal(images, whole[0][part])
+        assert torch.equal(labels, whole[1][part])
+
+
 # --- distributions -----------------------------------------------------------------------------------------
 
 
@@ -239,6 +280,17 @@ def test_rotation_and_translation_stay_in_their_range() -> None:
     shift = -drawn(5000, translation=0.25)["affine"][:, :, 2] / 2
     assert -0.25 <= shift.min() < -0.24
     assert 0.24 < shift.max() <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "reach", "lowest", "highest"),
+    [("brightness", 0.4, 0.6, 1.4), ("contrast", 1.5, 0, 2.5), ("saturation", 1, 0, 2), ("hue", 0.1, -0.1, 0.1)],
+)
+def test_jitter_stays_in_its_range(name: str, reach: float, lowest: float, highest: float) -> None:
+    factors = drawn(5000, **{name: reach})[name]
+    slack = 0.01 * (highest - lowest)
+    assert lowest <= factors.min() < lowest + slack
+    assert highest - slack < factors.max() <= np.float32(highest)
 
 
 def test_cutout_squares_have_their_size_and_any_centre() -> None:

@@ -86,7 +86,7 @@ def test_flags_set_fields_of_the_recipe(
     toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch, flags: list[object], field: str, value: object
 ) -> None:
     taken = []
-    monkeypatch.setattr("toolkit.stages.distill", lambda recipe, *rest: taken.append(recipe) or 1 / 0)
+    monkeypatch.setattr("toolkit.stages.distill", lambda recipe, *rest, **more: taken.append(recipe) or 1 / 0)
     with pytest.raises(ZeroDivisionError):  # what is not the user's fault keeps its traceback
         toolkit("distill", "--student", "tpsnet", *flags)
     found = taken[0]
@@ -99,7 +99,7 @@ def test_another_model_drops_the_arguments_of_the_recipes_own(
     toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    monkeypatch.setattr("toolkit.stages.distill", lambda recipe, *rest: taken.append(recipe) or 1 / 0)
+    monkeypatch.setattr("toolkit.stages.distill", lambda recipe, *rest, **more: taken.append(recipe) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         toolkit("distill", "--recipe", "digits", "--student", "tpsnet", "--set", "student.width=32")
     assert taken[0].student.arguments == {"width": 32}  # and not the widths of resnet9

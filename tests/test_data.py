@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,14 +27,17 @@ from sklearn.datasets import load_digits
 
 from export import preprocess
 from serve.decode import read_image
+from toolkit import data as module
 from toolkit import recipe
-from toolkit.data import DataSet, Split, _statistics, load
+from toolkit.augment import Augmenter
+from toolkit.data import DataSet, Split, StoredImages, _statistics, load
 from toolkit.errors import DataError
 
 
 @pytest.fixture(autouse=True)
 def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TOOLKIT_DATA", raising=False)
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -394,6 +399,68 @@ def test_digest_covers_labels_and_class_names(photos: Path) -> None:
         (photos / part / "dog").rename(photos / part / "fox")
     digests.add(load_data(f"folder:{photos}").digest)
     assert len(digests) == 3
+
+
+def test_images_that_do_not_fit_stay_in_a_file_and_are_the_same(photos: Path) -> None:
+    here, there = (load_data(f"folder:{photos}", val_size=4, image_size=40, memory=m) for m in (None, 1e-6))
+    assert isinstance(there.train.images, StoredImages)
+    assert isinstance(here.train.images, torch.Tensor)
+    assert (here.digest, here.mean, here.std) == (there.digest, there.mean, there.std)
+    assert there.val is not None
+    assert keys(here.train) == keys(Split(there.train.images[:], there.train.labels))
+    everything = recipe.Augment(crop_padding=2, cutout=6, mixup=0.5, rotation=5, plain_copy=True)
+    index = torch.tensor([0, 3, 1, len(there.train) + 2])
+    batches = []
+    for data in (here, there):
+        augmenter = Augmenter(data.train.images, data.train.labels, 2, everything, 0)
+        augmenter.start_epoch(3)
+        batches.append(augmenter.batch(index))
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from toolkit import recipe
+from toolkit.augment import Augmenter
+from toolkit.data import load
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+before = anonymous()
+data = load(recipe.Data(dataset="folder:" + sys.argv[1], image_size=224, val_size=0, memory=float(sys.argv[2])))
+augmenter = Augmenter(data.train.images, data.train.labels, 2, recipe.Augment(), 0)
+most = anonymous()
+for index in augmenter.order(0).split(16):
+    augmenter.batch(index)
+    most = max(most, anonymous())
+print(most - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not say how much is in memory")
+def test_memory_stays_bounded_where_the_images_do_not_fit(tmp_path: Path) -> None:
+    """900 images of 224 pixels are 129 MiB, and as much again padded; the limit is 64 MiB."""
+    for name in ("left", "right"):
+        fill(tmp_path / "large/train" / name, 450)
+        fill(tmp_path / "large/test" / name, 2)
+    used = {}
+    for limit in (0.0625, 4):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / "large"), str(limit)]
+        used[limit] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert used[4] > 250 * 2**20
+    assert used[0.0625] < 64 * 2**20
+
+
+def test_decoded_images_are_kept_until_a_file_changes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_data(f"folder:{photos}")
+    monkeypatch.setattr(module, "read_image", None)  # nothing is decoded again
+    assert load_data(f"folder:{photos}").digest == before.digest
+    os.utime(next(photos.rglob("*.png")))
+    with pytest.raises(TypeError):
+        load_data(f"folder:{photos}")
 
 
 def test_folder_without_a_path() -> None:

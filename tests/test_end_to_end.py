@@ -1,5 +1,6 @@
 """The whole chain through the command line, on the embedded digits."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ from conftest import Chain, Toolkit
 from serve.session import Session
 from toolkit import stages
 from toolkit.data import load
+from toolkit.machine import available_cores
 from toolkit.run import Run
 
 TINY = ("--set", "teacher.widths=[8, 16, 32]")
@@ -30,7 +32,7 @@ def test_the_pipeline_leaves_two_runs_a_report_and_an_artifact(pipeline: Chain) 
     for run in (pipeline.folder / pipeline.teacher, pipeline.folder / pipeline.student):
         for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json"):
             assert (run / name).stat().st_size > 0
-        assert {file.stem for file in (run / "checkpoints").iterdir()} == {"best", "last"}
+        assert {file.stem for file in (run / "checkpoints").iterdir()} == {"best", "last", "last-1"}
     made = {file.name for file in (pipeline.folder / pipeline.student).glob("*/*")}
     assert made >= {"report.md", "metrics.json", "curves.png", "confusion.png", "predictions.png"}
     assert made >= {"student.onnx", "parity.json", "examples"}
@@ -169,7 +171,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(toolkit: Toolkit, nowhere: Pat
     options = "--recipe digits --epochs 4 --device cpu --set average_decay=0.9 --run-dir"
     arguments = ["train", *TINY, *options.split()]
     command = [sys.executable, "-m", "toolkit", *arguments, "runs/killed"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"OMP_NUM_THREADS": str(available_cores())}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as training:
         assert training.stderr is not None
         said = ""
@@ -222,3 +224,29 @@ def test_train_teacher_and_baseline(toolkit: Toolkit, nowhere: Path) -> None:
     ours, theirs = (json.loads((run.report / "metrics.json").read_text())["top1"] for run in (student, alone))
     assert f"with the teacher {ours:.2%}, without {theirs:.2%}: {100 * (ours - theirs):+.2f} points" in result.stdout
     assert stages.newest_run().path == student.path  # the baseline is newer, but it is not the result
+
+
+def test_two_teachers_are_an_ensemble(toolkit: Toolkit, chain: Chain) -> None:
+    also = ("--set", f"teacher.also=[{chain.student}]", "--epochs", 1, "--set", "schedule.warmup_epochs=0")
+    result = toolkit("distill", "--recipe", "digits", *also, "--run-dir", "runs/two")
+    assert result.exit_code == 0, result.output
+    assert f"from {chain.teacher} and {chain.student} on digits" in result.stderr
+    alone, both = Run(chain.student).recipe.teacher, Run(Path("runs/two")).recipe.teacher
+    assert alone is not None
+    assert both is not None
+    assert both.weights != alone.weights
+    assert json.loads(toolkit("validate", "runs/two", "--json").stdout)["teacher_top1"] > 0.5
+    missing = toolkit("distill", "--recipe", "digits", "--set", "teacher.also=[nowhere]")
+    assert missing.exit_code == 1
+    assert "no weights of a teacher at nowhere" in missing.stderr
+
+
+def test_tensorboard_is_written_or_its_extra_is_named(toolkit: Toolkit, nowhere: Path) -> None:
+    short = ("--recipe", "digits", "--epochs", 1, "--set", "schedule.warmup_epochs=0", *TINY, "--run-dir", "runs/one")
+    result = toolkit("train", *short, "--log", "tensorboard")
+    if importlib.util.find_spec("tensorboard"):
+        assert result.exit_code == 0, result.output
+        assert list(Path("runs/one/tensorboard").iterdir())
+    else:
+        assert result.exit_code == 1
+        assert "distillation-toolkit[log]" in result.stderr

@@ -9,6 +9,7 @@ import torch
 from export import onnx_export, parity
 from export.artifact import Metadata
 from serve.session import Session
+from students.blocks import ResidualBlock
 from toolkit.catalogue import ROLES, build, builder, check_budget, info, names, parameter_count
 from toolkit.errors import BudgetError, RecipeError, UnknownNameError
 
@@ -43,6 +44,54 @@ def test_counts_are_those_of_source_and_docstring(role, name):
     assert f"{entry.parameters:,} parameters" in doc
     giga = float(re.search(r"([\d.]+) G MACs at 32x32", doc)[1])
     assert giga == pytest.approx(entry.macs / 1e9, rel=0.05)
+
+
+# The layer tables of Xu, Tariq and Ahmed's report, in its order: channels x side of the output, and each layer with its
+# parameters. Its global pool, which has none, is not a layer here.
+LAYERS = {
+    "resnet18_42": """
+        42x32: conv 1134, norm 84, conv 15876, norm 84, dropout, conv 15876, norm 84, block
+        42x32: conv 15876, norm 84, dropout, conv 15876, norm 84, block
+        84x16: conv 31752, norm 168, dropout, conv 63504, norm 168, conv 3528, norm 168, block
+        84x16: conv 63504, norm 168, dropout, conv 63504, norm 168, block
+        168x8: conv 127008, norm 336, dropout, conv 254016, norm 336, conv 14112, norm 336, block
+        168x8: conv 254016, norm 336, dropout, conv 254016, norm 336, block
+        336x4: conv 508032, norm 672, dropout, conv 1016064, norm 672, conv 56448, norm 672, block
+        336x4: conv 1016064, norm 672, dropout, conv 1016064, norm 672, block
+        10: linear 3370
+    """,
+    "resnet_large": """
+        64x32: conv 1728, norm 128, conv 36864, norm 128, conv 36864, norm 128, block
+        128x16: conv 73728, norm 256, conv 147456, norm 256, conv 8192, norm 256, block
+        256x8: conv 294912, norm 512, conv 589824, norm 512, conv 32768, norm 512, block
+        512x4: conv 1179648, norm 1024, conv 2359296, norm 1024, conv 131072, norm 1024, block
+        10: linear 5130
+    """,
+}
+KINDS = {
+    torch.nn.Conv2d: "conv",
+    torch.nn.BatchNorm2d: "norm",
+    torch.nn.Dropout: "dropout",
+    torch.nn.Linear: "linear",
+    ResidualBlock: "block",
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_those_of_the_report(name):
+    model, layers = build(name, "student", 10), []
+
+    def note(module, _, output):
+        parameters = sum(p.numel() for p in module.parameters()) if KINDS[type(module)] != "block" else 0
+        shape = "x".join(map(str, output.shape[1:3]))
+        layers.append(f"{shape}: {KINDS[type(module)]}" + (f" {parameters}" if parameters else ""))
+
+    for module in model.modules():
+        if type(module) in KINDS:
+            module.register_forward_hook(note)
+    model(torch.rand(2, 3, 32, 32))
+    lines = [line.strip().split(": ") for line in LAYERS[name].strip().splitlines()]
+    assert layers == [f"{shape}: {layer}" for shape, of_block in lines for layer in of_block.split(", ")]
 
 
 @pytest.mark.parametrize(("role", "name"), MODELS)

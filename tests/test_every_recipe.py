@@ -1,30 +1,78 @@
 """Every shipped recipe, and the rules of recipes. No training here."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from toolkit import cli
 from toolkit import recipe as recipes
-from toolkit.catalogue import build, check_budget, parameter_count
+from toolkit.catalogue import build, check_budget, info, parameter_count
 from toolkit.errors import RecipeError
-from toolkit.recipe import RECIPES, resolve, shipped
+from toolkit.recipe import RECIPES, STAGES, read, resolve, shipped
 
 STUDENT = {"teacher": {"name": "wrn28"}, "student": {"name": "tpsnet"}, "loss": {"kd_weight": 0.9}}
 
 
+REPORTS = [name for name in shipped() if "reported_top1" in read(name)]
+
+
+def stages_of(name):
+    """The stages that a recipe has: a report's system is a teacher alone, or a student without one."""
+    tree = read(name)
+    named = set(tree).union(*(tree.get(stage, {}) for stage in STAGES))
+    return [stage for stage, role in (("train", "teacher"), ("distill", "student")) if role in named]
+
+
+def header_of(name):
+    return re.match(r"(#.*\n)+", (RECIPES / f"{name}.yaml").read_text())[0]
+
+
 @pytest.mark.parametrize("name", shipped())
-@pytest.mark.parametrize("stage", ["train", "distill"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_shipped_recipes_are_whole(name, stage):
+    if stage not in stages_of(name):
+        with pytest.raises(RecipeError, match=r"names no student to distil|neither a teacher nor a student is named"):
+            resolve(name, stage)
+        return
     recipe = resolve(name, stage)
     model = build(recipe.model.name, recipe.role, 10, **recipe.model.arguments)
     assert recipe.role == ("teacher" if stage == "train" else "student")
     if stage == "distill":
-        assert recipe.distils
+        assert recipe.distils == (recipe.teacher is not None)
         check_budget(recipe.model.name, parameter_count(model), recipe.budget, 10)
-    header = re.match(r"(#.*\n)+", (RECIPES / f"{name}.yaml").read_text())[0]
-    assert "toolkit " in header, "the header gives the command"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_commands_of_the_header_are_right(name):
+    lines = re.findall(r"^#   toolkit (.+?)(?: {2,}[\d.]+%)?$", header_of(name), re.MULTILINE)
+    assert lines, "the header gives the command"
+    group = typer.main.get_command(cli.app)
+    root = group.make_context("toolkit", ["models"])
+    for line in lines:
+        command_name, command, rest = group.resolve_command(root, shlex.split(line))
+        with command.make_context(command_name, rest, parent=root) as context:
+            source, overrides = context.params["recipe"] or "cifar10", cli._overrides(context)
+        for stage in STAGES if command_name == "pipeline" else [command_name]:
+            resolve(source, stage, overrides)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_systems_of_reports_say_what_was_reported(name):
+    (stage,) = stages_of(name)
+    recipe = resolve(name, stage)
+    claim = f"{recipe.reported_top1:.2%}"
+    assert f"Reported test top-1: {claim}" in header_of(name)
+    assert info(recipe.model.name, recipe.role).source.startswith(f"{recipe.source} ({claim} on CIFAR-10")
+    assert not recipe.optimizer.nesterov or recipe.optimizer.name == "adamw"
+    assert recipe.select == "last" or recipe.data.val_size
+
+
+def test_the_reports_have_twelve_systems():
+    assert len({resolve(name, *stages_of(name)).model.name for name in REPORTS}) == 12
 
 
 def test_all_errors_come_at_once_with_field_value_and_what_is_allowed():

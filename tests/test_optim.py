@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.optim import lr_factor, make_average, make_optimizer, orthogonal, set_lr
-from toolkit.recipe import Optimizer, Schedule
+from toolkit.optim import Lookahead, lr_factor, make_average, make_optimizer, orthogonal, set_lr
+from toolkit.recipe import Optimizer, Schedule, resolve
 
 
 def torchs(scheduler, steps, **arguments):
@@ -20,7 +20,7 @@ def torchs(scheduler, steps, **arguments):
 
 
 def ours(steps, per_epoch=10, **config):
-    return [lr_factor(Schedule(**config), step, steps, per_epoch) for step in range(steps)]
+    return [lr_factor(Schedule(**config), step / per_epoch, steps // per_epoch) for step in range(steps)]
 
 
 def test_cosine_is_pytorchs():
@@ -73,12 +73,32 @@ def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name):
 
 def test_the_average_holds_the_buffers_of_batch_norm_too():
     model = net()
-    average = make_average(model, 0.5)
+    average = make_average(model, resolve({"student": {"name": "tpsnet"}, "average_decay": 0.5}, "distill"))
     average.update_parameters(model)  # the first update copies
     before = model[1].running_mean.clone()
     model[1].running_mean.fill_(3.0)
     average.update_parameters(model)
     torch.testing.assert_close(average.module[1].running_mean, (before + 3.0) / 2)
+
+
+def test_lookahead_is_the_papers_two_lines():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    slow = [parameter.detach().clone() for parameter in model.parameters()]
+    average = Lookahead(model, steps=3, alpha=0.3)
+    for update in range(1, 8):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        fast = [parameter.detach().clone() for parameter in model.parameters()]
+        average.update_parameters(model)
+        if update % 3 == 0:
+            slow = [old + 0.3 * (new - old) for old, new in zip(slow, fast, strict=True)]
+            fast = slow
+        for expected, found in zip(fast, model.parameters(), strict=True):
+            torch.testing.assert_close(found.detach(), expected)
+        for expected, found in zip(slow, average.module.parameters(), strict=True):
+            torch.testing.assert_close(found.detach(), expected)
 
 
 @pytest.mark.parametrize("shape", [(8, 27), (40, 12), (16, 16)])

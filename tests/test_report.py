@@ -29,7 +29,7 @@ def names(k):
     return [f"class {i}" for i in range(k)]
 
 
-def history(epochs, val=True):
+def history(epochs, val=True, sizes=(128,)):
     return [
         {
             "epoch": epoch,
@@ -39,6 +39,7 @@ def history(epochs, val=True):
             "val_loss": 2.1 / epoch if val else None,
             "val_top1": 1 - 0.7 / epoch if val else None,
             "lr": 0.1 / epoch,
+            "batch_size": sizes[min(epoch, len(sizes)) - 1],
         }
         for epoch in range(1, epochs + 1)
     ]
@@ -71,7 +72,7 @@ def write(folder, k=10, n=60, epochs=3, val=True, classes=None, accuracy=3.0):
 @given(
     n=st.integers(1, 120),
     k=st.integers(2, 100),
-    scale=st.floats(0.1, 6),
+    scale=st.floats(0.1, 4),  # beyond, scikit-learn clips probabilities
     seed=st.integers(0, 2**32 - 1),
 )
 def test_measure_agrees_with_sklearn_and_scipy(n, k, scale, seed):
@@ -167,7 +168,7 @@ def test_the_page_shows_pictures_that_exist(tmp_path, k, n, epochs, val):
     metrics = write(tmp_path, k, n, epochs, val)
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[.+?\]\((.+?)\)", page)
-    assert shown == ["curves.png"] * bool(epochs) + ["confusion.png", "predictions.png"]
+    assert shown == ["curves.png", "schedule.png"] * bool(epochs) + ["confusion.png", "predictions.png"]
     for name in shown:
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
@@ -191,15 +192,28 @@ def test_history_as_csv(tmp_path):
 
 
 def test_curves_hold_what_the_history_holds():
-    loss, accuracy, rate = report._curves(history(5)).axes
+    loss, accuracy = report._curves(history(5)).axes
     assert [line.get_label() for line in loss.lines] == ["train", "val"]
     assert [line.get_label() for line in accuracy.lines] == ["train", "val"]
     assert list(accuracy.lines[1].get_ydata()) == [row["val_top1"] for row in history(5)]
-    assert list(rate.lines[0].get_ydata()) == [row["lr"] for row in history(5)]
     assert accuracy.yaxis.get_major_formatter()(0.5) == "50%"
-    loss, accuracy, _ = report._curves(history(1, val=False)).axes
+    loss, accuracy = report._curves(history(1, val=False)).axes
     assert [line.get_label() for line in accuracy.lines] == ["train"]
     assert loss.lines[0].get_marker() == "o"  # a single epoch is a point, a line would not be seen
+
+
+def test_the_schedule_shows_the_batch_size_where_it_changes():
+    (rate,) = report._schedule(history(5)).axes
+    assert list(rate.lines[0].get_ydata()) == [row["lr"] for row in history(5)]
+
+    growing = history(5, sizes=(125, 125, 250, 1000))
+    rate, batch = report._schedule(growing).axes
+    assert list(rate.lines[0].get_ydata()) == [row["lr"] for row in growing]
+    assert list(batch.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
+    assert list(batch.lines[0].get_ydata()) == [125, 125, 250, 1000, 1000]
+    assert [label.get_text() for label in batch.get_yticklabels()] == ["125", "250", "1,000"]
+    assert report.batch_sizes(growing) == "125 to 1,000"
+    assert report.batch_sizes(history(5)) == "128"
 
 
 def test_worst_mistakes_are_the_most_confident_ones():
@@ -231,7 +245,8 @@ def test_the_same_input_gives_the_same_bytes_and_a_rewrite_leaves_nothing_old(tm
     first = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     write(tmp_path / "a", epochs=0)
-    assert {path.name for path in (tmp_path / "a").iterdir()} == set(first) - {"curves.png", "history.csv"}
+    of_training = {"curves.png", "schedule.png", "history.csv"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == set(first) - of_training
 
 
 def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """The session: what runs, on what, and what it refuses."""
 
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import pytest
 from small_net import LABELS, SIZE, small_artifact, small_images, small_metadata
 
 from serve import session as module
-from serve.session import Session, available_cores
+from serve.session import Session
 from toolkit.errors import ArtifactError, DeviceError
 
 
@@ -88,29 +87,6 @@ def test_threads_are_those_the_process_may_use(path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "available_cores", lambda: 3)
     assert Session(path, "cpu")._session.get_session_options().intra_op_num_threads == 3
     assert Session(path, "cpu", threads=1)._session.get_session_options().intra_op_num_threads == 1
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 8),
-        ({"cpu.max": "max 100000\n"}, 8),
-        ({"cpu.max": "350000 100000\n"}, 3),
-        ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "1600000 100000\n"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
-        ({"cpu.max": "nonsense\n"}, 8),
-    ],
-)
-def test_available_cores_heeds_the_quota(
-    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert available_cores(tmp_path) == expected
 
 
 def test_cuda_without_a_driver_is_an_error_and_auto_says_what_it_took(

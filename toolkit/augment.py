@@ -5,7 +5,8 @@ happens to a sample therefore depends neither on the batch it is in nor on what 
 devices and a cache of the teacher's logits see the same images.
 
 To add an augmentation: a field in ``recipe.Augment``, its draws in ``Augmenter._draw`` under a stream name of
-its own (the draws of the others stay as they are), and its effect in ``Augmenter._view``.
+its own (the draws of the others stay as they are), its effect in ``Augmenter._view``, and in
+``Augmenter._with_plain_rows`` the value that leaves an image as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit import recipe
+from toolkit.data import StoredImages
 from toolkit.errors import RecipeError
 
 
@@ -31,28 +33,37 @@ class Augmenter:
     """Training images and what an epoch does to them.
 
     ``images`` is uint8 [N,3,S,S] and ``labels`` int64 [N], both on the device where batches are wanted; a
-    padded copy of the images is kept there. Raises ``RecipeError`` where the padding does not fit the images.
-    Starts in epoch 0.
+    padded copy of the images is kept there, unless they stay in a file. An epoch has ``count`` samples: sample i
+    shows image i, and with ``plain_copy`` there are 2N of them, of which N+i is image i as it is. Raises
+    ``RecipeError`` where the padding does not fit the images. Starts in epoch 0.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, num_classes: int, config: recipe.Augment, seed: int) -> None:
-        self.config, self.seed, self.device = config, seed, images.device
-        self.count, _, self.side, _ = images.shape
-        # One row of three bytes a pixel: flip and crop are then a single gather of rows.
+    def __init__(
+        self, images: Tensor | StoredImages, labels: Tensor, num_classes: int, config: recipe.Augment, seed: int
+    ) -> None:
+        self.config, self.seed, self.device = config, seed, labels.device
+        self.originals, _, self.side, _ = images.shape
+        self.count = 2 * self.originals if config.plain_copy else self.originals
         self.padded_side = self.side + 2 * config.crop_padding
-        self.pixels = pad(images, config.crop_padding, config.padding_mode).reshape(-1, 3)
-        self.labels = labels
+        self.stored = images if isinstance(images, StoredImages) else None
+        # Of images that stay in a file, each batch is padded by itself; the first shows whether it can be.
+        self.pixels = self._pad(images[:1] if isinstance(images, StoredImages) else images)
+        self.labels = labels.repeat(self.count // self.originals)
         self.one_hot = torch.eye(num_classes, device=self.device)
         self.axis = torch.arange(self.side, device=self.device)
         self.mixes = config.mix_probability > 0 and (config.mixup > 0 or config.cutmix > 0)
         self.start_epoch(0)
+
+    def _pad(self, images: Tensor) -> Tensor:
+        """One row of three bytes a pixel: flip and crop are then a single gather of rows."""
+        return pad(images, self.config.crop_padding, self.config.padding_mode).reshape(-1, 3)
 
     def start_epoch(self, epoch: int) -> None:
         """Draw the parameters of all samples for this epoch."""
         self.table = {name: torch.from_numpy(rows).to(self.device) for name, rows in self._draw(epoch).items()}
 
     def order(self, epoch: int) -> Tensor:
-        """The order of the samples in this epoch: a permutation, int64 [N]."""
+        """The order of the samples in this epoch: a permutation, int64 [count]."""
         permutation = generator(self.seed, epoch, "order").permutation(self.count)
         return torch.from_numpy(permutation).to(self.device)
 
@@ -76,7 +87,7 @@ class Augmenter:
 
     def _draw(self, epoch: int) -> dict[str, np.ndarray]:
         """The table: by parameter, one row for each sample."""
-        config, n, side = self.config, self.count, self.side
+        config, n, side = self.config, self.originals, self.side
         table: dict[str, np.ndarray] = {}
 
         if config.flip == "random":
@@ -90,17 +101,33 @@ class Augmenter:
             angle = generator(self.seed, epoch, "rotation").uniform(-1, 1, n) * np.deg2rad(config.rotation)
             shift = generator(self.seed, epoch, "translation").uniform(-1, 1, (n, 2)) * config.translation
             table["affine"] = inverse_affine(angle, shift)
+        for name in JITTER:
+            if reach := getattr(config, name):
+                low, high = (-reach, reach) if name == "hue" else (max(0, 1 - reach), 1 + reach)
+                table[name] = generator(self.seed, epoch, name).uniform(low, high, n).astype(np.float32)
         if config.cutout:
             first = generator(self.seed, epoch, "cutout").integers(0, side, (n, 2)) - config.cutout // 2
             table["cutout"] = np.concatenate([first, first + config.cutout], axis=1)
         if self.mixes:
             table |= self._draw_mix(epoch)
-        return table
+        return self._with_plain_rows(table) if config.plain_copy else table
+
+    def _with_plain_rows(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The table, and below the N rows that it has N rows that leave the images as they are."""
+        plain = {
+            "flip": False,
+            "corner": self.config.crop_padding,
+            "affine": np.eye(2, 3),
+            **dict.fromkeys(("brightness", "contrast", "saturation", "weight", "lam"), 1),
+            **dict.fromkeys(("hue", "cutout", "box"), 0),
+            "partner": np.arange(self.originals, self.count),
+        }
+        return {name: np.concatenate([rows, np.full_like(rows, plain[name])]) for name, rows in table.items()}
 
     def _draw_mix(self, epoch: int) -> dict[str, np.ndarray]:
         """``partner`` [N], the ``box`` [N,4] that shows it alone, the image's ``weight`` [N] elsewhere;
         ``lam`` [N] is the image's weight in the label."""
-        config, n = self.config, self.count
+        config, n = self.config, self.originals
         coin = generator(self.seed, epoch, "mix")
         applied = coin.random(n) < config.mix_probability
         if config.mixup and config.cutmix:
@@ -132,12 +159,18 @@ class Augmenter:
         if "corner" in self.table:
             top, left = self.table["corner"][index].unbind(1)
             y, x = y + top[:, None], x + left[:, None]
-        rows = (index[:, None] * self.padded_side + y) * self.padded_side
-        pixels = self.pixels.index_select(0, (rows[:, :, None] + x[:, None, :]).flatten())
+        pixels, place = self.pixels, index % self.originals
+        if self.stored is not None:
+            pixels, place = self._pad(self.stored[place.cpu()].to(self.device)), torch.arange(len(index)).to(index)
+        rows = (place[:, None] * self.padded_side + y) * self.padded_side
+        pixels = pixels.index_select(0, (rows[:, :, None] + x[:, None, :]).flatten())
         images = pixels.view(-1, self.side, self.side, 3).permute(0, 3, 1, 2).float().div_(255)
 
         if "affine" in self.table:
             images = affine(images, self.table["affine"][index])
+        for name, adjust in JITTER.items():
+            if name in self.table:
+                images = adjust(images, self.table[name][index])
         if "cutout" in self.table:
             images = images.masked_fill_(self._inside(self.table["cutout"][index]), 0)
         return images
@@ -190,6 +223,62 @@ def affine(images: Tensor, inverse: Tensor) -> Tensor:
     grid = a * place + b * place[:, None] + c
     moved = F.grid_sample(images, grid.permute(0, 2, 3, 1), align_corners=False)
     return moved.contiguous(memory_format=torch.channels_last)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Images [B,3,S,S] in [0,1] times ``factor`` [B]; clipped, as by the other adjustments, to [0,1].
+
+    The four are those of ``torchvision.transforms.v2.functional``, with a factor for each image.
+    """
+    return (images * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Distances from the image's mean grey times ``factor`` [B]."""
+    # Rows, then columns: a sum over all pixels of a single image may be split, and round otherwise than in a batch.
+    mean = grey(images).mean(2).mean(1)
+    return _blend(images, mean.view(-1, 1, 1, 1), factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Distances from each pixel's grey times ``factor`` [B]."""
+    return _blend(images, grey(images)[:, None], factor)
+
+
+def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Hues moved by ``turn`` [B] of the colour circle; lightest and darkest channel of a pixel keep their values."""
+    red, green, blue = images.unbind(1)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    span = chroma + (chroma == 0)  # a grey pixel has no hue, and needs none
+    hue = torch.where(high == green, 2 + (blue - red) / span, 4 + (red - green) / span)
+    hue = torch.where(high == red, (green - blue) / span, hue) + 6 * turn.view(-1, 1, 1)  # in sixths of the circle
+    channels = []
+    for offset in (5, 3, 1):
+        place = hue + offset
+        place = place - 6 * (place / 6).floor()
+        channels.append(high - chroma * torch.minimum(place, 4 - place).clamp_(0, 1))
+    return torch.stack(channels, -1).permute(0, 3, 1, 2)
+
+
+# Colour jitter: the fields of the recipe in the order in which they are applied, always this one.
+JITTER = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+}
+
+
+def grey(images: Tensor) -> Tensor:
+    """[B,3,S,S] to [B,S,S], by the weights of ITU-R BT.601."""
+    red, green, blue = images.unbind(1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def _blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
+    factor = factor.view(-1, 1, 1, 1)
+    return (images * factor + others * (1 - factor)).clamp_(0, 1)
 
 
 def cutmix_boxes(random: np.random.Generator, alpha: float, count: int, side: int) -> np.ndarray:

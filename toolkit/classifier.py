@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,5 +30,18 @@ class Classifier(nn.Module):
 
     def prepare(self, images: Tensor) -> None:
         """Show a new network training images ``[N,3,H,W]`` in [0,1], where it starts from data."""
-        if hasattr(self.network, "prepare"):
-            self.network.prepare((images - self.mean) / self.std)
+        prepare = getattr(self.network, "prepare", None)
+        if prepare is not None:
+            prepare((images - self.mean) / self.std)
+
+
+class Ensemble(nn.Module):
+    """Several classifiers as one: images ``[B,3,H,W]`` in [0,1] to the logarithm of their mean probabilities."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        log_probabilities = torch.stack([member(images).float().log_softmax(1) for member in self.members])
+        return log_probabilities.logsumexp(0) - math.log(len(self.members))

@@ -49,10 +49,25 @@ app = typer.Typer(
 )
 
 
+class LogName(StrEnum):
+    tensorboard = "tensorboard"
+
+
 class ProviderName(StrEnum):
     auto = "auto"
     cuda = "cuda"
     cpu = "cpu"
+
+
+class SamplerName(StrEnum):
+    random = "random"
+    grid = "grid"
+    optuna = "optuna"
+
+
+class SchedulerName(StrEnum):
+    none = "none"
+    asha = "asha"
 
 
 # Options that several commands share. Those of a recipe are named after the field that they set.
@@ -73,8 +88,17 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable images of a folder out.")]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; else runs/NAME-DIGEST.")]
+DataMemory = Annotated[
+    float | None, typer.Option(help="GiB that a folder's decoded images may take; beyond it they stay on disk.")
+]
 Budget = Annotated[int | None, typer.Option(help="A student has fewer parameters than this.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="CUDA kernels that repeat to the last bit, and are slower.")
+]
+Extend = Annotated[bool, typer.Option("--extend", help="Go on with a run for more --epochs than it began with.")]
+Keep = Annotated[int | None, typer.Option("--keep", help="Newest training states that are kept.")]
+Log = Annotated[LogName | None, typer.Option("--log", help="Also write the metrics for TensorBoard.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train the student without a teacher too, and compare.")]
 TeacherName = Annotated[str | None, typer.Option("--teacher", metavar="NAME", help="Architecture of the teacher.")]
 TeacherCheckpoint = Annotated[
@@ -96,6 +120,9 @@ FIELDS = {
     "skip_broken": "data.skip_broken",
     "device": "device",
     "budget": "budget",
+    "deterministic": "deterministic",
+    "data_memory": "data.memory",
+    "keep": "keep_checkpoints",
     "teacher": "teacher.name",
     "teacher_checkpoint": "teacher.checkpoint",
     "student": "student.name",
@@ -149,9 +176,14 @@ def train(
     image_size: ImageSize = None,
     offline: Offline = False,
     skip_broken: SkipBroken = False,
+    data_memory: DataMemory = None,
     device: Device = None,
+    deterministic: Deterministic = False,
     run_dir: RunDir = None,
     resume: Resume = False,
+    extend: Extend = False,
+    keep: Keep = None,
+    log: Log = None,
     settings: Settings = None,
 ) -> None:
     """Train a teacher, with no limit on its size."""
@@ -160,7 +192,9 @@ def train(
     wanted = resolve(_source(ctx, "cifar10"), "train", _overrides(ctx))
     from toolkit import stages  # imports torch: a misspelt name is told before that
 
-    run = stages.train(wanted, run_dir, resume)
+    run = stages.train(wanted, run_dir, resume or extend, extend=extend, log=log)
+    if stages.distributed.RANK:  # one of several processes, and not the one that speaks
+        return
     _print_run(run)
     print(f"next: toolkit distill {stages.options(run.recipe)} --teacher {run.recipe.model.name} --student NAME")
 
@@ -183,10 +217,15 @@ def distill(
     image_size: ImageSize = None,
     offline: Offline = False,
     skip_broken: SkipBroken = False,
+    data_memory: DataMemory = None,
     device: Device = None,
+    deterministic: Deterministic = False,
     run_dir: RunDir = None,
     budget: Budget = None,
     resume: Resume = False,
+    extend: Extend = False,
+    keep: Keep = None,
+    log: Log = None,
     settings: Settings = None,
 ) -> None:
     """Distil a student from a trained teacher's soft targets."""
@@ -202,12 +241,15 @@ def distill(
         stages.check(wanted)
         teacher_run = stages.train(resolve(source, "train", shared), resume=True)
         wanted = stages.from_teacher(wanted, teacher_run)
-    run = stages.distill(wanted, run_dir, resume)
-    _print_run(run)
+    run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
         alone = stages.train(
             stages.without_teacher(wanted), run_dir and run_dir.with_name(f"{run_dir.name}-baseline"), True
         )
+    if stages.distributed.RANK:  # one of several processes, and not the one that speaks
+        return
+    _print_run(run)
+    if baseline:
         ours, theirs = (stages.validate(path)[0]["top1"] for path in (run.path, alone.path))
         print(
             f"test top-1 with the teacher {ours:.2%}, without {theirs:.2%}: {100 * (ours - theirs):+.2f} points "
@@ -235,7 +277,9 @@ def pipeline(
     image_size: ImageSize = None,
     offline: Offline = False,
     skip_broken: SkipBroken = False,
+    data_memory: DataMemory = None,
     device: Device = None,
+    deterministic: Deterministic = False,
     run_dir: Annotated[Path | None, typer.Option(help="Folder for the run directories; else runs/.")] = None,
     budget: Budget = None,
     resume: Resume = False,
@@ -245,14 +289,108 @@ def pipeline(
 
     --set train.KEY=VALUE and --set distill.KEY=VALUE set a field of one of the two stages.
     """
-    from toolkit import stages
+    from toolkit.recipe import resolve
 
-    chain = stages.pipeline(recipe or "digits", _overrides(ctx), run_dir, resume, baseline)
+    source, overrides = recipe or "digits", _overrides(ctx)
+    resolve(source, "train", overrides)
+    resolve(source, "distill", overrides)
+    from toolkit import stages  # imports torch: a misspelt name is told before that
+    from toolkit.machine import peak_memory
+
+    chain = stages.pipeline(source, overrides, run_dir, resume, baseline)
     _print_metrics(chain.metrics)
     _print_export(chain.exported)
     print(f"report    {chain.student.report / 'report.md'}")
-    print(f"took      {chain.seconds:,.0f} s, at most {stages.engine.peak_memory() / 2**30:.2f} GiB of memory")
+    print(f"took      {chain.seconds:,.0f} s, at most {peak_memory() / 2**30:.2f} GiB of memory")
     print(f"next: toolkit serve {chain.exported.path}")
+
+
+@app.command()
+def tune(
+    ctx: typer.Context,
+    space: Annotated[
+        str | None, typer.Option("--space", metavar="NAME|FILE", help="Shipped space or YAML file: what is searched.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="NAME|FILE", help="Shipped recipe or YAML file; else the space's own."),
+    ] = None,
+    sampler: Annotated[SamplerName | None, typer.Option(help="Where trials come from; random where not given.")] = None,
+    scheduler: Annotated[
+        SchedulerName | None, typer.Option(help="asha gives poor trials up early; none where not given.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials to run; else 10, and all points of a grid.")] = None,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of a trial, also a fraction; else 1 where there is CUDA.")
+    ] = None,
+    cpus_per_trial: Annotated[int, typer.Option(min=1, help="CPU cores of a trial.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT|auto", help="Ray cluster; else one on this machine, for itself.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the search; else runs/tune-SPACE-DIGEST.")
+    ] = None,
+    teacher: TeacherName = None,
+    student: StudentName = None,
+    teacher_checkpoint: TeacherCheckpoint = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the draws, and of each trial's weights, order and augmentation.")
+    ] = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    offline: Offline = False,
+    skip_broken: SkipBroken = False,
+    device: Device = None,
+    budget: Budget = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search over recipe fields with Ray Tune (extra [tune]); val selects, the test set is not touched.
+
+    With --resume and --output alone, the search goes on as it was begun; --trials may ask for more.
+    """
+    from toolkit import space as spaces
+    from toolkit import tune as tuning
+
+    overrides = _overrides(ctx)
+    wanted = None
+    if space is not None:
+        wanted = spaces.make_plan(
+            spaces.read_space(space),
+            recipe,
+            overrides,
+            sampler.value if sampler else "random",
+            scheduler.value if scheduler else "none",
+            trials,
+        )
+        output = output or tuning.default_output(wanted)
+    elif not resume or output is None:
+        raise typer.BadParameter("give --space, or --resume with --output", param_hint="--space")
+    elif recipe or overrides or sampler or scheduler:
+        raise typer.BadParameter(
+            "without --space a search goes on as it was begun: give --space too, or no option of the recipe, no "
+            "--sampler and no --scheduler",
+            param_hint="--resume",
+        )
+    plan = tuning.resumed(output, wanted, trials) if resume else wanted
+    assert plan is not None
+    search = tuning.tune(plan, output, tuning.Resources(cpus_per_trial, gpus_per_trial, address), resume)
+    from toolkit import tune_report
+
+    tune_report.show(search)
+    if as_json:
+        _print_json(tune_report.document(search))
+        return
+    best = search.best()
+    assert best is not None
+    print(f"best      trial {best.number}: val top-1 {best.val_top1:.2%} with {best.told}")
+    print(f"search    {output / 'trials.csv'}, {output / 'scatter.png'}")
+    print(f"next: toolkit validate {search.path(best)}, toolkit {plan.space.stage} --recipe {output / 'best.yaml'}")
 
 
 @app.command()
@@ -276,6 +414,33 @@ def validate(
         return
     _print_metrics(metrics)
     print(f"report    {folder / 'report.md'}")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]...", help="Run directories; else the newest finished ones under runs/."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the comparison.")] = Path("comparison"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare finished runs: one table and their curves, as an HTML page, Markdown and CSV."""
+    from toolkit import stages
+
+    compared = stages.compare(runs, output)
+    if as_json:
+        from dataclasses import asdict
+
+        left_out = [{"run": path, "reason": reason} for path, reason in compared.left_out.items()]
+        rows = [asdict(row) for row in compared.rows]
+        _print_json({"runs": rows, "left_out": left_out, "page": str(compared.page)})
+        return
+    for row in compared.rows:
+        accuracies = {"val": row.val_top1, "test": row.test_top1, "reported": row.reported_top1}
+        known = "".join(f", {name} top-1 {top1:.2%}" for name, top1 in accuracies.items() if top1 is not None)
+        print(f"{row.run}: {row.model}, {row.parameters:,} parameters{known}")
+    print(f"comparison  {compared.page}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib import format as npy
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -26,18 +28,44 @@ from export import preprocess
 from serve.decode import read_image
 from toolkit import recipe
 from toolkit.errors import DataError, ImageError
+from toolkit.files import write_atomic
+from toolkit.machine import available_cores, total_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 VAL_FOLDERS = ("val", "valid", "validation")
 TEST_FRACTION = 0.2  # where a data set brings no test images of its own
+DECODED_AT_ONCE = 256  # images of a folder
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+
+
+class StoredImages:
+    """Images uint8 [N,3,S,S] that stay in a file: as much of a Tensor as data sets need."""
+
+    def __init__(self, file: Tensor, rows: Tensor) -> None:
+        self.file, self.rows = file, rows
+        self.shape = torch.Size((len(rows), *file.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Tensor | slice) -> Tensor:
+        """A copy in memory of some images."""
+        return self.file[self.rows[key]]
+
+    def select(self, index: Tensor) -> StoredImages:
+        """Some images, still in the file."""
+        return StoredImages(self.file, self.rows[index])
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Copies of ``size`` images at a time."""
+        return (self[start : start + size] for start in range(0, len(self), size))
 
 
 @dataclass(frozen=True)
 class Split:
     """``images`` uint8 [N,3,S,S] and ``labels`` int64 [N]."""
 
-    images: Tensor
+    images: Tensor | StoredImages
     labels: Tensor
 
     def __len__(self) -> int:
@@ -46,7 +74,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set in memory.
+    """A data set in memory, or where that is too small for its images in a file.
 
     ``mean`` and ``std`` (per channel, of images in [0,1]) come from the training split alone. ``digest`` is
     the SHA-256 of classes, images and labels before the split. ``broken`` names the files that were left out.
@@ -218,11 +246,12 @@ def _folder(root: Path, config: recipe.Data) -> tuple[tuple[str, ...], dict[str,
         raise DataError(f"only one class in {folders['train']} ({classes[0]}): at least two are needed")
 
     parts, broken = {}, []
+    total = sum(len(found) for found in files.values())
+    limit = config.memory * 2**30 if config.memory else total_memory() / 2
     for part, found in files.items():
-        parts[part], unreadable = _read(found, config.image_size)
+        parts[part], unreadable = _read(found, config.image_size, limit * len(found) / total)
         broken += [str(path.relative_to(root)) for path in unreadable]
     if broken and not config.skip_broken:
-        total = sum(len(found) for found in files.values())
         raise DataError(
             f"{len(broken)} of {total} images in {root} cannot be read: {_listed(broken)}; "
             "repair them, or leave them out with --skip-broken"
@@ -261,8 +290,11 @@ def _image_files(folder: Path, classes: Sequence[str], train: Path) -> list[tupl
     ]
 
 
-def _read(files: Sequence[tuple[Path, int]], side: int) -> tuple[Split, list[Path]]:
-    """The images, at the size that the server would make of them, and the files that cannot be read."""
+def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[Split, list[Path]]:
+    """The images, at the size that the server would make of them, and the files that cannot be read.
+
+    They are decoded once and kept in a file. Where they take more than ``limit`` bytes they stay there.
+    """
 
     def read(path: Path) -> Tensor | None:
         try:
@@ -270,17 +302,52 @@ def _read(files: Sequence[tuple[Path, int]], side: int) -> tuple[Split, list[Pat
         except ImageError:
             return None
 
-    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
-    labels: list[int] = []
-    broken = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads are enough: Pillow lets go of the GIL
-        for (path, label), image in zip(files, pool.map(read, [path for path, _ in files]), strict=True):
-            if image is None:
-                broken.append(path)
-            else:
-                images[len(labels)] = image
-                labels.append(label)
-    return Split(images[: len(labels)], torch.tensor(labels, dtype=torch.int64)), broken
+    readable = np.zeros(len(files), dtype=bool)
+
+    def decode(temporary: Path) -> None:
+        array = npy.open_memmap(temporary, "w+", np.uint8, (len(files), 3, side, side))
+        if hasattr(os, "posix_fallocate"):  # a disk that is too small is told now, not as a fault in mapped memory
+            with temporary.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+        with ThreadPoolExecutor(available_cores()) as pool:  # threads are enough: Pillow lets go of the GIL
+            for start in range(0, len(files), DECODED_AT_ONCE):
+                some = [path for path, _ in files[start : start + DECODED_AT_ONCE]]
+                for row, image in enumerate(pool.map(read, some), start):
+                    readable[row] = image is not None
+                    if image is not None:
+                        array[row] = image
+        array.flush()
+        write_atomic(goods, lambda temporary: temporary.write_bytes(readable.tobytes()))
+
+    path = cache_folder() / f"{_files_digest(files, side)}.npy"
+    goods = path.with_suffix(".readable")
+    if not path.is_file():
+        write_atomic(path, decode)
+    array = np.load(path, mmap_mode="r")
+    readable = np.frombuffer(goods.read_bytes(), dtype=bool)
+    rows, labels = torch.from_numpy(readable.nonzero()[0]), torch.tensor([label for _, label in files])
+    broken = [path for (path, _), good in zip(files, readable, strict=True) if not good]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nobody writes to it
+        stored = StoredImages(torch.from_numpy(array), rows)
+    # The augmentation holds a padded copy beside the images.
+    images = stored if 2.5 * array.nbytes > limit else stored[:]
+    return Split(images, labels[rows]), broken
+
+
+def _files_digest(files: Sequence[tuple[Path, int]], side: int) -> str:
+    digest = hashlib.sha256(str(side).encode())
+    for path, _ in files:
+        facts = path.stat()
+        digest.update(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: $TOOLKIT_CACHE, else the user's cache folder."""
+    named = os.environ.get("TOOLKIT_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    return (Path(named) if named else home / "distillation-toolkit").expanduser()
 
 
 # --- what all of them share --------------------------------------------------------------------------------
@@ -326,10 +393,14 @@ def _hold_out(whole: Split, count: int, seed: int, classes: Sequence[str]) -> tu
         np.arange(len(whole)), test_size=count, random_state=seed, stratify=whole.labels.numpy()
     )
     first, second = (
-        Split(whole.images[index], whole.labels[index])
+        Split(_select(whole.images, index), whole.labels[index])
         for index in (torch.from_numpy(np.sort(part)) for part in (kept, held))
     )
     return first, second
+
+
+def _select(images: Tensor | StoredImages, index: Tensor) -> Tensor | StoredImages:
+    return images.select(index) if isinstance(images, StoredImages) else images[index]
 
 
 def _missing(split: Split, classes: Sequence[str]) -> list[str]:
@@ -338,7 +409,7 @@ def _missing(split: Split, classes: Sequence[str]) -> list[str]:
     return [name for name, count in zip(classes, counts, strict=True) if count == 0]
 
 
-def _statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _statistics(images: Tensor | StoredImages) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of each channel in [0,1], exactly: from the counts of the 256 values."""
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []

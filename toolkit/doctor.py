@@ -14,15 +14,15 @@ def examine(data_dir: Path | None = None) -> dict[str, Any]:
     import onnxruntime
     import torch
 
-    from serve.session import available_cores
     from toolkit.engine import pick_dtype
+    from toolkit.machine import available_cores, total_memory
     from toolkit.run import environment, runs
 
     facts: dict[str, Any] = dict(environment()["versions"])
     problems: list[str] = []
     facts["machine"] = platform.platform()
     facts["cores"] = available_cores()
-    facts["memory GiB"] = round(_memory() / 2**30, 1)
+    facts["memory GiB"] = round(total_memory() / 2**30, 1)
     facts["free disk GiB"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
     if facts["free disk GiB"] < 1:
         problems.append(f"only {facts['free disk GiB']} GiB are free in {Path.cwd()}: checkpoints may not fit")
@@ -88,10 +88,3 @@ def _cifar10(data_dir: Path | None) -> str:
         if place and (Path(place) / CIFAR10.base_folder).is_dir():
             return f"in {place}"
     return "not here yet: it is downloaded when first used, or give --data-dir"
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):
-        return 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import itertools
 import math
-import resource
+import os
 import shlex
 import signal
-import sys
 import textwrap
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -20,20 +20,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit import distributed
 from toolkit.augment import Augmenter
 from toolkit.catalogue import build, check_budget, parameter_count
 from toolkit.classifier import Classifier
-from toolkit.data import DataSet
+from toolkit.data import DataSet, Split, StoredImages
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted
 from toolkit.losses.soft_targets import SoftTargets
+from toolkit.machine import available_cores, keep_freed_memory, peak_memory
 from toolkit.optim import lr_factor, make_average, make_optimizer, set_lr
-from toolkit.progress import Display
-from toolkit.recipe import Loss, Recipe
+from toolkit.progress import Display, say
+from toolkit.recipe import BatchGrowth, Loss, Recipe
 from toolkit.run import Run, load_tensors, save_tensors
+from toolkit.teacher_cache import TeacherCache
 
 EVAL_BATCH = 500
 PREPARE_IMAGES = 5000
+CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
 READ_SECONDS = 0.5  # the loss is read from the device this often: each reading waits for the device
+READ_STEPS = 10  # or, where several processes must agree, this often
 
 
 def pick_device(name: str) -> torch.device:
@@ -91,7 +96,9 @@ class Objective(nn.Module):
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> np.ndarray:
+def predict(
+    model: nn.Module, images: Tensor | StoredImages, device: torch.device, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
     """Logits, float32 ``[N,K]``, of uint8 images ``[N,3,H,W]``; the model is on ``device`` and in eval mode after."""
     model.eval()
     logits = []
@@ -102,99 +109,199 @@ def predict(model: nn.Module, images: Tensor, device: torch.device, dtype: torch
     return torch.cat(logits).cpu().numpy()
 
 
+def evaluate(model: nn.Module, split: Split, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean cross entropy (nats) and top-1 on a split, of the model as ``predict`` runs it."""
+    logits = torch.from_numpy(predict(model, split.images, device, dtype))
+    top1 = (logits.argmax(1) == split.labels).float().mean().item()
+    return F.cross_entropy(logits, split.labels).item(), top1
+
+
+@dataclass
+class Plateau:
+    """The best value so far of a metric that should fall, and the epoch (from 1) that reached it."""
+
+    best: float | None = None
+    epoch: int = 0
+
+    def update(self, value: float, epoch: int) -> None:
+        if self.best is None or value < self.best:
+            self.best, self.epoch = value, epoch
+
+
 @dataclass
 class Position:
     """Where a run stands: ``step`` steps into ``epoch``, both from 0, with the sums of that epoch so far."""
 
     epoch: int = 0
     step: int = 0
+    updates: int = 0
+    batch_size: int = 0
+    stopped: bool = False
     loss_sum: float = 0.0
     correct: float = 0.0
     epoch_seconds: float = 0.0
     total_seconds: float = 0.0
+    teacher_seconds: float = 0.0
     best_top1: float = -1.0
     best_epoch: int = 0
+    train_loss: Plateau = field(default_factory=Plateau)
+    early_stop: Plateau = field(default_factory=Plateau)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Position:
+        plateaus = {name: Plateau(**saved[name]) for name in ("train_loss", "early_stop")}
+        return cls(**saved | plateaus)
 
 
-def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = None) -> dict[str, Any]:
+def fit(
+    recipe: Recipe,
+    data: DataSet,
+    run: Run,
+    teacher: nn.Module | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Train the recipe's model in the run directory, from its last checkpoint where there is one.
 
     ``teacher`` maps images in [0,1] to logits and is not changed; without one this is plain training.
-    Returns the summary that the run directory then holds. Raises ``DivergedError`` where the loss is no longer
-    finite and ``Interrupted`` where a signal stopped it, both after the last good state was saved.
+    ``on_epoch`` gets each row of metrics.jsonl after the state was saved. Returns the summary that the run
+    directory then holds. Raises ``DivergedError`` where the loss is no longer finite and ``Interrupted`` where a
+    signal stopped it, both after the last good state was saved.
     """
     if run.finished:
         return run.summary()
-    device, layout = pick_device(recipe.device), memory_format(recipe)
+    device = distributed.own_device(pick_device(recipe.device))
+    with run.lock() if distributed.RANK == 0 else contextlib.nullcontext(), distributed.joined(device):
+        return _fit(recipe, data, run, device, teacher, on_epoch)
+
+
+def _fit(
+    recipe: Recipe,
+    data: DataSet,
+    run: Run,
+    device: torch.device,
+    teacher: nn.Module | None,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    layout, first = memory_format(recipe), distributed.RANK == 0
     dtype = pick_dtype(recipe.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(available_cores() // distributed.SIZE or 1)
     torch.manual_seed(recipe.seed)
     model = new_model(recipe, data)
     model.prepare(data.train.images[:PREPARE_IMAGES].float() / 255)
     model = model.to(device).to(memory_format=layout)
+    shared = distributed.share(model, device, recipe.sync_norm)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not recipe.deterministic  # every batch of a run has the same shape
+        if recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.set_float32_matmul_precision("high")
+    cache: TeacherCache | None = None
     if teacher is not None:
         teacher = teacher.to(device).to(memory_format=layout).eval().requires_grad_(False)
+        if recipe.cached_epochs:
+            cache = TeacherCache(run.path.parent / "teacher-logits", recipe, data, teacher, dtype)
     objective = Objective(recipe.loss)
     optimizer = make_optimizer(recipe.optimizer, model, dtype)
-    average = make_average(model, recipe.average_decay) if recipe.average_decay else None
+    average = make_average(model, recipe)
     kept = average.module if average is not None else model
 
-    train = data.train
-    augmenter = Augmenter(
-        train.images.to(device), train.labels.to(device), len(data.classes), recipe.augment, recipe.seed
-    )
-    batch_size = min(recipe.batch_size, len(train.labels))
-    steps = len(train.labels) // batch_size  # the ragged rest of the shuffled order is left out
-
-    def lr_at(step: int) -> float:
-        return recipe.optimizer.lr * lr_factor(recipe.schedule, step, recipe.epochs * steps, steps)
-
+    images = data.train.images if isinstance(data.train.images, StoredImages) else data.train.images.to(device)
+    augmenter = Augmenter(images, data.train.labels.to(device), len(data.classes), recipe.augment, recipe.seed)
+    micro_batch = recipe.micro_batch or augmenter.count
     state = Checkpoint(run, model, optimizer, average)
     header = describe(recipe, data)
     at = state.load(header)
+    at.batch_size = at.batch_size or min(recipe.batch_size, augmenter.count)
 
-    with StopSignal() as stop, Display(recipe.model.name, recipe.epochs, steps, at.epoch * steps + at.step) as display:
+    taught = teacher
+    if device.type == "cuda" and recipe.compile:
+        example, _ = augmenter.batch(torch.arange(min(at.batch_size, micro_batch), device=device))
+        example = distributed.own_part(example).contiguous(memory_format=layout)
+        shared = compiled(shared, example, dtype)
+        taught = None if teacher is None else compiled(teacher, example, dtype)
+
+    def lr_at(done: float) -> float:
+        return recipe.optimizer.lr * lr_factor(recipe.schedule, done, recipe.epochs)
+
+    replayed: Tensor | None = None  # the teacher's logits of this epoch's views, [N,K]
+
+    def backward(index: Tensor) -> Tensor:
+        """Add up the gradients of these samples; their mean loss and the share that is right, float64 [2]."""
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for part in index.split(micro_batch):
+            images, labels = augmenter.batch(part)
+            images = images.contiguous(memory_format=layout)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                if replayed is not None:
+                    teacher_logits = replayed[part]
+                elif taught is not None:
+                    with torch.no_grad():
+                        teacher_logits = taught(images)
+                else:
+                    teacher_logits = None
+                logits = shared(images)
+            loss = objective(logits, labels, teacher_logits) * (len(part) / len(index))
+            loss.backward()
+            correct = (logits.detach().argmax(1) == labels.argmax(1)).sum()
+            sums += torch.stack([loss.detach().double(), correct / len(index)])
+        return sums
+
+    with StopSignal() as stop, Display(recipe.model.name, recipe.epochs, at.epoch) as display:
         saved = time.monotonic()
-        for epoch in range(at.epoch, recipe.epochs):
+        while at.epoch < recipe.epochs and not at.stopped:
             began = read = time.monotonic()
             before = at.epoch_seconds
-            augmenter.start_epoch(epoch)
+            epoch, batch_size = at.epoch, at.batch_size
+            steps = augmenter.count // batch_size  # the ragged rest of the shuffled order is left out
+            augmenter.start_epoch(epoch % recipe.cached_epochs if cache else epoch)
             order = augmenter.order(epoch)
+            if cache is not None:
+                replayed = cache.epoch(epoch, augmenter, lambda: not stop.asked)
+                at.teacher_seconds += time.monotonic() - began
+                began = read = time.monotonic()
+                if replayed is None:
+                    state.save(at, header)
+                    raise Interrupted(stopped(run, epoch, at.step - 1, steps))
             model.train()
             sums = torch.tensor([at.loss_sum, at.correct], dtype=torch.float64, device=device)
             for step in range(at.step, steps):
-                done = epoch * steps + step
-                set_lr(optimizer, lr_at(done))
-                images, labels = augmenter.batch(order[step * batch_size : (step + 1) * batch_size])
-                images = images.contiguous(memory_format=layout)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    with torch.no_grad():
-                        teacher_logits = teacher(images) if teacher is not None else None
-                    logits = model(images)
-                loss = objective(logits, labels, teacher_logits)
-                loss.backward()
+                set_lr(optimizer, lr_at(epoch + step / steps))
+                index = distributed.own_part(order[step * batch_size : (step + 1) * batch_size])
+                while True:
+                    try:
+                        step_sums = backward(index)
+                        break
+                    except torch.OutOfMemoryError:
+                        micro_batch = smaller(min(micro_batch, len(index)))
+                        optimizer.zero_grad()
+                sums += step_sums
                 if recipe.optimizer.grad_clip:
                     nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 if average is not None:
                     average.update_parameters(model)
-                correct = (logits.detach().argmax(1) == labels.argmax(1)).sum()
-                sums += torch.stack([loss.detach().double(), correct / batch_size])
 
                 now = time.monotonic()
-                if now - read < READ_SECONDS and step < steps - 1 and not stop.asked:
+                if distributed.SIZE > 1:  # the same steps in every process
+                    due = (step + 1) % READ_STEPS == 0
+                else:
+                    due = now - read >= READ_SECONDS or stop.asked
+                if not due and step < steps - 1:
                     continue
                 read = now
-                at.epoch, at.step = epoch, step + 1
-                at.loss_sum, at.correct = sums.tolist()
+                at.step = step + 1
+                at.loss_sum, at.correct = distributed.mean(sums).tolist()
                 at.epoch_seconds = before + time.monotonic() - began
                 if not math.isfinite(at.loss_sum):
-                    raise DivergedError(diverged(run, epoch, done + 1))
+                    raise DivergedError(diverged(run, epoch, at.updates + at.step))
                 rate = at.step * batch_size / at.epoch_seconds
-                display.step(done + 1, at.loss_sum / at.step, at.correct / at.step, rate)
-                stopping = stop.asked  # read once: a signal may come at any time
+                display.step(epoch + at.step / steps, at.loss_sum / at.step, at.correct / at.step, rate)
+                stopping = distributed.any_of(stop.asked, device)  # read once: a signal may come at any time
                 if stopping or now - saved > recipe.checkpoint_minutes * 60:
                     state.save(at, header)
                     saved = time.monotonic()
@@ -203,39 +310,53 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
 
             val_loss = val_top1 = None
             if data.val is not None and ((epoch + 1) % recipe.eval_epochs == 0 or epoch + 1 == recipe.epochs):
-                val_logits = torch.from_numpy(predict(kept, data.val.images, device, dtype))
-                val_loss = F.cross_entropy(val_logits, data.val.labels).item()
-                val_top1 = (val_logits.argmax(1) == data.val.labels).float().mean().item()
+                val_loss, val_top1 = distributed.of_first(evaluate(kept, data.val, device, dtype), device)
+                at.early_stop.update(val_loss if recipe.early_stop.metric == "val_loss" else -val_top1, epoch + 1)
+                patience = recipe.early_stop.patience
+                at.stopped = patience is not None and epoch + 1 - at.early_stop.epoch >= patience
             if recipe.select == "last" or val_top1 is None:
-                better = epoch + 1 == recipe.epochs and (recipe.select == "last" or data.val is None)
+                ends = epoch + 1 == recipe.epochs or at.stopped
+                better = ends and (recipe.select == "last" or data.val is None)
             else:
                 better = val_top1 > at.best_top1
             if better:
                 at.best_top1, at.best_epoch = -1.0 if val_top1 is None else val_top1, epoch + 1
+            if better and first:
                 save_tensors(run.checkpoint("best"), kept.state_dict(), header | {"epoch": epoch + 1})
+            at.updates += steps
             row = {
                 "epoch": epoch + 1,
-                "step": (epoch + 1) * steps,
+                "step": at.updates,
                 "train_loss": at.loss_sum / steps,
                 "train_top1": at.correct / steps,
                 "val_loss": val_loss,
                 "val_top1": val_top1,
-                "lr": lr_at((epoch + 1) * steps - 1),
+                "lr": lr_at(epoch + (steps - 1) / steps),
                 "batch_size": batch_size,
                 "images_per_second": steps * batch_size / at.epoch_seconds,
                 "seconds": at.epoch_seconds,
             }
+            if gives_up(recipe, row, data):
+                raise DivergedError(
+                    f"the training top-1 is {row['train_top1']:.1%} after {epoch + 1} epochs, no better than a guess; "
+                    f"the states are kept in {run.path / 'checkpoints'}."
+                )
+            at.batch_size = min(next_batch(recipe.batch_growth, at, row), augmenter.count)
             at.total_seconds += at.epoch_seconds
             at.epoch, at.step, at.loss_sum, at.correct, at.epoch_seconds = epoch + 1, 0, 0.0, 0.0, 0.0
-            run.append(row)
+            if first:
+                run.append(row)
             state.save(at, header)
             saved = time.monotonic()
             display.epoch(row)
+            if on_epoch is not None and first:
+                on_epoch(row)
 
     summary = header | {
-        "epochs": recipe.epochs,
-        "steps": recipe.epochs * steps,
+        "epochs": at.epoch,
+        "steps": at.updates,
         "train_seconds": at.total_seconds,
+        "teacher_seconds": at.teacher_seconds,  # of the pass that fills the cache of logits
         "kept_epoch": at.best_epoch,
         "val_top1": at.best_top1 if at.best_top1 >= 0 else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -243,8 +364,58 @@ def fit(recipe: Recipe, data: DataSet, run: Run, teacher: nn.Module | None = Non
         "threads": torch.get_num_threads(),
         "peak_memory_bytes": peak_memory(),
     }
-    run.finish(summary)
+    if first:
+        run.finish(summary)
+    distributed.wait()
     return summary
+
+
+def compiled(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
+    """The model compiled by PyTorch for batches like ``example``, or itself where that fails. Its state stays."""
+    began, before = time.monotonic(), {name: value.clone() for name, value in model.state_dict().items()}
+    fast: nn.Module = torch.compile(model)  # type: ignore[assignment]  # a module for a module
+    try:
+        with torch.autocast(example.device.type, dtype, enabled=dtype != torch.float32):
+            logits = fast(example)
+        if logits.requires_grad:
+            logits.float().sum().backward()
+    except Exception as error:  # whatever the compiler throws, the model itself can run
+        say(f"torch.compile failed, going on without: {textwrap.shorten(str(error), 200)}")
+        return model
+    finally:
+        model.zero_grad()
+        model.load_state_dict(before)
+    say(f"compiled in {time.monotonic() - began:.0f} s (not counted as training)")
+    return fast
+
+
+def gives_up(recipe: Recipe, row: dict[str, Any], data: DataSet) -> bool:
+    """Whether labels are still answered no better than by the commonest class, long after the warm-up."""
+    if not recipe.loss.ce_weight or row["epoch"] < recipe.schedule.warmup_epochs + CHANCE_EPOCHS:
+        return False
+    count = len(data.train.labels)
+    chance = data.train.labels.bincount().max().item() / count
+    return row["train_top1"] < chance + 2 * math.sqrt(chance * (1 - chance) / count)
+
+
+def next_batch(config: BatchGrowth, at: Position, row: dict[str, Any]) -> int:
+    """The batch size after this epoch's row: it grows at milestones, and when the training loss has stopped falling."""
+    epoch, size = row["epoch"], row["batch_size"]
+    at.train_loss.update(row["train_loss"], epoch)
+    stalled = config.patience is not None and epoch - at.train_loss.epoch >= config.patience
+    if epoch not in config.milestones and not stalled:
+        return size
+    at.train_loss = Plateau()
+    return max(size, min(size * config.factor, config.ceiling))
+
+
+def smaller(images: int) -> int:
+    """Half as many images in memory at once, or ``DeviceError`` where that is no batch any more."""
+    torch.cuda.empty_cache()
+    if images < 4:
+        raise DeviceError("the device's memory does not hold a step of 2 images: take a smaller model or image size")
+    say(f"out of memory with {images} images at once: going on with {images // 2}, their gradients added up")
+    return images // 2
 
 
 def describe(recipe: Recipe, data: DataSet) -> dict[str, Any]:
@@ -267,9 +438,13 @@ class Checkpoint:
 
     def __init__(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None) -> None:
         self.run, self.model, self.optimizer, self.average = run, model, optimizer, average
+        # From newest to oldest; "next" is there only after a kill while the names moved on.
+        self.names = ["next", "last", *(f"last-{age}" for age in range(1, run.recipe.keep_checkpoints))]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def save(self, at: Position, header: dict[str, Any]) -> None:
+        if distributed.RANK != 0:
+            return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
@@ -280,19 +455,35 @@ class Checkpoint:
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        save_tensors(self.run.checkpoint("last"), tensors, header | {"position": asdict(at)})
+        # Whole under a name of its own first: at no moment is there less than one good state.
+        save_tensors(self.run.checkpoint("next"), tensors, header | {"position": asdict(at)})
+        for newer, older in reversed(list(itertools.pairwise(self.names[1:]))):
+            if self.run.checkpoint(newer).is_file():
+                self.run.checkpoint(newer).replace(self.run.checkpoint(older))
+        self.run.checkpoint("next").replace(self.run.checkpoint("last"))
 
     def load(self, expected: dict[str, Any]) -> Position:
-        """Restore the last state where there is one; the position from which to go on.
+        """Restore the newest whole state where there is one; the position from which to go on.
 
-        A state whose header says other than ``expected`` raises ``CheckpointError``.
+        A state whose header says other than ``expected``, or states of which none is whole, raise
+        ``CheckpointError``.
         """
-        path = self.run.checkpoint("last")
-        if not path.is_file():
+        paths = [path for name in self.names if (path := self.run.checkpoint(name)).is_file()]
+        distributed.wait()  # what is read here, the first process changes below
+        if not paths:
+            self._rewind(0)
             return Position()
-        tensors, header = load_tensors(path)
+        for path in paths:
+            try:
+                tensors, header = load_tensors(path)
+                break
+            except CheckpointError as error:
+                if path == paths[-1]:
+                    raise
+                say(f"warning: {error}; going on with the state before it")
         if "position" not in header:
             raise CheckpointError(f"{path} holds weights alone, not the state of a run")
+        expected = {key: value for key, value in expected.items() if key != "recipe_digest"}  # held to by Run.start
         differing = [f"{key}: {header.get(key)} there, {value} here" for key, value in expected.items()
                      if header.get(key) != value]  # fmt: skip
         if differing:
@@ -313,9 +504,13 @@ class Checkpoint:
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-        at = Position(**header["position"])
-        self.run.rewind(at.epoch)
+        at = Position.of(header["position"])
+        self._rewind(at.epoch)
         return at
+
+    def _rewind(self, epochs: int) -> None:
+        if distributed.RANK == 0:
+            self.run.rewind(epochs)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -357,22 +552,3 @@ def diverged(run: Run, epoch: int, step: int) -> str:
     path = run.checkpoint("last")
     kept = f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint had been written yet"
     return f"the loss is not finite any more at step {step} (epoch {epoch + 1}); {kept}."
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the large blocks that each step frees and takes again.
-
-    By default it hands them back to the system, and every step then pays for zeroing fresh pages. Elsewhere
-    than on glibc nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold, never = -1, -3, 2**31 - 1  # M_* of malloc.h
-        libc.mallopt(mmap_threshold, never)
-        libc.mallopt(trim_threshold, never)
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -13,6 +13,14 @@ class RecipeError(UserError):
     """A recipe with wrong fields; the message lists all of them."""
 
 
+class SpaceError(UserError):
+    """A search space with wrong fields; the message lists all of them."""
+
+
+class SearchError(UserError):
+    """A search that cannot begin, cannot go on, or has no result."""
+
+
 class UnknownNameError(UserError):
     """A model, data set or recipe that is not in the catalogue."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from toolkit.recipe import Optimizer, Schedule
+from toolkit.recipe import Optimizer, Recipe, Schedule
 
 
 class Muon(torch.optim.SGD):
@@ -27,7 +27,7 @@ class Muon(torch.optim.SGD):
         super().__init__(groups, **arguments)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no step needs its loss
         for group in self.param_groups:
             if not group["orthogonal"]:
                 continue
@@ -100,22 +100,23 @@ def make_optimizer(config: Optimizer, model: nn.Module, dtype: torch.dtype = tor
     groups = [{"orthogonal": False} | group for group in groups if group["params"]]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
-    arguments = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov and config.momentum > 0}
+    arguments: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "fused": True}
+    arguments["nesterov"] = config.nesterov and config.momentum > 0
     if config.name == "muon":
-        return Muon(groups, dtype, fused=True, **arguments)
-    return torch.optim.SGD(groups, fused=True, **arguments)
+        return Muon(groups, dtype, **arguments)
+    return torch.optim.SGD(groups, **arguments)
 
 
-def lr_factor(config: Schedule, step: int, steps: int, steps_per_epoch: int) -> float:
-    """Factor on the peak learning rate at ``step`` of ``steps``, both counted in optimizer updates from 0."""
-    warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return config.initial_fraction + (1 - config.initial_fraction) * step / warmup
+def lr_factor(config: Schedule, done: float, epochs: int) -> float:
+    """Factor on the peak learning rate when ``done`` of ``epochs`` are done, a fraction of one counted as such."""
+    warmup = config.warmup_epochs
+    if done < warmup:
+        return config.initial_fraction + (1 - config.initial_fraction) * done / warmup
     if config.name == "constant":
         return 1.0
     if config.name == "step":
-        return config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
-    progress = (step - warmup) / max(steps - warmup, 1)
+        return config.gamma ** sum(done >= milestone for milestone in config.milestones)
+    progress = (done - warmup) / max(epochs - warmup, 1e-9)
     fall = progress if config.name == "triangular" else (1 - math.cos(math.pi * progress)) / 2
     return 1 - (1 - config.final_fraction) * fall
 
@@ -125,6 +126,37 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential average of parameters and of BN's buffers (without them 0.4 points are lost)."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
+    """The weights that are kept in place of the trained ones: an exponential average, Lookahead's, or none.
+
+    Both average BN's buffers too (without them 0.4 points are lost).
+    """
+    if recipe.optimizer.lookahead_steps:
+        return Lookahead(model, recipe.optimizer.lookahead_steps, recipe.optimizer.lookahead_alpha)
+    if recipe.average_decay:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average_decay), use_buffers=True)
+    return None
+
+
+class Lookahead(AveragedModel):
+    """Slow weights that every ``steps`` updates move by ``alpha`` to the trained ones, which then go on from there.
+
+    Around any optimizer. The slow weights are the ones to evaluate (Zhang et al., arXiv 1907.08610).
+    """
+
+    updates: Tensor
+
+    def __init__(self, model: nn.Module, steps: int, alpha: float) -> None:
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(1 - alpha), use_buffers=True)
+        self.steps = steps
+        self.n_averaged.fill_(1)  # the slow weights begin as the model's, not as those of the first update
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        self.updates += 1
+        if self.updates % self.steps:
+            return
+        super().update_parameters(model)
+        for fast, slow in zip(model.parameters(), self.module.parameters(), strict=True):
+            fast.copy_(slow)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,12 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+FIRST = os.environ.get("RANK", "0") == "0"
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """A line for the user, on stderr; stdout belongs to results."""
-    console.print(text, markup=False)
+    """A line for the user, on stderr; stdout belongs to results. Of several processes the first speaks."""
+    if FIRST:
+        console.print(text, markup=False)
 
 
 class _Live(ProgressColumn):
@@ -26,11 +30,11 @@ class _Live(ProgressColumn):
 
 
 class Display:
-    """Progress of one run of ``epochs`` times ``steps`` steps."""
+    """Progress of one run of ``epochs``, of which ``done`` are done before."""
 
-    def __init__(self, title: str, epochs: int, steps: int, done: int = 0) -> None:
-        self.title, self.epochs, self.steps, self.done = title, epochs, steps, done
-        self.live = sys.stderr.isatty()
+    def __init__(self, title: str, epochs: int, done: int = 0) -> None:
+        self.title, self.epochs, self.done = title, epochs, done
+        self.live = FIRST and sys.stderr.isatty()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -40,7 +44,7 @@ class Display:
             disable=not self.live,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task(title, total=epochs * steps, completed=done)
+        self.task = self.bar.add_task(title, total=epochs, completed=done)
         self.start = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -52,19 +56,20 @@ class Display:
     ) -> None:
         self.bar.stop()
 
-    def step(self, done: int, loss: float, top1: float, rate: float) -> None:
-        """``done`` steps of the whole run; the rest are means of this epoch."""
-        epoch = min((done - 1) // self.steps + 1, self.epochs)
+    def step(self, done: float, loss: float, top1: float, rate: float) -> None:
+        """``done``: epochs of the whole run, with the fraction of this one; the rest are means of this epoch."""
+        epoch = math.ceil(done)
+        narrow = console.width < 80
         self.bar.update(
             self.task,
             completed=done,
             description=f"{self.title} {epoch}/{self.epochs}",
-            live=f"loss {loss:.3f}  top-1 {top1:.1%}  {rate:,.0f} img/s",
+            live=f"{loss:.3f} {top1:.0%}" if narrow else f"loss {loss:.3f}  top-1 {top1:.1%}  {rate:,.0f} img/s",
         )
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        done = row["step"] - self.done
-        left = (self.epochs * self.steps - row["step"]) * (time.monotonic() - self.start) / max(done, 1)
+        done = row["epoch"] - self.done
+        left = (self.epochs - row["epoch"]) * (time.monotonic() - self.start) / max(done, 1)
         val = "" if row["val_top1"] is None else f"  val loss {row['val_loss']:.3f} top-1 {row['val_top1']:.2%}"
         say(
             f"{self.title} {row['epoch']}/{self.epochs}  loss {row['train_loss']:.3f} "

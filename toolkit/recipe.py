@@ -23,7 +23,16 @@ from toolkit.errors import RecipeError
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("train", "distill")
 # Where a run happens, not what it computes: left out of its identity.
-PLACES = ("data.data_dir", "data.offline", "device", "teacher.checkpoint")
+PLACES = (
+    "data.data_dir",
+    "data.offline",
+    "data.memory",
+    "device",
+    "teacher.checkpoint",
+    "teacher.also",
+    "keep_checkpoints",
+)
+TITLES = ("name", "source", "reported_top1")  # nor what is only said about it
 
 
 class Section(BaseModel):
@@ -45,6 +54,9 @@ class Data(Section):
         0.1, ge=0, description="validation split: a fraction below 1, or a count of images; 0 for none"
     )
     split_seed: int = Field(0, description="seed of the validation split; the same for teacher and student")
+    memory: float | None = Field(
+        None, gt=0, description="GiB that a folder's decoded images may take; beyond it they stay on disk. null: half"
+    )
     skip_broken: bool = Field(False, description="leave unreadable images of a folder out")
 
     @model_validator(mode="before")
@@ -66,12 +78,17 @@ class Augment(Section):
     padding_mode: Literal["reflect", "zero", "white"] = Field("reflect", description="what the padding holds")
     rotation: float = Field(0, ge=0, le=180, description="degrees: uniform in plus or minus this")
     translation: float = Field(0, ge=0, le=1, description="fraction of the side: uniform in plus or minus this")
+    brightness: float = Field(0, ge=0, description="colour jitter: factor uniform in 1 plus or minus this")
+    contrast: float = Field(0, ge=0, description="colour jitter: factor uniform in 1 plus or minus this")
+    saturation: float = Field(0, ge=0, description="colour jitter: factor uniform in 1 plus or minus this")
+    hue: float = Field(0, ge=0, le=0.5, description="colour jitter: turn of the colour circle, plus or minus this")
     cutout: int = Field(0, ge=0, description="side of a black square in pixels, at a random place; 0: off")
     mixup: float = Field(0, ge=0, description="alpha of mixup's Beta(alpha, alpha); 0: off")
     cutmix: float = Field(0, ge=0, description="alpha of CutMix's Beta(alpha, alpha); 0: off")
     mix_probability: float = Field(
         1, ge=0, le=1, description="fraction of the images that mixup or CutMix is applied to"
     )
+    plain_copy: bool = Field(False, description="each epoch also shows every image as it is: twice as many samples")
 
 
 class Model(BaseModel):
@@ -91,6 +108,9 @@ class Teacher(Model):
     )
     weights: str | None = Field(
         None, description="SHA-256 of that teacher's weights; written when a run starts, and then held to"
+    )
+    also: tuple[Path, ...] = Field(
+        (), description="run directories or weights of more teachers: their probabilities are averaged with its own"
     )
 
 
@@ -123,6 +143,10 @@ class Optimizer(Section):
     )
     filter_lr: float = Field(0.1, gt=0, description="muon: peak length of a step, as a fraction of the filter's")
     filter_momentum: float = Field(0.6, ge=0, lt=1, description="muon: momentum of the filters' gradients")
+    lookahead_steps: int = Field(
+        0, ge=0, description="steps between two updates of Lookahead's slow weights (arXiv 1907.08610); 0: off"
+    )
+    lookahead_alpha: float = Field(0.5, gt=0, le=1, description="how far the slow weights move to the fast ones")
     grad_clip: float | None = Field(None, gt=0, description="largest L2 norm of the gradient")
 
     @model_validator(mode="after")
@@ -143,19 +167,50 @@ class Schedule(Section):
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
 
 
+class EarlyStop(Section):
+    """The end of a run whose val metric has stopped improving."""
+
+    patience: int | None = Field(None, ge=1, description="epochs without a better value before the run ends; null: off")
+    metric: Literal["val_loss", "val_top1"] = Field("val_loss", description="what has to improve")
+
+
+class BatchGrowth(Section):
+    """A batch that grows at constant learning rate (Anand; Smith et al., arXiv 1711.00489)."""
+
+    factor: int = Field(2, ge=2, description="what the batch size is multiplied by")
+    milestones: tuple[int, ...] = Field((), description="epochs after which it grows")
+    patience: int | None = Field(
+        None, ge=1, description="it also grows after this many epochs without a lower training loss; null: off"
+    )
+    ceiling: int = Field(1024, ge=2, description="largest batch size")
+
+
 class Recipe(Section):
     """Everything that decides one run: the training of a teacher, or the distillation of a student."""
 
     name: str = Field("recipe", description="the file it came from")
+    source: str | None = Field(None, description="the paper or report whose run this is")
+    reported_top1: float | None = Field(None, ge=0, le=1, description="the test top-1 that the source claims")
     data: Data = Data()
     augment: Augment = Augment()
     teacher: Teacher | None = Field(None, description="trained, or distilled from where a student is given")
     student: Model | None = Field(None, description="trained where it is given")
     loss: Loss = Loss()
+    cached_epochs: int = Field(
+        0,
+        ge=0,
+        description="distinct views of each image; the teacher's logits of them are kept and replayed. 0: new views "
+        "in every epoch, and the teacher runs in every step",
+    )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     epochs: int = Field(200, ge=1, description="passes over the training split")
     batch_size: int = Field(128, ge=2, description="images a step")
+    batch_growth: BatchGrowth = BatchGrowth()
+    micro_batch: int | None = Field(
+        None, ge=2, description="most images in memory at once: larger batches add up their gradients; null: all"
+    )
+    early_stop: EarlyStop = EarlyStop()
     average_decay: float | None = Field(
         None, gt=0, lt=1, description="decay a step of an exponential average of weights and BN buffers"
     )
@@ -165,8 +220,12 @@ class Recipe(Section):
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations on val")
     budget: int = Field(BUDGET, gt=0, description="a student has fewer parameters than this")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    deterministic: bool = Field(False, description="CUDA kernels that repeat to the last bit, and are slower")
+    compile: bool = Field(True, description="torch.compile on CUDA; where it fails the run goes on without")
+    sync_norm: bool = Field(False, description="BN statistics over all GPUs that share a step, not of each alone")
     channels_last: bool = Field(True, description="memory format of the images and weights")
     checkpoint_minutes: float = Field(10, gt=0, description="most minutes of work that a kill can lose")
+    keep_checkpoints: int = Field(2, ge=1, description="newest training states that are kept")
     seed: int = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$", description="auto, cpu, cuda or cuda:N")
 
@@ -176,6 +235,10 @@ class Recipe(Section):
             raise ValueError("neither a teacher nor a student is named")
         if self.distils and self.teacher is None:
             raise ValueError(f"loss.kd_weight (={self.loss.kd_weight:g}) needs a teacher")
+        if self.early_stop.patience and not self.data.val_size:
+            raise ValueError("early_stop.patience needs a validation split: data.val_size is 0")
+        if self.average_decay and self.optimizer.lookahead_steps:
+            raise ValueError("average_decay and optimizer.lookahead_steps both average the weights: choose one")
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs (={self.schedule.warmup_epochs:g}) must be at most epochs (={self.epochs})"
@@ -201,7 +264,7 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """The recipe without the fields that only say where it runs."""
         tree = self.model_dump(mode="json")
-        for path in (*PLACES, "name"):
+        for path in (*PLACES, *TITLES):
             *parents, leaf = path.split(".")
             node: Any = tree
             for parent in parents:

@@ -8,14 +8,15 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 
@@ -29,7 +30,7 @@ COUNTED_CLASSES = 25  # up to here a cell of the confusion matrix has room for i
 LABELLED_CLASSES = 100  # beyond, only every second, third, ... class is named
 
 # Okabe and Ito's colours: told apart by every kind of colour vision.
-BLUE, VERMILLION, GREEN, INK, FAINT = "#0072B2", "#D55E00", "#009E73", "#222222", "#777777"
+BLUE, VERMILLION, GREEN, INK, FAINT, GRID = "#0072B2", "#D55E00", "#009E73", "#222222", "#777777", "#E4E4E4"
 SPLITS = {"train": (BLUE, "o"), "val": (VERMILLION, "s")}
 
 NUMBERS = {
@@ -126,20 +127,21 @@ def write(
     where there was no training), ``images`` the test images ``[N,H,W,3]``, ``labels`` ``[N]`` and
     ``probabilities`` ``[N,K]`` theirs, ``facts`` what the head of the page says about the run, and
     ``layer_table`` torchinfo's text. Files: ``metrics.json``, ``confusion.png``, ``predictions.png``,
-    ``report.md``, and with a history ``curves.png`` and ``history.csv``. The same input gives the same bytes;
-    each file is replaced whole, the page last.
+    ``report.md``, and with a history ``curves.png``, ``schedule.png`` and ``history.csv``. The same input gives
+    the same bytes; each file is replaced whole, the page last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "metrics.json", _json(metrics))
     if history:
-        write_bytes(folder / "history.csv", _csv(history))
-        write_bytes(folder / "curves.png", _png(_curves(history)))
+        write_bytes(folder / "history.csv", as_csv(history))
+        write_bytes(folder / "curves.png", as_image(_curves(history)))
+        write_bytes(folder / "schedule.png", as_image(_schedule(history)))
     else:  # a report of an earlier run in this folder must not lend its curves to this one
-        (folder / "history.csv").unlink(missing_ok=True)
-        (folder / "curves.png").unlink(missing_ok=True)
-    write_bytes(folder / "confusion.png", _png(_confusion(np.asarray(metrics["confusion"]), classes)))
+        for name in ("history.csv", "curves.png", "schedule.png"):
+            (folder / name).unlink(missing_ok=True)
+    write_bytes(folder / "confusion.png", as_image(_confusion(np.asarray(metrics["confusion"]), classes)))
     grid = _predictions(images, np.asarray(labels), np.asarray(probabilities), classes)
-    write_bytes(folder / "predictions.png", _png(grid))
+    write_bytes(folder / "predictions.png", as_image(grid))
     page = _page(title, metrics, history, classes, facts, layer_table)
     write_bytes(folder / "report.md", page.encode())
 
@@ -156,77 +158,134 @@ def _json(metrics: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def _csv(history: Sequence[Mapping[str, Any]]) -> bytes:
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     text = io.StringIO()
-    columns = dict.fromkeys(key for row in history for key in row)
+    columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(rows)
     return text.getvalue().encode()
 
 
-def _png(figure: Figure) -> bytes:
+def as_image(figure: Figure, kind: Literal["png", "svg"] = "png") -> bytes:
+    """The file of a figure, the same bytes each time; an SVG has no background of its own."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A class name in a script that the font lacks is drawn as boxes; the page's tables have it right.
+    unstable = {"png": "Software", "svg": "Date"}[kind]
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "toolkit"}):
+        # A name in a script that the font lacks is drawn as boxes; the page's tables have it right.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
-        figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+        figure.savefig(
+            buffer,
+            format=kind,
+            dpi=DPI,
+            bbox_inches="tight",
+            pad_inches=0.15,
+            transparent=kind == "svg",
+            metadata={unstable: None},
+        )
     return buffer.getvalue()
 
 
 # Pictures
 
 
-def _name(text: str, length: int) -> str:
-    """A class name that fits; a dollar sign would start a formula."""
+def short_name(text: str, length: int) -> str:
+    """A class's or a run's name that fits into a figure; a dollar sign would start a formula."""
     short = text if len(text) <= length else text[: length - 1] + "…"
     return short.replace("$", r"\$")
 
 
-def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+def points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """``(epoch, value)`` of the epochs that have one: val is not measured after every epoch."""
     return [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
 
 
-def _plot(axes: Axes, points: list[tuple[int, float]], colour: str, marker: str, label: str) -> None:
-    if not points:
+def batch_sizes(history: Sequence[Mapping[str, Any]]) -> str:
+    """``128``, or ``125 to 1,000`` where it grew."""
+    return " to ".join(f"{size:,}" for size in dict.fromkeys((history[0]["batch_size"], history[-1]["batch_size"])))
+
+
+def dress(axes: Axes, heading: str, ink: str = INK, grid: str = GRID) -> None:
+    """What all curves over epochs have in common."""
+    axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=ink)
+    axes.set_xlabel("epoch", color=ink)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.grid(color=grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=FAINT, labelcolor=ink)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+
+
+def as_accuracy(axes: Axes) -> None:
+    """A vertical axis of fractions, shown as percentages."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 1.02))  # beyond 100%: room for the marker of a point there
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def from_zero(axes: Axes) -> None:
+    """A vertical axis that starts at 0, where nothing lies below."""
+    if axes.dataLim.ymin >= 0:
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * axes.dataLim.ymax))
+
+
+def _plot(
+    axes: Axes, values: list[tuple[int, float]], colour: str, marker: str, label: str, drawstyle: str = "default"
+) -> None:
+    if not values:
         return
     # A curve of few epochs, or of one, is its points.
-    shape = marker if len(points) <= 30 else ""
-    epochs, values = zip(*points, strict=True)
-    axes.plot(epochs, values, color=colour, linewidth=1.8, label=label, marker=shape, markersize=4)
+    shape = marker if len(values) <= 30 else ""
+    axes.plot(
+        *zip(*values, strict=True),
+        color=colour,
+        linewidth=1.8,
+        label=label,
+        marker=shape,
+        markersize=4,
+        drawstyle=drawstyle,
+    )
 
 
 def _curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
     for split, (colour, marker) in SPLITS.items():
-        _plot(loss, _points(history, f"{split}_loss"), colour, marker, split)
-        _plot(accuracy, _points(history, f"{split}_top1"), colour, marker, split)
-    _plot(rate, _points(history, "lr"), INK, ".", "learning rate")
-
-    for axes, heading in ((loss, "Loss"), (accuracy, "Top-1 accuracy"), (rate, "Learning rate")):
-        axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=INK)
-        axes.set_xlabel("epoch", color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-        axes.grid(color="#E4E4E4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(color=FAINT, labelcolor=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-    low, high = accuracy.get_ylim()
-    accuracy.set_ylim(max(low, 0), min(high, 1.005))
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    for axes in (loss, rate):
-        if axes.dataLim.ymin >= 0:
-            axes.set_ylim(bottom=0)
-    for axes in (loss, accuracy):
+        _plot(loss, points(history, f"{split}_loss"), colour, marker, split)
+        _plot(accuracy, points(history, f"{split}_top1"), colour, marker, split)
+    dress(loss, "Loss")
+    dress(accuracy, "Top-1 accuracy")
+    from_zero(loss)
+    as_accuracy(accuracy)
+    for axes, corner in ((loss, "upper right"), (accuracy, "lower right")):
         if axes.lines:
-            axes.legend(frameon=False, labelcolor=INK)
-    val = _points(history, "val_top1")
+            axes.legend(loc=corner, frameon=False, labelcolor=INK)
+    val = points(history, "val_top1")
     if val:
         epoch, best = max(val, key=lambda point: point[1])
         note = f"best val {best:.2%}, epoch {epoch}"
         accuracy.set_title(note, loc="right", fontsize=9, color=VERMILLION)
+    return figure
+
+
+def _schedule(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """The learning rate at the end of each epoch and, where it changes, the batch size of each epoch."""
+    sizes = points(history, "batch_size")
+    different = sorted({size for _, size in sizes})
+    panels = 2 if len(different) > 1 else 1
+    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
+    rate, *rest = figure.subplots(1, panels, squeeze=False)[0]
+    _plot(rate, points(history, "lr"), INK, "o", "learning rate")
+    dress(rate, "Learning rate")
+    from_zero(rate)
+    for batch in rest:
+        # A batch size holds from the end of the epoch before to the end of its own.
+        _plot(batch, sizes, BLUE, "o", "batch size", "steps-pre")
+        dress(batch, "Batch size")
+        batch.set_yscale("log", base=2)  # a batch grows by factors
+        batch.set_yticks(different, [f"{size:,}" for size in different])
+        batch.yaxis.set_minor_locator(NullLocator())
     return figure
 
 
@@ -246,7 +305,7 @@ def _confusion(counts: NDArray[np.int64], classes: Sequence[str]) -> Figure:
 
     size = 10 if k <= 12 else 9 if k <= COUNTED_CLASSES else 7
     ticks = range(0, k, -(-k // LABELLED_CLASSES))
-    names = [_name(classes[i], 18) for i in ticks]
+    names = [short_name(classes[i], 18) for i in ticks]
     axes.set_xticks(ticks, names, rotation=90 if k > 12 else 45, fontsize=size, color=INK)
     if k <= 12:
         for tick in axes.get_xticklabels():
@@ -258,7 +317,7 @@ def _confusion(counts: NDArray[np.int64], classes: Sequence[str]) -> Figure:
     axes.spines[:].set_color(FAINT)
     axes.set_xticks(np.arange(k + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(k + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="#E4E4E4", linewidth=0.8 if k <= COUNTED_CLASSES else 0.4)
+    axes.grid(which="minor", color=GRID, linewidth=0.8 if k <= COUNTED_CLASSES else 0.4)
     axes.tick_params(which="minor", length=0)
     if k <= COUNTED_CLASSES:
         for row, column in np.argwhere((counts > 0) | (diagonal & (sizes > 0))):
@@ -322,9 +381,9 @@ def _predictions(
             # Unclipped: at the edge of the axes half of the line would be lost.
             frame = Rectangle((x, y), side, side, fill=False, edgecolor=colour, linestyle=line, linewidth=2.2)
             axes.add_patch(frame).set_clip_on(False)
-            answer = f"{mark} {_name(classes[predicted[index]], 13)} {confidence[index]:.0%}"
+            answer = f"{mark} {short_name(classes[predicted[index]], 13)} {confidence[index]:.0%}"
             axes.text(x, y + side + 0.13, answer, fontsize=7.2, color=colour)
-            truth = f"true: {_name(classes[labels[index]], 15)}"
+            truth = f"true: {short_name(classes[labels[index]], 15)}"
             axes.text(x, y + side + 0.26, truth, fontsize=7.2, color=INK)
         top += -(-len(chosen) // COLUMNS) * row_height
     axes.set(xlim=(0, COLUMNS), ylim=(height, 0), aspect="auto")
@@ -334,12 +393,16 @@ def _predictions(
 # The page
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        safe = (cell.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|") for cell in cells)
-        return "| " + " | ".join(" ".join(cell.split()) for cell in safe) + " |"
+def plain(text: str) -> str:
+    """One line of text that Markdown takes for text, in a table too."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
 
-    return "\n".join([line(head), "|" + " --- |" * len(head), *(line(row) for row in rows)])
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(map(plain, cells)) + " |"
+
+    return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, rows)])
 
 
 def _class_rows(metrics: Mapping[str, Any], classes: Sequence[str]) -> list[tuple[str, str, str, str]]:
@@ -370,17 +433,18 @@ def _page(
     layer_table: str | None,
 ) -> str:
     numbers = [(label, form.format(metrics[key])) for key, (label, form) in NUMBERS.items() if key in metrics]
-    parts = [f"# {title}", _table(("measured on the test images", "value"), numbers)]
+    parts = [f"# {title}", table(("measured on the test images", "value"), numbers)]
     if facts:
-        parts += ["## Facts", _table(("what", "value"), facts.items())]
+        parts += ["## Facts", table(("what", "value"), facts.items())]
     if history:
         parts += [
             "## Training",
-            "![Loss, accuracy and learning rate by epoch](curves.png)",
+            "![Loss and accuracy by epoch](curves.png)",
+            "![Learning rate by epoch, and batch size where it changes](schedule.png)",
             "Train figures are running means over augmented images, with the training loss; "
             + (
                 "val figures are cross entropy and accuracy on plain images. "
-                if _points(history, "val_top1")
+                if points(history, "val_top1")
                 else "there was no validation split. "
             )
             + "Every epoch is in [history.csv](history.csv).",
@@ -390,7 +454,7 @@ def _page(
         "![Confusion matrix](confusion.png)",
         "![Test images with predicted and true labels, and the worst mistakes](predictions.png)",
         "## Classes, weakest first",
-        _table(("class", "images", "accuracy", "most often mistaken for"), _class_rows(metrics, classes)),
+        table(("class", "images", "accuracy", "most often mistaken for"), _class_rows(metrics, classes)),
     ]
     if layer_table:
         parts += ["## Layers", f"```text\n{layer_table.rstrip()}\n```"]

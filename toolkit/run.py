@@ -1,7 +1,7 @@
 """The run directory: everything that one run wrote.
 
 recipe.yaml  environment.json  metrics.jsonl  summary.json (once finished)
-checkpoints/last.safetensors   all of the training state, to resume from
+checkpoints/last.safetensors   all of the training state, to resume from; last-1, ... are the ones before it
 checkpoints/best.safetensors   the weights that are kept, with what they are in the header
 report/  export/
 """
@@ -9,13 +9,15 @@ report/  export/
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -44,17 +46,25 @@ class Run:
             raise RunError(f"{source} is damaged: {' '.join(str(error).split())}") from error
 
     @classmethod
-    def start(cls, path: Path, recipe: Recipe, resume: bool) -> Run:
+    def start(cls, path: Path, recipe: Recipe, resume: bool, extend: bool = False) -> Run:
         """The directory of this recipe's run, made where it does not exist.
 
-        A directory of another run, or of an unfinished one without ``resume``, raises ``RunError``.
+        A directory of another run, or of an unfinished one without ``resume``, raises ``RunError``. ``extend``
+        lets a run go on to more epochs than it was started with.
         """
         if (path / "recipe.yaml").is_file():
             run = cls(path)
+            longer = recipe.epochs > run.recipe.epochs
+            as_long = recipe.model_copy(update={"epochs": run.recipe.epochs})
+            if extend and longer and not run.recipe.differences(as_long):
+                (path / "summary.json").unlink(missing_ok=True)
+                write_text(path / "recipe.yaml", recipe.to_yaml())
+                run = cls(path)
             if differences := run.recipe.differences(recipe):
+                advice = "or --extend this one" if longer and len(differences) == 1 else "or repeat that run's recipe"
                 raise RunError(
                     f"{path} already holds a different run; differing: {'; '.join(differences)}. "
-                    "Choose another --run-dir, or repeat that run's recipe."
+                    f"Choose another --run-dir, {advice}."
                 )
             if not run.finished and not resume and run.checkpoint("last").is_file():
                 raise RunError(
@@ -72,8 +82,28 @@ class Run:
             raise
         return cls(path)
 
-    def checkpoint(self, name: Literal["last", "best"]) -> Path:
+    def checkpoint(self, name: str) -> Path:
+        """``last``: the newest training state; ``last-1``, ...: older ones; ``best``: the weights that are kept."""
         return self.path / "checkpoints" / f"{name}.safetensors"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep every other process from writing this directory, or raise ``RunError`` where one does."""
+        import fcntl  # not on Windows, where serving works and training does not
+
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise RunError(
+                    f"{self.path} is being written by another process ({file.read() or 'unknown'}): "
+                    "wait for it, or choose another --run-dir."
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     @property
     def report(self) -> Path:
@@ -117,6 +147,8 @@ class Run:
 
     def rewind(self, epochs: int) -> None:
         """Forget the rows of epochs that the checkpoint does not know."""
+        if not (self.path / "metrics.jsonl").is_file():
+            return
         rows = [row for row in self.history() if row["epoch"] <= epochs]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -11,22 +11,25 @@ import json
 import shutil
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
+from toolkit import comparison, distributed, engine, recipe, report
 from toolkit import data as datasets
-from toolkit import engine, recipe, report
 from toolkit.catalogue import build, mac_count, parameter_count
-from toolkit.errors import CheckpointError, DataError, RunError, TeacherError, UserError
+from toolkit.classifier import Ensemble
+from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.files import write_bytes, write_text
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe, Teacher
 from toolkit.run import RUNS, Run, default_path, environment, load_tensors, runs
+from toolkit.tracking import tensorboard
 
 if TYPE_CHECKING:
     from export.parity import ParityReport
@@ -38,39 +41,60 @@ EXAMPLES = 8  # test images beside an artifact, for the page
 # --- training ----------------------------------------------------------------------------------------------
 
 
-def train(wanted: Recipe, run_dir: Path | None = None, resume: bool = False) -> Run:
-    """Train the recipe's teacher, or its student without one; the finished run."""
+OnEpoch = Callable[[dict[str, Any]], None]
+
+
+def train(
+    wanted: Recipe,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    on_epoch: OnEpoch | None = None,
+    extend: bool = False,
+    log: str | None = None,
+) -> Run:
+    """Train the recipe's teacher, or its student without one; the finished run.
+
+    ``on_epoch`` gets each epoch's row of metrics.jsonl; ``extend`` goes on with a run that was shorter;
+    ``log="tensorboard"`` writes the rows for TensorBoard too.
+    """
     data = check(wanted)
-    return _fit(wanted, data, None, run_dir, resume, f"training {wanted.model.name} on {data.name}")
+    return _fit(
+        wanted, data, None, run_dir, resume, f"training {wanted.model.name} on {data.name}", on_epoch, extend, log
+    )
 
 
-def distill(wanted: Recipe, run_dir: Path | None = None, resume: bool = False) -> Run:
-    """Distil the recipe's student from its teacher; the finished run.
+def distill(
+    wanted: Recipe,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    on_epoch: OnEpoch | None = None,
+    extend: bool = False,
+    log: str | None = None,
+) -> Run:
+    """Distil the recipe's student from its teacher; the finished run (more arguments: see ``train``).
 
     The teacher comes from ``teacher.checkpoint``, else from the newest finished run of that name on the same
     data. Raises ``TeacherError`` where there is none or it does not fit the data.
     """
     if not wanted.distils:
-        return train(wanted, run_dir, resume)
+        return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
     data = check(wanted)
-    weights = find_teacher(wanted)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if wanted.teacher.weights not in (None, digest):
+    teacher, known = load_teachers(wanted.teacher, find_teacher(wanted), data)
+    if wanted.teacher.weights not in (None, known.weights):
         raise TeacherError(
-            f"{weights} has SHA-256 {digest[:12]}, the recipe asks for {wanted.teacher.weights[:12]}: "
-            "it is another teacher. Give the right one by --teacher-checkpoint."
+            f"{known.checkpoint} has SHA-256 {str(known.weights)[:12]}, the recipe asks for "
+            f"{wanted.teacher.weights[:12]}: it is another teacher. Give the right one by --teacher-checkpoint."
         )
-    teacher, header = load_teacher(weights, data)
-    if header["model"] != wanted.teacher.name:
+    if known.name != wanted.teacher.name:
         raise TeacherError(
-            f"{weights} holds {header['model']}, the recipe asks for {wanted.teacher.name}: give --teacher "
-            f"{header['model']}, or another --teacher-checkpoint."
+            f"{known.checkpoint} holds {known.name}, the recipe asks for {wanted.teacher.name}: give --teacher "
+            f"{known.name}, or another --teacher-checkpoint."
         )
-    known = {"name": header["model"], "checkpoint": weights, "weights": digest}
-    wanted = wanted.model_copy(update={"teacher": Teacher(**known, **header["arguments"])})
-    doing = f"distilling {wanted.model.name} from {weights.parent.parent} on {data.name}"
-    return _fit(wanted, data, teacher, run_dir, resume, doing)
+    wanted = wanted.model_copy(update={"teacher": known})
+    sources = [str(path.parent.parent) for path in (known.checkpoint, *known.also) if path]
+    doing = f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
+    return _fit(wanted, data, teacher, run_dir, resume, doing, on_epoch, extend, log)
 
 
 def check(wanted: Recipe) -> datasets.DataSet:
@@ -82,21 +106,45 @@ def check(wanted: Recipe) -> datasets.DataSet:
 
 
 def _fit(
-    wanted: Recipe, data: datasets.DataSet, teacher: Classifier | None, run_dir: Path | None, resume: bool, doing: str
+    wanted: Recipe,
+    data: datasets.DataSet,
+    teacher: nn.Module | None,
+    run_dir: Path | None,
+    resume: bool,
+    doing: str,
+    on_epoch: OnEpoch | None,
+    extend: bool,
+    log: str | None,
 ) -> Run:
     path = run_dir or default_path(wanted)
     fresh = not (path / "recipe.yaml").exists()
-    run = Run.start(path, wanted, resume)
-    if run.finished and run.summary()["dataset_digest"] != data.digest:
-        raise RunError(f"the images of {data.name} have changed since {run.path} was trained: choose another --run-dir")
-    say(f"{run.path} is finished already; its results are kept" if run.finished else f"{doing} in {run.path}")
-    try:
-        engine.fit(wanted, data, run, teacher)
-    except UserError:
-        if fresh and not run.checkpoint("last").is_file():
-            shutil.rmtree(path)  # nothing was reached
-        raise
+    with distributed.joined(distributed.own_device(engine.pick_device(wanted.device))):
+        if distributed.RANK == 0:
+            Run.start(path, wanted, resume, extend)
+        distributed.wait()
+        run = Run(path)
+        if run.finished and run.summary()["dataset_digest"] != data.digest:
+            raise RunError(
+                f"the images of {data.name} have changed since {run.path} was trained: choose another --run-dir"
+            )
+        say(f"{run.path} is finished already; its results are kept" if run.finished else f"{doing} in {run.path}")
+        try:
+            board = tensorboard(run.path / "tensorboard") if log and distributed.RANK == 0 else None
+            engine.fit(wanted, data, run, teacher, _watch(on_epoch, board))
+        except UserError:
+            if fresh and distributed.RANK == 0 and not run.checkpoint("last").is_file():
+                shutil.rmtree(path)  # nothing was reached
+            raise
     return run
+
+
+def _watch(*watchers: OnEpoch | None) -> OnEpoch:
+    def watch(row: dict[str, Any]) -> None:
+        for watcher in watchers:
+            if watcher is not None:
+                watcher(row)
+
+    return watch
 
 
 def without_teacher(wanted: Recipe) -> Recipe:
@@ -110,11 +158,7 @@ def find_teacher(wanted: Recipe) -> Path:
     assert wanted.teacher is not None
     teacher = wanted.teacher
     if teacher.checkpoint is not None:
-        path = teacher.checkpoint
-        weights = Run(path).checkpoint("best") if path.is_dir() else path
-        if not weights.is_file():
-            raise TeacherError(f"there are no weights of a teacher at {weights}")
-        return weights
+        return _weights(teacher.checkpoint)
     for run in runs():
         same = run.recipe.model.name == teacher.name and run.recipe.model.arguments == teacher.arguments
         if run.finished and run.recipe.role == "teacher" and same and same_images(run.recipe.data, wanted.data):
@@ -123,6 +167,14 @@ def find_teacher(wanted: Recipe) -> Path:
         f"there is no trained {teacher.name} for {wanted.data.dataset} under {RUNS}/. Train one with `toolkit train "
         f"{options(wanted)} --teacher {teacher.name}`, add --train-teacher, or name one by --teacher-checkpoint."
     )
+
+
+def _weights(path: Path) -> Path:
+    """The weights in a run directory, or the file itself. Raises ``TeacherError``."""
+    weights = Run(path).checkpoint("best") if path.is_dir() else path
+    if not weights.is_file():
+        raise TeacherError(f"there are no weights of a teacher at {weights}")
+    return weights
 
 
 def options(wanted: Recipe) -> str:
@@ -134,6 +186,18 @@ def options(wanted: Recipe) -> str:
 def same_images(one: Data, other: Data) -> bool:
     keys = ("dataset", "image_size", "split_seed", "val_size")
     return all(getattr(one, key) == getattr(other, key) for key in keys)
+
+
+def load_teachers(wanted: Teacher, first: Path, data: datasets.DataSet) -> tuple[nn.Module, Teacher]:
+    """The teacher whose weights are ``first``, with those of ``wanted.also`` as an ensemble; and what it was."""
+    files = [first, *map(_weights, wanted.also)]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    loaded = [load_teacher(file, data) for file in files]
+    header = loaded[0][1]
+    digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    known = {"name": header["model"], "checkpoint": first, "weights": digest, "also": files[1:]}
+    model = loaded[0][0] if len(files) == 1 else Ensemble([teacher for teacher, _ in loaded])
+    return model, Teacher(**known, **header["arguments"])
 
 
 def load_teacher(weights: Path, data: datasets.DataSet) -> tuple[Classifier, dict[str, Any]]:
@@ -237,9 +301,11 @@ def validate(
         facts |= {
             "recipe": f"{run.recipe.name} ({run.recipe.digest()[:12]})",
             "seed": str(run.recipe.seed),
-            "epochs": f"{summary['epochs']} ({summary['steps']:,} steps of {history[-1]['batch_size']} images)",
+            "epochs": f"{summary['epochs']} ({summary['steps']:,} steps)",
             "training": f"{summary['train_seconds']:,.0f} s on {summary['device']} in {summary['precision']}",
         }
+        if history:
+            facts["batch"] = f"{report.batch_sizes(history)} images"
         teacher_logits = _teacher_logits(run, data, place)
     metrics = report.measure(logits, data.test.labels.numpy(), data.classes, teacher_logits)
     identity = {
@@ -268,7 +334,7 @@ def _validate_artifact(
     data = load_data(config)
     _check_classes(list(about.labels), data, path)
     began = time.monotonic()
-    logits, _ = session.run_batches(to_nhwc(data.test.images))
+    logits, _ = session.run_batches(to_nhwc(data.test.images[:]))
     seconds = time.monotonic() - began
     metrics = report.measure(logits, data.test.labels.numpy(), data.classes)
     facts = {
@@ -304,7 +370,7 @@ def _write_report(
 ) -> None:
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
     labels = data.test.labels.numpy()
-    images = to_nhwc(data.test.images)
+    images = to_nhwc(data.test.images[:])
     report.write(folder, title, metrics, history, images, labels, probabilities, data.classes, facts, table)
 
 
@@ -334,6 +400,8 @@ def _data_config(
         changes["dataset"] = dataset
     if data_dir is not None:
         changes["data_dir"] = data_dir
+        if (dataset or of_run.dataset).startswith("folder"):  # a folder is named by its path: it has moved
+            changes["dataset"] = "folder"
     return Data.model_validate(of_run.model_dump() | changes)
 
 
@@ -350,11 +418,12 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
     if not run.recipe.distils:
         return None
     try:
-        weights = find_teacher(run.recipe)
-        teacher = load_teacher(weights, data)[0].to(device).to(memory_format=torch.channels_last)
+        assert run.recipe.teacher is not None
+        teacher = load_teachers(run.recipe.teacher, find_teacher(run.recipe), data)[0]
     except (TeacherError, CheckpointError, RunError) as error:
         say(f"the comparison with the teacher is left out: {error}")
         return None
+    teacher = teacher.to(device).to(memory_format=torch.channels_last)
     return engine.predict(teacher, data.test.images, device, engine.pick_dtype("auto", device))
 
 
@@ -362,6 +431,40 @@ def _run_of(artifact: Path) -> Run | None:
     """The run directory that an artifact lies in, if it does."""
     folder = artifact.resolve().parent.parent
     return Run(folder) if (folder / "recipe.yaml").is_file() else None
+
+
+# --- comparison --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    rows: list[comparison.Row]
+    left_out: dict[str, str]  # run directory to the reason, a whole sentence
+    page: Path
+
+
+def compare(targets: Sequence[Path] | None, output: Path) -> Compared:
+    """Write the comparison of these run directories into the folder ``output`` (see ``comparison.write``).
+
+    Without targets the newest finished runs are taken, as many as there are distinct colours. Unfinished and
+    damaged runs are left out and named; ``RunError`` where none is left.
+    """
+    paths = list(targets or [])
+    if not targets:
+        found = sorted(RUNS.glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+        paths = [path.parent for path in found]
+    entries, left_out = comparison.gather(paths)
+    for reason in left_out.values():
+        say(f"left out: {reason}")
+    if not entries:
+        where = f"among {', '.join(map(str, paths))}" if targets else f"under {RUNS}/"
+        raise RunError(f"there is no finished and undamaged run {where}: `toolkit pipeline` makes two to compare")
+    if not targets:
+        finished, entries = len(entries), entries[: len(comparison.COLOURS)]
+        which = "all" if len(entries) == finished else "the newest"
+        say(f"comparing {which} {len(entries)} of {finished} finished runs under {RUNS}/, newest first")
+    page = comparison.write(output, entries, left_out)
+    return Compared([entry.row for entry in entries], left_out, page)
 
 
 # --- export ------------------------------------------------------------------------------------------------
@@ -420,7 +523,7 @@ def export(
     try:
         onnx_export.export(model, about, candidate)
         session = Session(candidate, provider)
-        result = parity.check(session.run, model, data.test.images, data.test.labels, provider=session.provider)
+        result = parity.check(session.run, model, data.test.images[:], data.test.labels, provider=session.provider)
         parity_file = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
         write_text(parity_file, result.model_dump_json(indent=2))
         result.raise_if_failed()
@@ -471,10 +574,13 @@ def pipeline(
     teacher_recipe = recipe.resolve(source, "train", overrides)
     student_recipe = recipe.resolve(source, "distill", overrides)
     check(student_recipe)
-    teacher = train(teacher_recipe, root and root / "teacher", resume)
-    student_recipe = from_teacher(student_recipe, teacher)
-    student = distill(student_recipe, root and root / "student", resume)
-    alone = train(without_teacher(student_recipe), root and root / "baseline", resume) if baseline else None
+    try:
+        teacher = train(teacher_recipe, root and root / "teacher", resume)
+        student_recipe = from_teacher(student_recipe, teacher)
+        student = distill(student_recipe, root and root / "student", resume)
+        alone = train(without_teacher(student_recipe), root and root / "baseline", resume) if baseline else None
+    except Interrupted as error:
+        raise Interrupted(f"{error}; the whole chain goes on with the same `toolkit pipeline` and --resume") from error
     metrics, _ = validate(student.path)
     if alone is not None:
         metrics["baseline_top1"] = validate(alone.path)[0]["top1"]

@@ -1,0 +1,82 @@
+"""A run that is killed at any moment, also while a checkpoint is written, ends as the run that was not."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import safetensors.torch
+
+from toolkit import data as datasets
+from toolkit import engine
+from toolkit.data import DataSet, Split
+from toolkit.recipe import resolve
+from toolkit.run import Run
+
+KILLS = 20
+TREE = {
+    "data": {"dataset": "digits", "image_size": 16},
+    "student": {"name": "tpsnet", "blocks": [1, 1, 1], "base": 4, "dropout": 0.2},
+    "optimizer": {"lr": 0.05, "lookahead_steps": 3},
+    "checkpoint_minutes": 1e-9,
+    "precision": "fp32",
+    "batch_size": 50,
+    "epochs": 30,
+}
+
+
+def train(folder: Path, started, half_a_write: bool) -> None:
+    """In a process of its own: train, or die in the middle of writing the third state."""
+    engine.READ_SECONDS = 0.0  # a state every step
+    recipe = resolve(TREE, "distill")
+    whole = datasets.load(recipe.data)
+    parts = ((whole.train, 200), (whole.val, 100), (whole.test, 100))
+    some = (Split(part.images[:n], part.labels[:n]) for part, n in parts)
+    data = DataSet("digits", whole.classes, *some, whole.mean, whole.std, "d")
+    if half_a_write:
+        save, left = safetensors.torch.save_file, [2]
+
+        def cut_short(tensors, path, metadata=None):
+            if not left[0]:
+                Path(path).write_bytes(safetensors.torch.save(tensors, metadata)[:5000])
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            save(tensors, path, metadata)
+
+        safetensors.torch.save_file = cut_short
+    run = Run.start(folder, recipe, resume=True)
+    started.set()
+    engine.fit(recipe, data, run)
+
+
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toolkit.engine", "toolkit.data", "sklearn.datasets"])
+    moments = random.Random(0)
+
+    def start(folder, half_a_write=False):
+        started = context.Event()
+        process = context.Process(target=train, args=(tmp_path / folder, started, half_a_write))
+        process.start()
+        assert started.wait(120)
+        return process
+
+    start("whole").join()
+    whole, killed = Run(tmp_path / "whole"), tmp_path / "killed"
+    kills = 0
+    while not (killed / "summary.json").is_file():
+        writing = kills in (4, 9, 14)
+        process = start("killed", writing)
+        if kills < KILLS and not writing:
+            time.sleep(moments.uniform(0, 0.3))
+            process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills >= KILLS
+    assert Run(killed).checkpoint("best").read_bytes() == whole.checkpoint("best").read_bytes()
+    timeless = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in run.history()] for run in (whole, Run(killed))
+    ]
+    assert timeless[0] == timeless[1]

@@ -1,0 +1,90 @@
+"""The benchmark of the reports' systems: its rule, and its table on a few random images."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from toolkit.data import DataSet, Split
+from toolkit.errors import DivergedError
+from toolkit.recipe import Recipe
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "systems.py"
+
+
+@pytest.fixture(scope="module")
+def systems():
+    spec = importlib.util.spec_from_file_location("systems", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_systems_see_as_many_samples_and_keep_the_rest_of_their_recipe(systems):
+    for name in systems.systems():
+        full, short = systems.resolved(name), systems.shortened(name, 8)
+        assert short.epochs * (2 if short.augment.plain_copy else 1) == 8
+        changed = {line.split(":")[0] for line in full.differences(short)}
+        assert changed <= {
+            "epochs", "data.val_size", "select", "early_stop.patience", "batch_growth.milestones", "micro_batch"
+        }  # fmt: skip
+    assert systems.shortened("anand", 8).batch_growth.milestones == (5, 6, 7)
+
+
+def test_lengths_in_epochs_are_scaled(systems, monkeypatch):
+    tree = {
+        "student": {"name": "resnet_large"},
+        "epochs": 40,
+        "schedule": {"name": "step", "warmup_epochs": 2, "milestones": [10, 30]},
+        "batch_growth": {"patience": 8},
+    }
+    monkeypatch.setattr(systems.recipe, "read", lambda _: copy.deepcopy(tree))
+    short: Recipe = systems.shortened("any", 10)
+    assert short.schedule.warmup_epochs == 0.5
+    assert short.schedule.milestones == (2.5, 7.5)
+    assert short.batch_growth.patience == 2
+
+
+def random_split(count: int) -> Split:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return Split(images, torch.arange(count) * 7 % 10)
+
+
+def few_images() -> DataSet:
+    classes = tuple("abcdefghij")
+    return DataSet("cifar10", classes, random_split(40), None, random_split(20), (0.5,) * 3, (0.2,) * 3, "0")
+
+
+def test_the_subset_holds_as_many_of_each_class_in_order(systems):
+    split = random_split(100)
+    part = systems.first_of_each_class(split, 30, 10)
+    assert torch.bincount(part.labels).tolist() == [3] * 10
+    assert torch.equal(part.images, split.images[:30])  # labels repeat every ten images here
+
+
+def test_trains_tabulates_and_trains_nothing_twice(systems, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(systems.datasets, "load", lambda _: few_images())
+    names = ["xu-resnet-large", "chawla-1"]
+    systems.main(names, images=20, epochs=2, test_images=10, folder=tmp_path)
+    table = capsys.readouterr().out
+    assert (tmp_path / "20-images" / "2-epochs" / "systems.md").read_text() == table
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    assert [row[:2] for row in rows[2:]] == [["xu-resnet-large", "resnet_large"], ["chawla-1", "resnet18_242_k3"]]
+    assert [row[6] for row in rows[2:]] == ["40", "40"]
+    assert rows[3][-1] == "*86.44% after 200 epochs*"
+
+    monkeypatch.setattr(systems.engine, "new_model", None)  # which training would call
+    systems.main(names, images=20, epochs=2, test_images=10, folder=tmp_path)
+    assert capsys.readouterr().out == table
+
+
+def test_a_system_that_diverges_does_not_end_the_comparison(systems, monkeypatch, tmp_path):
+    def diverges(*_):
+        raise DivergedError("the loss is not finite any more")
+
+    monkeypatch.setattr(systems.engine, "fit", diverges)
+    row = systems.train("chawla-1", systems.shortened("chawla-1", 8), few_images(), tmp_path)
+    assert row[5:10] == ["0", "0", "0", "none", "diverged"]

@@ -1,0 +1,522 @@
+"""The search over recipe fields: spaces, samples under constraints, trials, tables and figures; a real one on Ray."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import Toolkit
+from PIL import Image
+
+from toolkit import tune, tune_report
+from toolkit.catalogue import build, parameter_count
+from toolkit.errors import SearchError, SpaceError
+from toolkit.recipe import resolve
+from toolkit.run import Run
+from toolkit.space import SPACES, Domain, Plan, make_plan, measure, read_space, shipped
+from toolkit.trials import Search, Trial, read_trials
+
+# A student of the digits without a teacher: a trial takes about a second.
+TINY = {
+    "recipe": "digits",
+    "set": {
+        "loss.kd_weight": 0,
+        "epochs": 2,
+        "schedule.warmup_epochs": 0,
+        "batch_size": 256,
+        "device": "cpu",
+    },
+    "fields": {
+        "optimizer.lr": {"log_range": [0.01, 0.5], "points": 2},
+        "student.widths": {"choices": [[8, 8, 8], [8, 16, 16]]},
+    },
+}
+
+
+def tiny(**changes: object) -> dict:
+    return {**TINY, **changes}
+
+
+def plan(tree: dict, sampler: str = "random", scheduler: str = "none", trials: int | None = None, **given) -> Plan:
+    return make_plan(tree, None, given, sampler, scheduler, trials)
+
+
+def prepared(folder: Path, wanted: Plan) -> Search:
+    search = Search(wanted, folder, 10)
+    search.prepare()
+    return search
+
+
+def ended(search: Search, number: int, val_top1: float, status: str = "finished") -> Trial:
+    trial = search.trials[number - 1]
+    trial.status, trial.val_top1, trial.epochs, trial.seconds = status, val_top1, 2, 3.0
+    return trial
+
+
+# --- spaces ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("tpsnet-random", "random"), ("resnet-large-grid", "grid")])
+def test_shipped_spaces_are_whole(tmp_path: Path, name: str, sampler: str) -> None:
+    assert name in shipped()
+    wanted = plan(read_space(name), sampler, trials=5 if sampler == "random" else None)
+    search = prepared(tmp_path, wanted)
+    assert len(search.trials) == (5 if sampler == "random" else 20)
+    for trial in search.trials:
+        recipe = search.recipe(trial.values)
+        model = build(recipe.model.name, "student", 10, **recipe.model.arguments)
+        assert trial.parameters == parameter_count(model) < 5_000_000
+    text = (SPACES / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+    assert f"toolkit tune --space {name} --s" in text
+
+
+def test_all_mistakes_come_at_once() -> None:
+    tree = {
+        "recipe": "digits",
+        "stages": "train",
+        "fields": {
+            "optimizer.lrr": {"range": [0, 1]},
+            "batch_size": {"choices": [64, 1]},
+            "student.blocks": {"choices": [[1, 1]]},
+            "optimizer.lr": {"log_range": [0, 0.1]},
+            "optimizer.momentum": {"range": [0.9, 0.9]},
+            "loss.temperature": {"choices": []},
+            "epochs": {"choices": [1], "range": [1, 2]},
+            "augment.cutout": {"rang": [0, 8]},
+            "data.val_size": {"choices": [0.1, 0.2]},
+            "seed": {"choices": [1, 2]},
+        },
+        "constraints": {"params": "< 5", "macs": "few"},
+    }
+    with pytest.raises(SpaceError) as caught:
+        plan(tree, seed=3)
+    text = str(caught.value)
+    for expected in (
+        "stages: there is no such key; did you mean 'stage'?",
+        "optimizer.lrr: there is no such field; did you mean 'lr'?",
+        "batch_size = 1: input should be greater than or equal to 2",
+        "student.blocks: resnet9 takes no such argument",
+        "fields.optimizer.lr: log_range starts at 0",
+        "fields.optimizer.momentum: the range from 0.9 to 0.9 is empty",
+        "fields.loss.temperature.choices = []",
+        "fields.epochs: takes one of choices, range and log_range, not choices and range",
+        "fields.augment.cutout.rang: there is no such key; did you mean 'range'?",
+        "data.val_size: decides what a trial is measured on",
+        "seed: is searched, and given the value 3 too",
+        "constraints.params: there is no such key; did you mean 'parameters'?",
+        "constraints.macs: 'few' should be a comparison with a count",
+    ):
+        assert expected in text, expected
+    assert text.startswith(f"the space is wrong in {len(text.splitlines()) - 1} places:")
+
+
+@pytest.mark.parametrize(
+    ("tree", "sampler", "trials", "message"),
+    [
+        (tiny(fields={}), "random", None, "fields = {}"),
+        (tiny(fields={"optimizer.lr": {"range": [0.1, 1]}}), "grid", None, "choices, or a range with points"),
+        (tiny(), "grid", 3, "--trials 3: a grid has as many trials as points"),
+        (tiny(stage="train", fields={"student.widths": {"choices": [[8]]}}), "random", None, "no such field"),
+        (tiny(recipe="digit"), "random", None, "did you mean 'digits'"),
+        (tiny(recipe=3), "random", None, "recipe.str = 3"),
+        (tiny(set={"data.val_size": 0}), "random", None, "val selects among the trials"),
+        (tiny(fields={"student.name": {"choices": ["resnet9", "tpsnat"]}}), "random", None, "did you mean 'tpsnet'"),
+    ],
+)
+def test_mistakes_of_a_space(tree: dict, sampler: str, trials: int | None, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        plan(tree, sampler, trials=trials)
+
+
+def test_fields_that_only_go_together_are_no_mistake(tmp_path: Path) -> None:
+    """Momentum 0 is wrong with Nesterov's: the draws leave that pair out."""
+    fields = {"optimizer.momentum": {"choices": [0, 0.9]}, "optimizer.nesterov": {"choices": [True, False]}}
+    search = prepared(tmp_path, plan(tiny(fields=fields), "grid"))
+    assert [(t.values["optimizer.momentum"], t.values["optimizer.nesterov"]) for t in search.trials] == [
+        (0, False),
+        (0.9, True),
+        (0.9, False),
+    ]
+    assert search.left_out == 1
+
+
+def test_files_that_are_no_space(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match="did you mean 'tpsnet-random'"):
+        read_space("tpsnet-randon")
+    with pytest.raises(SpaceError, match="cannot read"):
+        read_space(tmp_path / "missing.yaml")
+    for content, message in (("a: [", "not valid YAML"), ("3", "not int")):
+        (tmp_path / "x.yaml").write_text(content)
+        with pytest.raises(SpaceError, match=message):
+            read_space(tmp_path / "x.yaml")
+
+
+# --- samples -----------------------------------------------------------------------------------------------
+
+
+def test_draws_stay_in_their_domain() -> None:
+    rng = np.random.default_rng(0)
+
+    def draws(**domain: object) -> list:
+        return [Domain.model_validate(domain).draw(rng) for _ in range(3000)]
+
+    integers = draws(range=[2, 4])
+    assert {type(value) for value in integers} == {int}
+    assert all(900 < integers.count(value) < 1100 for value in (2, 3, 4))
+    assert set(draws(log_range=[1, 4])) == {1, 2, 3, 4}
+    assert np.mean(draws(range=[0.0, 1.0])) == pytest.approx(0.5, abs=0.02)
+    logs = np.log10(draws(log_range=["1e-4", 1]))  # YAML reads 1e-4 as a string
+    assert logs.min() >= -4
+    assert logs.max() <= 0
+    assert logs.mean() == pytest.approx(-2, abs=0.06)
+    assert set(draws(choices=["1e-3", "cosine"])) == {0.001, "cosine"}
+
+
+@pytest.mark.parametrize(
+    ("domain", "values"),
+    [
+        ({"choices": [[1, 1], "a"]}, [[1, 1], "a"]),
+        ({"range": [0.0, 1.0], "points": 3}, [0, 0.5, 1]),
+        ({"range": [1, 4], "points": 9}, [1, 2, 3, 4]),
+        ({"log_range": [0.001, 0.1], "points": 5}, [0.001, 0.003162, 0.01, 0.03162, 0.1]),
+    ],
+)
+def test_values_of_a_grid(domain: dict, values: list) -> None:
+    assert Domain.model_validate(domain).grid() == values
+
+
+WIDE = {"student.widths": {"choices": [[8, 8, 8], [16, 32, 64], [64, 256, 256]]}, "optimizer.lr": {"range": [0.1, 0.5]}}
+
+
+def test_constraints_are_met_before_a_trial_starts(tmp_path: Path) -> None:
+    tree = tiny(fields=WIDE, constraints={"parameters": "< 200_000", "macs": "> 5,000,000"})
+    search = prepared(tmp_path, plan(tree, trials=12))
+    assert {tuple(trial.values["student.widths"]) for trial in search.trials} == {(16, 32, 64)}
+    for trial in search.trials:
+        size = measure(search.recipe(trial.values), 10)
+        assert (trial.parameters, trial.macs) == (size.parameters, size.macs)
+
+
+def test_the_budget_of_a_student_is_a_constraint(tmp_path: Path) -> None:
+    search = prepared(tmp_path, plan(tiny(fields=WIDE), trials=12, budget=100_000))
+    assert all(trial.parameters < 100_000 for trial in search.trials)
+
+
+def test_a_trials_values_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
+    few, many = (prepared(tmp_path, plan(tiny(fields=WIDE), trials=n)) for n in (3, 6))
+    assert [t.values for t in few.trials] == [t.values for t in many.trials[:3]]
+    other = prepared(tmp_path, plan(tiny(fields=WIDE), trials=3, seed=1))
+    assert [t.values for t in few.trials] != [t.values for t in other.trials]
+
+
+def test_constraints_that_nothing_meets(tmp_path: Path) -> None:
+    tree = tiny(fields={"student.widths": WIDE["student.widths"]}, constraints={"parameters": "< 1000"})
+    smallest = measure(resolve("digits", "distill", {"student.widths": [8, 8, 8]}), 10).parameters
+    with pytest.raises(SearchError) as caught:
+        prepared(tmp_path, plan(tree))
+    for expected in ("none of 1,000 draws for trial 1", "parameters < 1,000", f"{smallest:,} parameters", "[8, 8, 8]"):
+        assert expected in str(caught.value)
+    with pytest.raises(SearchError, match="none of the 3 points of the grid meets parameters < 1,000"):
+        prepared(tmp_path, plan(tree, "grid"))
+    broken = tiny(fields={"student.widths": {"choices": ["wide", "wider"]}})
+    with pytest.raises(SearchError, match=r"makes a valid recipe; the last: .*resnet9 cannot be built"):
+        prepared(tmp_path, plan(broken))
+
+
+def test_optuna_draws_under_constraints_and_learns(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra tune is not installed")
+    wanted = plan(tiny(fields=WIDE, constraints={"parameters": "< 200000"}), "optuna", trials=30)
+    search = prepared(tmp_path, wanted)
+    while (trial := search.next()) is not None:
+        assert trial.parameters < 200_000
+        status = "stopped" if trial.number % 5 == 0 else "finished"
+        search.sampler.learn(ended(search, trial.number, 1 - abs(trial.values["optimizer.lr"] - 0.2), status))
+    rates = [trial.values["optimizer.lr"] for trial in search.trials]
+    assert np.median(np.abs(np.array(rates[15:]) - 0.2)) < np.median(np.abs(np.array(rates[:10]) - 0.2))
+    again = Search(wanted.model_copy(update={"trials": 40}), tmp_path, 10, search.trials)
+    assert len(again.sampler.study.trials) == 30
+    assert again.next().values not in [trial.values for trial in search.trials]
+
+
+# --- trials ------------------------------------------------------------------------------------------------
+
+
+def run_all(search: Search) -> None:
+    """The search without Ray: one trial after the other, in this process."""
+    search.write()
+    while (trial := search.next()) is not None:
+        reports: list[dict] = []
+        job = tune._job(search, trial, torch.get_num_threads(), 0)
+        try:
+            tune.train_trial(tune.Job.model_validate_json(job.model_dump_json()), reports.append)
+        except Exception:
+            search.ended(trial, failed=True)
+        else:
+            assert [report["epoch"] for report in reports] == [1, 2]
+            search.ended(trial)
+
+
+def test_a_failing_trial_is_a_row_and_the_best_is_a_recipe(toolkit: Toolkit, nowhere: Path) -> None:
+    fields = {"augment.crop_padding": {"choices": [2, 40]}, "optimizer.lr": {"choices": [0.05, 0.2]}}
+    tree = tiny(fields=fields, set={**TINY["set"], "student.widths": [8, 8, 8], "augment.padding_mode": "reflect"})
+    search = prepared(Path("out"), plan(tree, "grid"))
+    run_all(search)
+    tune.finish(search)
+
+    assert [trial.status for trial in search.trials] == ["finished", "finished", "failed", "failed"]
+    rows = json.loads(Path("out/trials.json").read_text())
+    assert [Trial(**row) for row in rows] == search.trials
+    table = list(csv.DictReader(Path("out/trials.csv").read_text().splitlines()))
+    assert [row["optimizer.lr"] for row in table] == ["0.05", "0.2", "0.05", "0.2"]
+    assert "augment.crop_padding (=40) must be less than" in table[2]["error"]
+    assert "Traceback" in Path("out/trials/0003.error.txt").read_text()
+    for trial in search.trials[:2]:
+        run = Run(search.path(trial))
+        assert trial.val_top1 == run.summary()["val_top1"] == max(row["val_top1"] for row in run.history())
+        assert trial.epochs == 2
+        assert not run.report.exists()  # the test set is not touched
+
+    best = search.best()
+    assert best.val_top1 == max(float(row["val_top1"]) for row in table[:2])
+    assert resolve("out/best.yaml", "distill").digest() == Run(search.path(best)).recipe.digest()
+    for figure in ("scatter.png", "heatmap.png"):
+        with Image.open(f"out/{figure}") as picture:
+            assert len(picture.convert("RGB").getcolors(2**24)) > 20
+    result = toolkit("distill", "--recipe", "out/best.yaml", "--run-dir", search.path(best))
+    assert "is finished already" in result.stderr
+
+
+def test_an_interrupted_search_goes_on(nowhere: Path) -> None:
+    wanted = plan(tiny(), "grid")
+    search = prepared(Path("out"), wanted)
+    ended(search, 1, 0.5)
+    ended(search, 2, 0.4, "stopped")
+    ended(search, 3, 0.3, "failed").error = "no memory"
+    search.trials[3].status = "running"
+    search.write()
+    again = Search(wanted, Path("out"), 10, read_trials(Path("out")))
+    again.prepare()
+    assert [trial.status for trial in again.trials] == ["finished", "stopped", "planned", "planned"]
+    assert [trial.number for trial in again.kept] == [1, 2]
+    assert again.next().number == 3
+    assert again.next().number == 4
+    assert again.next() is None
+
+
+def test_where_all_trials_fail(nowhere: Path) -> None:
+    fields = {"augment.crop_padding": {"choices": [40, 50]}}
+    tree = tiny(fields=fields, set={**TINY["set"], "augment.padding_mode": "reflect"})
+    search = prepared(Path("out"), plan(tree, "grid"))
+    run_all(search)
+    with pytest.raises(SearchError, match=r"all 2 trials failed, the first by: augment.crop_padding \(=40\)"):
+        tune.finish(search)
+
+
+def test_another_search_in_the_same_folder_is_refused(nowhere: Path) -> None:
+    output = Path("out")
+    wanted = plan(tiny(), trials=3)
+    search = prepared(output, wanted)
+    search.write()
+    (output / "search.yaml").write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
+    assert tune.resumed(output, None, None) == wanted
+    assert tune.resumed(output, plan(tiny(), trials=9), 9).trials == 9
+    for other, difference in (
+        (plan(tiny(), trials=3, seed=5), "seed: 0 -> 5"),
+        (plan(tiny(), "random", "asha", 3), "scheduler: none -> asha"),
+        (plan(tiny(fields=WIDE), trials=3), "optimizer.lr: "),
+    ):
+        with pytest.raises(SearchError, match=f"different search; differing: .*{difference}"):
+            tune.resumed(output, other, None)
+    with pytest.raises(SearchError, match="add --resume"):
+        tune.tune(wanted, output, tune.Resources())
+    with tune.locked(output), pytest.raises(SearchError, match="another process searches"), tune.locked(output):
+        pass
+
+
+def test_the_rest_is_estimated_by_multiply_accumulates(tmp_path: Path) -> None:
+    search = prepared(tmp_path, plan(tiny(fields=WIDE), trials=4))
+    for trial, macs in zip(search.trials, (100, 100, 400, 200), strict=True):
+        trial.macs = macs
+    estimate = tune.Estimate(search, slots=2)
+    assert estimate.left() is None
+    estimate.rate = 5 / 100  # an epoch of the first trial took 5 seconds
+    assert estimate.left() == pytest.approx(800 * 2 * 0.05 / 2)
+    first = search.trials[0]
+    estimate.started(first)
+    estimate.began[first.number] = time.monotonic() - 26, 0, 0.0
+    first.status, first.epochs, first.seconds = "finished", 2, 20.0  # and 6 seconds to start
+    estimate.ended(first)
+    assert estimate.left() == pytest.approx((700 * 2 * 0.1 + 3 * 6) / 2, abs=0.1)
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
+
+def test_scatter_has_a_panel_for_each_field(tmp_path: Path) -> None:
+    fields = {**WIDE, "augment.cutout": {"range": [0, 8]}, "optimizer.weight_decay": {"log_range": [1e-5, 1e-2]}}
+    search = prepared(tmp_path, plan(tiny(fields=fields), trials=5))
+    for number, top1 in ((1, 0.5), (2, 0.9), (3, 0.7)):
+        ended(search, number, top1)
+    ended(search, 4, 0.3, "stopped")
+    figure = tune_report.scatter(search)
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.axison}
+    assert list(panels) == list(fields)
+    assert panels["optimizer.weight_decay"].get_xscale() == "log"
+    assert [tick.get_text() for tick in panels["student.widths"].get_xticklabels()] == [
+        "[8, 8, 8]",
+        "[16, 32, 64]",
+        "[64, 256, 256]",
+    ]
+    drawn = {dots.get_label(): dots.get_offsets().tolist() for dots in panels["augment.cutout"].collections}
+    sides = [trial.values["augment.cutout"] for trial in search.trials]
+    assert drawn["best"] == [[sides[1], 0.9]]
+    assert drawn["finished"] == [[sides[0], 0.5], [sides[2], 0.7]]
+    assert drawn["given up early"] == [[sides[3], 0.3]]
+
+
+def test_heatmap_has_a_cell_for_each_point(tmp_path: Path) -> None:
+    fields = {"optimizer.lr": {"choices": [1, 0.1, 0.01]}, "optimizer.momentum": {"choices": [0.5, 0.9]}}
+    search = prepared(tmp_path, plan(tiny(fields=fields), "grid"))
+    for number in (1, 2, 3, 4):
+        ended(search, number, 0.1 * number)
+    ended(search, 4, 0.4, "stopped")
+    search.trials[5].status = "failed"
+    axes = tune_report.heatmap(search).axes[0]
+    cells = {tuple(text.get_position()): text.get_text() for text in axes.texts}
+    assert cells == {
+        (0, 0): "10.0",
+        (0, 1): "20.0",
+        (1, 0): "30.0",
+        (1, 1): "40.0*",
+        (2, 0): "planned",
+        (2, 1): "failed",
+    }
+    assert axes.get_xlabel() == "optimizer.lr"
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def test_nothing_heavy_is_imported_before_a_search() -> None:
+    code = "import sys, toolkit.tune; print({'ray', 'torch', 'optuna'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_each_option_has_help(toolkit: Toolkit) -> None:
+    from toolkit import cli
+
+    assert toolkit("tune", "--help").exit_code == 0
+    described = {p.name: p.help for p in cli.typer.main.get_command(cli.app).commands["tune"].params}
+    assert all(described.values()), described
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "--resume", "--output out", "--resume --output out --lr 3", "--space x --sampler some"]
+)
+def test_wrong_usage(toolkit: Toolkit, nowhere: Path, arguments: str) -> None:
+    assert toolkit("tune", *arguments.split()).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--resume --output out", "out holds no search to go on with"),
+        ("--space tpsnet-randon", "did you mean 'tpsnet-random'"),
+        ("--space tpsnet-random --lr 0.1", "optimizer.lr: is searched, and given the value 0.1 too"),
+        ("--space tpsnet-random --device cuda --gpus-per-trial 0", "a trial gets no GPU"),
+    ],
+)
+def test_what_cannot_begin_leaves_nothing(toolkit: Toolkit, nowhere: Path, arguments: str, message: str) -> None:
+    result = toolkit("tune", *arguments.split())
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not any(nowhere.iterdir())
+
+
+def test_without_ray_the_extra_is_named(toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("space.yaml").write_text(yaml.safe_dump(TINY))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = toolkit("tune", "--space", "space.yaml")
+    assert result.exit_code == 1
+    assert "pip install 'distillation-toolkit[tune]'" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SearchError, match=r"--sampler optuna needs Optuna.*\[tune\]"):
+        Search(plan(TINY, "optuna"), Path("out"), 10)
+
+
+# --- on Ray ------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "toolkit", "tune", *map(str, arguments)]
+
+
+@pytest.fixture
+def ray(nowhere: Path) -> Path:
+    """A working directory with a tiny space, where Ray is installed."""
+    for module in ("ray", "pyarrow", "pandas"):
+        pytest.importorskip(module, reason="the extra tune is not installed", exc_type=ImportError)
+    Path("space.yaml").write_text(yaml.safe_dump(TINY))
+    return nowhere
+
+
+def test_a_search_on_ray(ray: Path) -> None:
+    """In a process of its own, as Ray changes signal handlers and leaves threads behind."""
+    asked = command("--space", "space.yaml", "--sampler", "grid", "--json", "--output", "out")
+    result = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["finished"], found["stopped"], found["failed"]) == (4, 0, 0)
+    assert found["best"]["val_top1"] == max(row["val_top1"] for row in found["trials"])
+    for row in found["trials"]:
+        run = Run(Path("out") / row["run"])
+        assert run.finished
+        assert len(run.history()) == row["epochs_run"] == 2
+    assert {path.name for path in Path("out").iterdir()} == {
+        *("search.yaml", "trials.json", "trials.csv", "trials", "scatter.png", "heatmap.png", "best.yaml", ".lock")
+    }
+    assert "4 trials of 2 epochs in out, at most" in result.stderr
+    assert "the grid: 2 optimizer.lr x 2 student.widths" in result.stderr
+    assert "Warning" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on(ray: Path) -> None:
+    asked = command("--space", "space.yaml", "--trials", 3, "--output", "out", "--set", "epochs=6")
+    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as search:
+        assert search.stderr is not None
+        said = ""
+        while "trial 1 finished" not in said:
+            line = search.stderr.readline()
+            assert line, said
+            said += line
+        search.send_signal(signal.SIGKILL)
+    before = json.loads(Path("out/trials.json").read_text())
+    assert before[0]["status"] == "finished"
+    made = (Path("out") / before[0]["run"] / "summary.json").stat().st_mtime_ns
+    time.sleep(2)
+    result = subprocess.run(command("--output", "out", "--resume"), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    after = read_trials(Path("out"))
+    assert [trial.status for trial in after] == ["finished"] * 3
+    assert after[0] == Trial(**before[0])
+    assert (Path("out") / after[0].run / "summary.json").stat().st_mtime_ns == made
+    assert "1 of them done before" in result.stderr
+
+
+def test_a_cluster_that_does_not_answer(ray: Path) -> None:
+    asked = command("--space", "space.yaml", "--output", "out", "--address", "127.0.0.1:1")
+    result = subprocess.run(asked, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --address 127.0.0.1:1: no Ray cluster answers there")
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,96 @@
+"""Several processes that share one run, as torchrun starts them. In a single process all of this does nothing.
+
+Every process draws the same order and views and takes its part of each batch; gradients are averaged by PyTorch's
+DistributedDataParallel; the process of rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from toolkit.errors import DeviceError, RecipeError
+
+RANK, SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """The group of all processes: NCCL on GPUs, Gloo on CPUs."""
+    if SIZE == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's GPU among those of its machine."""
+    if SIZE == 1 or device.type != "cuda":
+        return device
+    if torch.cuda.device_count() <= LOCAL_RANK:
+        raise DeviceError(f"{LOCAL_RANK + 1} processes on a machine of {torch.cuda.device_count()} GPUs: start fewer")
+    torch.cuda.set_device(LOCAL_RANK)
+    return torch.device("cuda", LOCAL_RANK)
+
+
+def share(model: nn.Module, device: torch.device, sync_norm: bool) -> nn.Module:
+    """The model whose gradients are averaged over all processes; its parameters are the given model's."""
+    if SIZE == 1:
+        return model
+    if sync_norm:
+        if device.type != "cuda":
+            raise DeviceError("sync_norm needs GPUs: PyTorch synchronises batch statistics on CUDA alone")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def own_part(index: Tensor) -> Tensor:
+    """This process's samples of a batch."""
+    if len(index) % SIZE:
+        raise RecipeError(f"batch_size (={len(index)}) must be divisible by the number of processes (={SIZE})")
+    return index.chunk(SIZE)[RANK]
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over the processes."""
+    if SIZE > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= SIZE
+    return values
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if SIZE == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def of_first(values: tuple[float, float], device: torch.device) -> tuple[float, float]:
+    """Two numbers as rank 0 has them."""
+    if SIZE == 1:
+        return values
+    both = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(both, 0)
+    first, second = both.tolist()
+    return first, second
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if SIZE > 1:
+        dist.barrier()

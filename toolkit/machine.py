@@ -1,0 +1,53 @@
+"""What this machine gives to a process: cores and memory. A leaf, without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+
+def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((cgroup / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def total_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this process may use: the machine's, and the limit of its container (cgroup v2 or v1)."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows
+        total = 4 * 2**30
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int((cgroup / name).read_text()))
+    return total
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the large blocks that each step frees and takes again.
+
+    By default it hands them back to the system, and every step then pays for zeroing fresh pages. Elsewhere
+    than on glibc nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold, never = -1, -3, 2**31 - 1  # M_* of malloc.h
+        libc.mallopt(mmap_threshold, never)
+        libc.mallopt(trim_threshold, never)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    import resource  # not on Windows, where serving works and training does not
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

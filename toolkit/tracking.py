@@ -1,0 +1,26 @@
+"""Metrics of a run for tools that watch trainings, beside metrics.jsonl, which is always written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+
+
+def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
+    """What writes each epoch's row as TensorBoard scalars into ``folder``. ``UserError`` without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--log tensorboard needs TensorBoard: pip install 'distillation-toolkit[log]'") from error
+    writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
+
+    def write(row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])  # type: ignore[no-untyped-call]
+        writer.flush()  # type: ignore[no-untyped-call]
+
+    return write

@@ -1,0 +1,496 @@
+"""A search over recipe fields, on Ray Tune.
+
+A space says which fields of a recipe are searched, and where. Each trial is a run of the one training loop in a run
+directory of its own, and val alone selects. The output directory holds
+
+search.yaml                  what is searched, and how: enough to go on
+trials.json  trials.csv      one row a trial: the truth of the search, whatever ran it
+trials/0001/ ...             the run directories; trials/0001.error.txt where one failed
+scatter.png  heatmap.png     val top-1 over the fields
+best.yaml                    the recipe of the best trial
+
+Ray decides where trials run and, with ASHA, when one is given up. It keeps no state that is needed again. Nothing
+here imports it, or torch, before a search begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from toolkit import recipe as recipes
+from toolkit.errors import Interrupted, SearchError, UserError
+from toolkit.files import write_bytes, write_text
+from toolkit.machine import available_cores
+from toolkit.progress import say
+from toolkit.space import Plan, Section, Stage, ranges
+from toolkit.trials import Search, Trial, error_file, not_installed, read_trials
+
+ASHA_FACTOR = 3  # one in so many trials goes on from a rung to the next
+ASHA_GRACE = 0.1  # share of the epochs before which no trial is given up
+
+
+# --- the search ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial takes, and the cluster that gives it (None: this machine)."""
+
+    cpus: int = 1
+    gpus: float | None = None
+    address: str | None = None
+
+
+def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -> Search:
+    """Run the plan's trials in the output directory, and write table, figures and ``best.yaml``.
+
+    Raises ``SearchError`` where the directory holds another search, or an unfinished one without ``resume``;
+    ``Interrupted`` after Ctrl-C or SIGTERM.
+    """
+    from toolkit import engine, stages
+
+    started = (output / "search.yaml").is_file()
+    if started and not resume:
+        raise SearchError(f"{output} holds a search already: add --resume to go on with it, or choose another --output")
+    if not started and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SearchError(f"{output} exists and holds no search; choose another --output")
+    base = plan.base
+    gpus = resources.gpus
+    if gpus is None:
+        gpus = 1 if engine.pick_device(base.device).type == "cuda" else 0
+    if not gpus and base.device.startswith("cuda"):
+        raise SearchError(f"--device {base.device} was asked for, but a trial gets no GPU: give --gpus-per-trial")
+    ray = _ray()
+    data = stages.load_data(base.data)
+    if base.distils and base.teacher is not None and not any(p.startswith("teacher.") for p in plan.space.fields):
+        # All trials, and those after --resume, learn from the same teacher.
+        teacher = base.teacher.model_copy(update={"checkpoint": stages.find_teacher(base)})
+        pinned = base.model_copy(update={"teacher": teacher})
+        plan = plan.model_copy(update={"recipe": pinned.model_dump(mode="json")})
+    search = Search(plan, output, len(data.classes), read_trials(output))
+    search.prepare()
+    problem: UserError | None = None
+    with contextlib.ExitStack() as stack:
+        slots = 0
+        if search.count("planned") or len(search.trials) < search.total:
+            slots = stack.enter_context(cluster(ray, resources.address, resources.cpus, gpus))
+        stack.enter_context(locked(output))
+        write_text(output / "search.yaml", yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
+        search.write()
+        if slots:
+            _announce(search, slots)
+            try:
+                problem = _run(search, resources.cpus, gpus, slots)
+            except KeyboardInterrupt:
+                done = search.count("finished", "stopped", "failed")
+                raise Interrupted(
+                    f"stopped with {done} of {search.total} trials done; the others go on from their last checkpoints "
+                    f"by: toolkit tune --output {output} --resume"
+                ) from None
+        finish(search)
+    if problem is not None:
+        raise problem
+    return search
+
+
+def resumed(output: Path, wanted: Plan | None, trials: int | None) -> Plan:
+    """The plan of an output directory, with more trials where they are asked for.
+
+    ``wanted`` is what the command line asks for, if it names a space. Raises ``SearchError`` where it differs.
+    """
+    file = output / "search.yaml"
+    if not file.is_file():
+        if wanted is not None:
+            return wanted  # it was interrupted before it began
+        raise SearchError(f"{output} holds no search to go on with: it has no search.yaml")
+    try:
+        plan = Plan.model_validate(yaml.safe_load(file.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        raise SearchError(f"{file} is damaged: {textwrap.shorten(' '.join(str(error).split()), 300)}") from error
+    if wanted is not None and (differences := plan.differences(wanted)):
+        raise SearchError(
+            f"{output} holds a different search; differing: {'; '.join(differences)}. "
+            "Choose another --output, or repeat that search's options."
+        )
+    if plan.sampler == "grid" and trials is not None:
+        raise SearchError(f"--trials {trials}: a grid has as many trials as points, leave it out")
+    return plan.model_copy(update={"trials": trials or plan.trials})
+
+
+def default_output(plan: Plan) -> Path:
+    """``runs/tune-<space>-<digest>``: the same search finds its directory again."""
+    from toolkit.run import RUNS
+
+    identity = [plan.base.identity(), ranges(plan.space), plan.sampler, plan.scheduler]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return RUNS / f"tune-{plan.space.name}-{digest[:8]}"
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep every other search from this directory, or raise ``SearchError`` where one runs in it."""
+    import fcntl  # not on Windows, where serving works and training does not
+
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SearchError(f"another process searches in {output}: wait, or choose another --output") from error
+        yield
+
+
+def _announce(search: Search, slots: int) -> None:
+    plan = search.plan
+    kept = f", {len(search.kept)} of them done before" if search.kept else ""
+    say(
+        f"{search.total:,} trials{kept} of {search.base.epochs} epochs in {search.output}, at most {slots} at a time; "
+        f"sampler {plan.sampler}, scheduler {plan.scheduler}"
+    )
+    if plan.sampler == "grid" and not search.kept:
+        sizes = " x ".join(f"{len(domain.grid())} {path}" for path, domain in plan.space.fields.items())
+        out = f"; {search.left_out} points left out, which miss {search.constraints}" if search.left_out else ""
+        say(f"the grid: {sizes}{out}. An estimate of its time follows the first epoch.")
+
+
+class Estimate:
+    """How long the rest takes: training goes by multiply-accumulates times epochs, and each trial takes time beside."""
+
+    def __init__(self, search: Search, slots: int) -> None:
+        self.search, self.slots = search, slots
+        self.began: dict[int, tuple[float, int, float]] = {}  # clock, epochs and seconds at the start, by trial
+        self.rate: float | None = None  # seconds of training for one multiply-accumulate of one epoch
+        self.work = self.trained = 0.0  # of the trials that ended since this search was started
+        self.beside: list[float] = []  # their seconds beside training: starting, reading data, val
+
+    def started(self, trial: Trial) -> None:
+        self.began[trial.number] = time.monotonic(), trial.epochs, trial.seconds
+
+    def ended(self, trial: Trial) -> None:
+        clock, epochs, seconds = self.began.pop(trial.number)
+        self.beside.append(max(time.monotonic() - clock - (trial.seconds - seconds), 0))
+        self.trained += trial.seconds - seconds
+        self.work += trial.macs * (trial.epochs - epochs)
+        if self.work:
+            self.rate = self.trained / self.work
+
+    def left(self) -> float | None:
+        """Seconds, if no trial is given up; None before the first epoch."""
+        if self.rate is None:
+            return None
+        trials, epochs = self.search.trials, self.search.base.epochs
+        undone = [trial for trial in trials if trial.status in ("planned", "running")]
+        undrawn = self.search.total - len(trials)
+        work = sum(trial.macs * max(trial.values.get("epochs", epochs) - trial.epochs, 0) for trial in undone)
+        work += undrawn * epochs * sum(trial.macs for trial in trials) / len(trials)
+        count = len(undone) + undrawn
+        beside = count * sum(self.beside) / max(len(self.beside), 1)
+        return (self.rate * work + beside) / max(1, min(self.slots, count))
+
+    def told(self) -> str:
+        left = self.left()
+        if left is None:
+            return ""
+        most = "at most " if self.search.plan.scheduler == "asha" else ""
+        return f"{most}about {timedelta(seconds=round(left))}"
+
+
+def finish(search: Search) -> None:
+    """Write figures and ``best.yaml``. Raises ``SearchError`` where no trial has a result."""
+    best = search.best()
+    if best is None:
+        failed = next(trial for trial in search.trials if trial.error)
+        raise SearchError(
+            f"all {len(search.trials)} trials failed, the first by: {failed.error} All of it is in "
+            f"{search.output / 'trials.csv'} and {error_file(search.path(failed))}."
+        )
+    from toolkit.report import as_image
+    from toolkit.run import Run
+    from toolkit.tune_report import heatmap, scatter
+
+    write_bytes(search.output / "scatter.png", as_image(scatter(search)))
+    if search.plan.sampler == "grid" and len(search.plan.space.fields) == 2:
+        write_bytes(search.output / "heatmap.png", as_image(heatmap(search)))
+    # The run's own recipe: it says which teacher it learnt from. The device is that of the search, not of a worker.
+    recipe = Run(search.path(best)).recipe.model_copy(update={"name": "best", "device": search.base.device})
+    file = search.output / "best.yaml"
+    header = (
+        f"# Trial {best.number} of {search.total} of the search {search.plan.space.name}: val top-1 "
+        f"{best.val_top1:.2%} after {best.epochs} epochs (the best of many on val, so it flatters).\n#\n"
+        f"#   toolkit {search.plan.space.stage} --recipe {file}\n"
+    )
+    write_text(file, header + recipe.to_yaml())
+
+
+# --- one trial ----------------------------------------------------------------------------------------------
+
+
+class Job(Section):
+    """All that the process of a trial needs. ``folder`` is where the search was started: paths are relative to it."""
+
+    number: int
+    recipe: dict[str, Any]
+    stage: Stage
+    run: Path
+    folder: Path
+    threads: int
+    data_dir: str | None
+
+
+def train_trial(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
+    """Run a trial, from its last checkpoint where there is one.
+
+    ``report`` gets ``epoch`` (from 1), ``val_top1`` and ``seconds`` after each epoch that was measured on val; the
+    last one when the run is finished. An error is written beside the run directory and raised again.
+    """
+    from toolkit import stages
+
+    error_file(job.run).unlink(missing_ok=True)
+    recipe = recipes.validate(job.recipe)
+
+    def told(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: row[key] for key in ("epoch", "val_top1", "seconds")}
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        if row["val_top1"] is not None and row["epoch"] < recipe.epochs:
+            report(told(row))
+
+    try:
+        stage = stages.distill if job.stage == "distill" else stages.train
+        run = stage(recipe, job.run, resume=True, on_epoch=on_epoch)
+    except Exception as error:
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        write_text(error_file(job.run), f"{' '.join(line.split())}\n\n{traceback.format_exc()}")
+        raise
+    report(told(run.history()[-1]))
+
+
+# --- Ray ----------------------------------------------------------------------------------------------------
+
+
+def _ray() -> Any:
+    """The module ``ray`` with ``ray.tune``, told to be quiet, or ``SearchError``."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # its own default to come; else it warns
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints to stdout, whatever its verbosity
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the table is ours
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is ours
+    try:
+        import ray
+        import ray.tune
+    except ImportError as error:
+        raise not_installed("a search needs Ray Tune", error) from error
+    return ray
+
+
+@contextlib.contextmanager
+def cluster(ray: Any, address: str | None, cpus: int, gpus: float) -> Iterator[int]:
+    """A Ray cluster of this machine, or a connection to one; how many trials it runs at a time.
+
+    Raises ``SearchError`` where it does not answer, or has less than one trial takes.
+    """
+    quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    previous = signal.getsignal(signal.SIGTERM)  # Ray sets one of its own
+    if address is None:
+        cores = available_cores()
+        # Of this machine alone: nothing listens on its other addresses. No object of a search is large.
+        mine = {"num_cpus": cores, "_node_ip_address": "127.0.0.1", "object_store_memory": 2**27}
+        ray.init(address="local", include_dashboard=False, **mine, **quiet)
+    else:
+        _answers(address)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            reason = textwrap.shorten(" ".join(str(error).split()), 200)
+            raise SearchError(f"--address {address}: {reason}") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        have = ray.cluster_resources()
+        slots = [have.get("CPU", 0) // cpus] + ([have.get("GPU", 0) // gpus] if gpus else [])
+        if min(slots) < 1:
+            raise SearchError(
+                f"a trial takes {cpus} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and "
+                f"{have.get('GPU', 0):g}: give other --cpus-per-trial or --gpus-per-trial"
+            )
+        yield int(min(slots))
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _answers(address: str) -> None:
+    """Raise ``SearchError`` unless something listens there: Ray itself would try for minutes, and then abort."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise SearchError(f"--address {address}: should be HOST:PORT of a cluster with this machine in it, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise SearchError(
+            f"--address {address}: no Ray cluster answers there ({error}). `ray start --head` starts one; without "
+            "--address the search runs on this machine."
+        ) from error
+
+
+def _run(search: Search, cpus: int, gpus: float, slots: int) -> UserError | None:
+    """Let Ray Tune run the trials that are left; why the last ones could not be drawn, if so."""
+    from ray import tune
+    from ray.tune.schedulers import FIFOScheduler
+    from ray.tune.search import Searcher
+
+    estimate = Estimate(search, slots)
+    problems: list[UserError] = []
+    by_number = {trial.number: trial for trial in search.trials}
+
+    class Draws(Searcher):
+        """Gives Ray the trials of the search, one at a time."""
+
+        def suggest(self, trial_id: str) -> Any:
+            try:
+                trial = search.next()
+            except UserError as error:  # those that run are not to be lost
+                problems.append(error)
+                return self.FINISHED
+            if trial is None:
+                return self.FINISHED
+            by_number[trial.number] = trial
+            return {"job": _job(search, trial, cpus, gpus).model_dump_json()}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            pass  # Results hears of it
+
+        def save(self, checkpoint_path: str) -> None:
+            pass  # the table is what a search is resumed from
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Ray pickles it for a restore of its own
+
+    class Results(tune.Callback):
+        """Takes what Ray hears of the trials."""
+
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **rest: Any) -> None:
+            estimate.started(mine(trial))
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **rest: Any) -> None:
+            found = mine(trial)
+            if estimate.rate is None and result.get("seconds"):
+                estimate.rate = result["seconds"] / found.macs
+                say(
+                    f"{estimate.told()} for all: an epoch of trial {found.number} took {result['seconds']:.1f} s, "
+                    "the others are reckoned by their multiply-accumulates; starting them comes on top"
+                )
+            search.read(found)
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **rest: Any) -> None:
+            self.end(trial, False)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **rest: Any) -> None:
+            self.end(trial, True)
+
+        def end(self, trial: Any, failed: bool) -> None:
+            found = mine(trial)
+            search.ended(found, failed)
+            estimate.ended(found)
+            result = found.error if failed else f"val top-1 {found.val_top1:.2%} after {found.epochs} epochs"
+            done = search.count("finished", "stopped", "failed")
+            left = f", {estimate.told()} left" if done < search.total and estimate.told() else ""
+            say(f"trial {found.number} {found.status}: {result} ({found.told}); {done} of {search.total} done{left}")
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    def mine(trial: Any) -> Trial:
+        return by_number[Job.model_validate_json(trial.config["job"]).number]
+
+    storage = search.output / ".ray"
+    shutil.rmtree(storage, ignore_errors=True)
+    scheduler = _asha(search) if search.plan.scheduler == "asha" else FIFOScheduler()
+    try:
+        tune.Tuner(
+            tune.with_resources(_trainable, {"cpu": cpus, "gpu": gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=Draws(),
+                scheduler=scheduler,
+                num_samples=search.total,
+                max_concurrent_trials=slots,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(storage.resolve()), verbose=0, callbacks=[Results()]
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    return problems[0] if problems else None
+
+
+def _trainable(config: dict[str, Any]) -> None:
+    """A trial in a process that Ray started for it."""
+    import torch
+    from ray import tune
+
+    job = Job.model_validate_json(config["job"])
+    if job.folder.is_dir():
+        os.chdir(job.folder)
+    if job.data_dir is not None:
+        os.environ["TOOLKIT_DATA"] = job.data_dir
+    os.environ["OMP_NUM_THREADS"] = str(job.threads)
+    torch.set_num_threads(job.threads)
+    train_trial(job, tune.report)
+
+
+def _job(search: Search, trial: Trial, cpus: int, gpus: float) -> Job:
+    recipe = search.recipe(trial.values)
+    if not gpus:  # Ray hides no GPU from a trial that asked for none
+        recipe = recipe.model_copy(update={"device": "cpu"})
+    return Job(
+        number=trial.number,
+        recipe=recipe.model_dump(mode="json"),
+        stage=search.plan.space.stage,
+        run=search.path(trial),
+        folder=Path.cwd(),
+        threads=cpus,
+        data_dir=os.environ.get("TOOLKIT_DATA"),
+    )
+
+
+def _asha(search: Search) -> Any:
+    """ASHA (arXiv 1810.05934) that knows the trials that ended before."""
+    from ray.tune.schedulers import ASHAScheduler
+
+    from toolkit.run import Run
+
+    searched = search.plan.space.fields.get("epochs")
+    epochs = max(searched.ends()) if searched is not None else search.base.epochs
+    grace = max(1, int(epochs * ASHA_GRACE))
+    scheduler: Any = ASHAScheduler(
+        "epoch", "val_top1", "max", max_t=epochs, grace_period=grace, reduction_factor=ASHA_FACTOR
+    )
+    for trial in search.kept:
+        stand_in = SimpleNamespace(trial_id=f"kept-{trial.number}")
+        scheduler.on_trial_add(None, stand_in)
+        for row in Run(search.path(trial)).history():
+            if row["val_top1"] is not None:
+                scheduler.on_trial_result(None, stand_in, row)
+    return scheduler
