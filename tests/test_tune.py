@@ -511,7 +511,7 @@ def test_a_killed_search_goes_on(ray: Path) -> None:
     assert [trial.status for trial in after] == ["finished"] * 3
     assert after[0] == Trial(**before[0])
     assert (Path("out") / after[0].run / "summary.json").stat().st_mtime_ns == made
-    assert "1 of them done before" in result.stderr
+    assert "(1 done before)" in result.stderr
 
 
 def test_a_cluster_that_does_not_answer(ray: Path) -> None:

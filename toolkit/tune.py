@@ -79,7 +79,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         gpus = 1 if engine.pick_device(base.device).type == "cuda" else 0
     if not gpus and base.device.startswith("cuda"):
         raise SearchError(f"--device {base.device} was asked for, but a trial gets no GPU: give --gpus-per-trial")
-    ray = _ray()
+    ray = _ray(resources.address)
     data = stages.load_data(base.data)
     if base.distils and base.teacher is not None and not any(p.startswith("teacher.") for p in plan.space.fields):
         # All trials, and those after --resume, learn from the same teacher.
@@ -161,9 +161,9 @@ def locked(output: Path) -> Iterator[None]:
 
 def _announce(search: Search, slots: int) -> None:
     plan = search.plan
-    kept = f", {len(search.kept)} of them done before" if search.kept else ""
+    kept = f" ({len(search.kept)} done before)" if search.kept else ""
     say(
-        f"{search.total:,} trials{kept} of {search.base.epochs} epochs in {search.output}, at most {slots} at a time; "
+        f"{search.total:,} trials of {search.base.epochs} epochs{kept} in {search.output}, at most {slots} at a time; "
         f"sampler {plan.sampler}, scheduler {plan.scheduler}"
     )
     if plan.sampler == "grid" and not search.kept:
@@ -287,8 +287,10 @@ def train_trial(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
 # --- Ray ----------------------------------------------------------------------------------------------------
 
 
-def _ray() -> Any:
+def _ray(address: str | None) -> Any:
     """The module ``ray`` with ``ray.tune``, told to be quiet, or ``SearchError``."""
+    if address is not None:  # of the 20 attempts that Ray makes, each takes most of a minute where no cluster answers
+        os.environ["RAY_NUM_REDIS_GET_RETRIES"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # its own default to come; else it warns
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints to stdout, whatever its verbosity
@@ -321,7 +323,9 @@ def cluster(ray: Any, address: str | None, cpus: int, gpus: float) -> Iterator[i
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = textwrap.shorten(" ".join(str(error).split()), 200)
-            raise SearchError(f"--address {address}: {reason}") from error
+            raise SearchError(
+                f"--address {address}: {reason}. A cluster that asks for a token wants RAY_AUTH_MODE=token set."
+            ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         have = ray.cluster_resources()
@@ -338,7 +342,7 @@ def cluster(ray: Any, address: str | None, cpus: int, gpus: float) -> Iterator[i
 
 
 def _answers(address: str) -> None:
-    """Raise ``SearchError`` unless something listens there: Ray itself would try for minutes, and then abort."""
+    """Raise ``SearchError`` unless something listens there: Ray itself tries for long, and says much."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")

@@ -1,0 +1,317 @@
+"""The space of a search: which fields of which recipe are searched, where, and under which constraints. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from toolkit import recipe as recipes
+from toolkit.catalogue import ModelInfo, Role, closest, info
+from toolkit.errors import RecipeError, SpaceError, UserError
+from toolkit.recipe import Recipe
+
+SPACES = Path(__file__).parent / "spaces"
+DIGITS = 4  # significant ones of a drawn number
+# They decide what a trial is measured on: results with different values of these cannot be compared.
+FIXED = ("data.dataset", "data.val_size", "data.split_seed")
+
+Sampling = Literal["random", "grid", "optuna"]
+Scheduling = Literal["none", "asha"]
+Stage = Literal["distill", "train"]
+Values = dict[str, Any]  # recipe path to value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Domain(Section):
+    """Where one field is searched. A range of two integers holds integers, its ends among them."""
+
+    choices: tuple[Any, ...] | None = Field(None, min_length=1, description="the values themselves")
+    range: tuple[int | float, int | float] | None = Field(None, description="uniform between low and high")
+    log_range: tuple[int | float, int | float] | None = Field(None, description="uniform in the logarithm")
+    points: int | None = Field(None, ge=2, description="values that a grid takes from a range, evenly spaced in it")
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _numbers(cls, choices: Any) -> Any:
+        return [_as_number(choice) for choice in choices] if isinstance(choices, list) else choices
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Domain:
+        given = [kind for kind in ("choices", "range", "log_range") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"takes one of choices, range and log_range, not {' and '.join(given) or 'none of them'}")
+        if self.choices is not None:
+            if self.points is not None:
+                raise ValueError("points belongs to a range; choices are taken as they are")
+            return self
+        low, high = self.bounds
+        if not low < high:
+            raise ValueError(f"the range from {low:g} to {high:g} is empty: low must be less than high")
+        if self.log_range is not None and low <= 0:
+            raise ValueError(f"log_range starts at {low:g}: it must be above 0")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int | float, int | float]:
+        bounds = self.range or self.log_range
+        assert bounds is not None
+        return bounds
+
+    @property
+    def integer(self) -> bool:
+        return self.choices is None and all(isinstance(bound, int) for bound in self.bounds)
+
+    def ends(self) -> Sequence[Any]:
+        """All choices, or the two ends of a range."""
+        return self.choices if self.choices is not None else self.bounds
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        if self.choices is not None:
+            return self.choices[int(rng.integers(len(self.choices)))]
+        low, high = self.bounds
+        if self.integer and self.range is not None:
+            return int(rng.integers(int(low), int(high), endpoint=True))
+        margin = 0.5 if self.integer else 0  # so that the integers at the ends come as often as their neighbours
+        if self.range is not None:
+            return self._number(rng.uniform(low, high))
+        return self._number(math.exp(rng.uniform(math.log(low - margin), math.log(high + margin))))
+
+    def grid(self) -> list[Any]:
+        """All choices, or ``points`` values of a range; of integers, those that differ."""
+        if self.choices is not None:
+            return list(self.choices)
+        assert self.points is not None
+        spaced = np.linspace if self.range is not None else np.geomspace
+        return list(dict.fromkeys(self._number(value) for value in spaced(*self.bounds, self.points).tolist()))
+
+    def _number(self, value: float) -> int | float:
+        low, high = self.bounds
+        return min(max(round(value) if self.integer else float(f"{value:.{DIGITS}g}"), low), high)
+
+
+def _as_number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _is_bound(text: str) -> str:
+    if not re.fullmatch(r"\s*[<>]=?\s*\d[\d_,]*\s*", text):
+        raise ValueError(f"{text!r} should be a comparison with a count, such as '< 5000000'")
+    return text
+
+
+Bound = Annotated[str, AfterValidator(_is_bound)]
+
+
+class Constraints(Section):
+    """What a model must meet before its trial is started."""
+
+    parameters: Bound | None = None
+    macs: Bound | None = Field(None, description="multiply-accumulates of one image")
+
+    def bounds(self) -> list[tuple[str, str, int]]:
+        """``(quantity, comparison, count)`` of each."""
+        found = []
+        for quantity, text in self.model_dump(exclude_none=True).items():
+            comparison = re.sub(r"[^<>=]", "", text)
+            found.append((quantity, comparison, int(re.sub(r"\D", "", text))))
+        return found
+
+
+class Space(Section):
+    """Which fields of which recipe are searched."""
+
+    name: str = Field("space", description="the file it came from")
+    stage: Stage = Field("distill", description="what a trial runs: of a student, or of a teacher")
+    recipe: str | dict[str, Any] = Field("cifar10", description="recipe of all trials: a name, a file or its fields")
+    set: dict[str, Any] = Field({}, description="recipe path to the value that all trials have there")
+    fields: dict[str, Domain] = Field(min_length=1, description="recipe path to where it is searched")
+    constraints: Constraints = Constraints()
+
+
+def shipped() -> list[str]:
+    """Names of the spaces that come with the toolkit."""
+    return sorted(path.stem for path in SPACES.glob("*.yaml"))
+
+
+def read_space(source: str | Path) -> dict[str, Any]:
+    """The tree of a shipped space (by name) or of a file (by path). Raises ``SpaceError``."""
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SPACES / f"{source}.yaml"
+        if not path.is_file():
+            raise SpaceError(f"no space named {str(source)!r}{closest(str(source), shipped())}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SpaceError(f"cannot read the space {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpaceError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise SpaceError(f"{path} must hold the mapping of a space, not {type(tree).__name__}")
+    tree.setdefault("name", path.stem)
+    return tree
+
+
+class Plan(Section):
+    """What is searched, and how. ``recipe`` is the whole recipe that all trials have in common."""
+
+    space: Space
+    recipe: dict[str, Any]
+    sampler: Sampling
+    scheduler: Scheduling
+    trials: int | None = Field(None, ge=1, description="trials to run; null: all points of a grid")
+
+    @property
+    def base(self) -> Recipe:
+        return recipes.validate(self.recipe)
+
+    def differences(self, other: Plan) -> list[str]:
+        """One line ``what: mine -> theirs`` for each difference that makes it another search."""
+        lines = self.base.differences(other.base)
+        for key in ("sampler", "scheduler"):
+            if getattr(self, key) != getattr(other, key):
+                lines.append(f"{key}: {getattr(self, key)} -> {getattr(other, key)}")
+        mine, theirs = (ranges(plan.space) for plan in (self, other))
+        lines += [
+            f"{key}: {mine.get(key)} -> {theirs.get(key)}"
+            for key in dict.fromkeys([*mine, *theirs])
+            if mine.get(key) != theirs.get(key)
+        ]
+        return lines
+
+
+def ranges(space: Space) -> dict[str, Any]:
+    tree = space.model_dump(mode="json", exclude_none=True)
+    return {"stage": tree["stage"], "constraints": tree["constraints"], **tree["fields"]}
+
+
+def make_plan(
+    tree: Mapping[str, Any],
+    source: str | Path | None,
+    overrides: Values,
+    sampler: Sampling,
+    scheduler: Scheduling,
+    trials: int | None,
+) -> Plan:
+    """A plan from the tree of a space, or a ``SpaceError`` that lists everything that is wrong with it.
+
+    ``source`` is a recipe that takes the place of the space's own, ``overrides`` are recipe fields.
+    """
+    problems: list[str] = []
+    space = base = None
+    try:
+        space = Space.model_validate(tree)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_explain(item) for item in error.errors()))
+    stage: Stage = "train" if tree.get("stage") == "train" else "distill"
+    fields = tree.get("fields")
+    searched = fields if isinstance(fields, Mapping) else {}
+    given = {**(space.set if space is not None else {}), **overrides}
+    problems += [f"{path}: is searched, and given the value {given[path]!r} too" for path in searched if path in given]
+    try:
+        base = recipes.resolve(source or tree.get("recipe") or "cifar10", stage, given)
+        base = base.model_copy(update={"reported_top1": None})  # that of another run
+    except RecipeError as error:
+        problems += [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
+    except TypeError:  # recipe is neither a name nor a mapping, and told so above
+        pass
+    if base is not None:
+        for path, domain in searched.items():
+            problems += _check_field(str(path), domain, base, stage, searched, sampler)
+        if not base.data.val_size:
+            problems.append("data.val_size = 0: val selects among the trials, so some images must be held out")
+    if sampler == "grid" and trials is not None:
+        problems.append(f"--trials {trials}: a grid has as many trials as points, leave it out")
+    if problems or space is None or base is None:
+        head = "the space is wrong" if len(problems) == 1 else f"the space is wrong in {len(problems)} places"
+        raise SpaceError(f"{head}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    count = None if sampler == "grid" else trials or 10
+    tree = base.model_dump(mode="json")
+    return Plan(space=space, recipe=tree, sampler=sampler, scheduler=scheduler, trials=count)
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        models: list[type[BaseModel]] = [Space, Constraints, Domain]  # by depth: constraints.KEY, fields.PATH.KEY
+        known = models[len(item["loc"]) - 1].model_fields
+        return f"{path}: there is no such key{closest(str(item['loc'][-1]), known)}"
+    if item["type"] == "missing":
+        return f"{path}: is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path} = {item['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _check_field(
+    path: str, domain: Any, base: Recipe, stage: Stage, searched: Mapping[str, Any], sampler: str
+) -> list[str]:
+    """What is wrong with a searched field for the recipe, told by the recipe's own rules."""
+    if path in FIXED:
+        return [f"{path}: decides what a trial is measured on, so it cannot be searched"]
+    try:
+        known = Domain.model_validate(domain)
+    except ValidationError:
+        return []  # told already
+    problems = []
+    if sampler == "grid" and known.choices is None and known.points is None:
+        problems.append(f"{path}: a grid takes choices, or a range with points")
+    tree = base.model_dump(mode="json")
+    for value in known.ends():
+        try:
+            recipe = recipes.resolve(tree, stage, {path: value})
+            if value_at(recipe, path) is None and value is not None:
+                problems.append(f"{path}: there is no such field in the recipe of `toolkit {stage}`")
+        except RecipeError as error:
+            # Other lines speak of fields that do not go together: other trials may have them otherwise.
+            lines = [line.strip() for line in str(error).splitlines()]
+            problems += [line for line in lines if re.match(rf"{re.escape(path)}(:|\.| = )", line)]
+    role, _, argument = path.partition(".")
+    if not problems and role == base.role and argument != "name" and f"{role}.name" not in searched:
+        with contextlib.suppress(UserError):  # of a value that needs another one beside it
+            _argument_is_known(recipes.resolve(tree, stage, {path: known.ends()[0]}), path, problems)
+    return list(dict.fromkeys(problems))
+
+
+def _argument_is_known(recipe: Recipe, path: str, problems: list[str]) -> None:
+    try:
+        measure(recipe, 10)
+    except RecipeError as error:
+        problems += [str(error)] if str(error).startswith(f"{path}:") else []
+
+
+def value_at(recipe: Recipe, path: str) -> Any:
+    """The value of a recipe's field as it stands in a file, or None where there is none."""
+    node: Any = recipe.model_dump(mode="json")
+    for part in path.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def measure(recipe: Recipe, classes: int) -> ModelInfo:
+    """Counts of the recipe's model. Raises ``RecipeError`` where it cannot be built."""
+    arguments = json.dumps(recipe.model.arguments, sort_keys=True)
+    return _measure(recipe.model.name, recipe.role, recipe.data.image_size, classes, arguments)
+
+
+@cache
+def _measure(name: str, role: Role, image_size: int, classes: int, arguments: str) -> ModelInfo:
+    return info(name, role, image_size, classes, **json.loads(arguments))
