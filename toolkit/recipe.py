@@ -369,6 +369,8 @@ def resolve(
         _set(tree, path, value)
     if stage == "train":  # a file for both stages names the student too
         tree.pop("student", None)
+        if tree.get("teacher") is None:
+            raise RecipeError("the recipe names no teacher to train: give one by --teacher NAME")
     elif tree.get("student") is None:
         raise RecipeError("the recipe names no student to distil: give one by --student NAME")
     return validate(tree)

@@ -86,8 +86,8 @@ class Domain(Section):
             return int(rng.integers(int(low), int(high), endpoint=True))
         margin = 0.5 if self.integer else 0  # so that the integers at the ends come as often as their neighbours
         if self.range is not None:
-            return self._number(rng.uniform(low, high))
-        return self._number(math.exp(rng.uniform(math.log(low - margin), math.log(high + margin))))
+            return self.rounded(rng.uniform(low, high))
+        return self.rounded(math.exp(rng.uniform(math.log(low - margin), math.log(high + margin))))
 
     def grid(self) -> list[Any]:
         """All choices, or ``points`` values of a range; of integers, those that differ."""
@@ -95,9 +95,10 @@ class Domain(Section):
             return list(self.choices)
         assert self.points is not None
         spaced = np.linspace if self.range is not None else np.geomspace
-        return list(dict.fromkeys(self._number(value) for value in spaced(*self.bounds, self.points).tolist()))
+        return list(dict.fromkeys(self.rounded(value) for value in spaced(*self.bounds, self.points).tolist()))
 
-    def _number(self, value: float) -> int | float:
+    def rounded(self, value: float) -> int | float:
+        """A number of the range with few digits: it is to be read, too."""
         low, high = self.bounds
         return min(max(round(value) if self.integer else float(f"{value:.{DIGITS}g}"), low), high)
 

@@ -104,8 +104,9 @@ class OptunaSampler:
         if number in self.asked:
             self.study.tell(self.asked[number], state=self.optuna.trial.TrialState.FAIL)
         self.asked[number] = asked = self.study.ask(self.distributions)
+        found = asked.params
         return {
-            path: domain.choices[asked.params[path]] if domain.choices is not None else asked.params[path]
+            path: domain.choices[found[path]] if domain.choices is not None else domain.rounded(found[path])
             for path, domain in self.space.fields.items()
         }
 

@@ -87,6 +87,8 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         pinned = base.model_copy(update={"teacher": teacher})
         plan = plan.model_copy(update={"recipe": pinned.model_dump(mode="json")})
     search = Search(plan, output, len(data.classes), read_trials(output))
+    if search.bounds and plan.sampler != "optuna":
+        say(f"drawing trials with {search.constraints}")
     search.prepare()
     problem: UserError | None = None
     with contextlib.ExitStack() as stack:

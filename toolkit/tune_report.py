@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from toolkit.progress import console, say
@@ -47,7 +48,7 @@ def show(search: Search) -> None:
         values = [str(value) for value in trial.values.values()]
         result = (f"{trial.val_top1:.2%}", str(trial.epochs), f"{trial.parameters:,}")
         table.add_row(str(trial.number), trial.status, *result, *values)
-    console.print(table, width=None if console.is_terminal else WIDTH)
+    Console(stderr=True, width=None if console.is_terminal else WIDTH).print(table)
     if failed := search.count("failed"):
         say(f"{failed} of {len(search.trials)} trials failed: see the column error of {search.output / 'trials.csv'}")
 
