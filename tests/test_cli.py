@@ -12,7 +12,19 @@ from conftest import Chain, Toolkit
 from toolkit import __version__, cli
 from toolkit.run import Run
 
-COMMANDS = ("train", "distill", "validate", "report", "tune", "export", "serve", "predict", "models", "doctor", "pipeline")
+COMMANDS = (
+    "train",
+    "distill",
+    "validate",
+    "report",
+    "tune",
+    "export",
+    "serve",
+    "predict",
+    "models",
+    "doctor",
+    "pipeline",
+)
 
 
 def test_help_lists_the_commands(toolkit: Toolkit) -> None:
