@@ -49,7 +49,7 @@ def net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name):
     model = net()
     config = Optimizer(name=name, lr=0.5, weight_decay=0.1, decay_norm=False, norm_bias_lr=8, filter_lr=0.3)

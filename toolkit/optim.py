@@ -98,8 +98,9 @@ def make_optimizer(config: Optimizer, model: nn.Module, dtype: torch.dtype = tor
         },
     ]
     groups = [{"orthogonal": False} | group for group in groups if group["params"]]
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    if config.name in ("adam", "adamw"):
+        kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+        return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
     arguments: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "fused": True}
     arguments["nesterov"] = config.nesterov and config.momentum > 0
     if config.name == "muon":

@@ -130,11 +130,11 @@ class Loss(Section):
 
 
 class Optimizer(Section):
-    name: Literal["sgd", "adamw", "muon"] = Field(
+    name: Literal["sgd", "adam", "adamw", "muon"] = Field(
         "sgd", description="muon: Muon for the filters of convs that BN follows, SGD for the rest"
     )
     lr: float = Field(0.1, gt=0, description="peak learning rate, per step on the batch's mean loss")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum, AdamW's first beta")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum, Adam's and AdamW's first beta")
     nesterov: bool = Field(True, description="SGD with Nesterov's momentum")
     weight_decay: float = Field(5e-4, ge=0, description="as torch.optim takes it")
     decay_norm: bool = Field(True, description="weight decay on normalisation layers and biases too")
@@ -151,7 +151,7 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _nesterov_wants_momentum(self) -> Optimizer:
-        if self.name != "adamw" and self.nesterov and self.momentum == 0:
+        if self.name in ("sgd", "muon") and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov (=true) needs a momentum above 0")
         return self
 
