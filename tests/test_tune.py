@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -357,6 +358,22 @@ def test_the_rest_is_estimated_by_multiply_accumulates(tmp_path: Path) -> None:
     assert estimate.left() == pytest.approx((700 * 2 * 0.1 + 3 * 6) / 2, abs=0.1)
 
 
+def test_asha_knows_the_trials_of_before(nowhere: Path) -> None:
+    pytest.importorskip("ray.tune", reason="the extra tune is not installed", exc_type=ImportError)
+    search = prepared(Path("out"), plan(tiny(), "random", "asha", 4))
+    for trial in search.trials[:3]:
+        Run.start(search.path(trial), search.recipe(trial.values), resume=False)
+        rows = [{"epoch": 1, "val_top1": 0.5}, {"epoch": 2, "val_top1": 0.6}]
+        (search.path(trial) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        ended(search, trial.number, 0.6)
+    search.write()
+    scheduler = tune._asha(Search(search.plan, Path("out"), 10, read_trials(Path("out"))))
+    for name, val_top1, action in (("better", 0.7, "CONTINUE"), ("worse", 0.3, "STOP")):
+        trial = SimpleNamespace(trial_id=name)
+        scheduler.on_trial_add(None, trial)
+        assert scheduler.on_trial_result(None, trial, {"epoch": 1, "val_top1": val_top1}) == action
+
+
 # --- figures -----------------------------------------------------------------------------------------------
 
 
@@ -388,7 +405,7 @@ def test_heatmap_has_a_cell_for_each_point(tmp_path: Path) -> None:
     for number in (1, 2, 3, 4):
         ended(search, number, 0.1 * number)
     ended(search, 4, 0.4, "stopped")
-    search.trials[5].status = "failed"
+    ended(search, 6, 0.2, "failed")  # it had a result before it diverged
     axes = tune_report.heatmap(search).axes[0]
     cells = {tuple(text.get_position()): text.get_text() for text in axes.texts}
     assert cells == {
@@ -471,11 +488,13 @@ def ray(nowhere: Path) -> Path:
 
 def test_a_search_on_ray(ray: Path) -> None:
     """In a process of its own, as Ray changes signal handlers and leaves threads behind."""
+    fields = {**TINY["fields"], "student.widths": {"choices": [[8, 8, 8]]}}
+    Path("space.yaml").write_text(yaml.safe_dump(tiny(fields=fields)))
     asked = command("--space", "space.yaml", "--sampler", "grid", "--json", "--output", "out")
     result = subprocess.run(asked, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert (found["finished"], found["stopped"], found["failed"]) == (4, 0, 0)
+    assert (found["finished"], found["stopped"], found["failed"]) == (2, 0, 0)
     assert found["best"]["val_top1"] == max(row["val_top1"] for row in found["trials"])
     for row in found["trials"]:
         run = Run(Path("out") / row["run"])
@@ -484,8 +503,8 @@ def test_a_search_on_ray(ray: Path) -> None:
     assert {path.name for path in Path("out").iterdir()} == {
         *("search.yaml", "trials.json", "trials.csv", "trials", "scatter.png", "heatmap.png", "best.yaml", ".lock")
     }
-    assert "4 trials of 2 epochs in out, at most" in result.stderr
-    assert "the grid: 2 optimizer.lr x 2 student.widths" in result.stderr
+    assert "2 trials of 2 epochs in out, at most" in result.stderr
+    assert "the grid: 2 optimizer.lr x 1 student.widths" in result.stderr
     assert "Warning" not in result.stderr
 
 

@@ -228,7 +228,7 @@ def make_plan(
     problems += [f"{path}: is searched, and given the value {given[path]!r} too" for path in searched if path in given]
     try:
         base = recipes.resolve(source or tree.get("recipe") or "cifar10", stage, given)
-        base = base.model_copy(update={"reported_top1": None})  # that of another run
+        base = base.model_copy(update={"source": None, "reported_top1": None})  # those of another run
     except RecipeError as error:
         problems += [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
     except TypeError:  # recipe is neither a name nor a mapping, and told so above

@@ -268,9 +268,13 @@ class Search:
         return self.output / trial.run
 
     def best(self) -> Trial | None:
-        """Of the finished trials, else of those that were given up, the one with the highest val top-1."""
-        measured = [trial for trial in self.trials if trial.val_top1 is not None]
-        return max(measured, key=merit) if measured else None
+        """The finished trial with the highest val top-1, else the best of those that were given up."""
+        return next(iter(self.ranked()), None)
+
+    def ranked(self) -> list[Trial]:
+        """The trials that have a result and did not fail, best first."""
+        usable = [t for t in self.trials if t.status in ("finished", "stopped") and t.val_top1 is not None]
+        return sorted(usable, key=_merit, reverse=True)
 
     def count(self, *statuses: Status) -> int:
         return sum(trial.status in statuses for trial in self.trials)
@@ -316,7 +320,7 @@ def score(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> float | None:
     return measured[-1] if recipe.select == "last" else max(measured)
 
 
-def merit(trial: Trial) -> tuple[bool, float, int, int]:
+def _merit(trial: Trial) -> tuple[bool, float, int, int]:
     """Of equals the smaller one, then the earlier."""
     assert trial.val_top1 is not None
     return trial.status == "finished", trial.val_top1, -trial.parameters, -trial.number

@@ -87,7 +87,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         pinned = base.model_copy(update={"teacher": teacher})
         plan = plan.model_copy(update={"recipe": pinned.model_dump(mode="json")})
     search = Search(plan, output, len(data.classes), read_trials(output))
-    if search.bounds and plan.sampler != "optuna":
+    if search.bounds and not search.trials:
         say(f"drawing trials with {search.constraints}")
     search.prepare()
     problem: UserError | None = None
@@ -312,22 +312,23 @@ def cluster(ray: Any, address: str | None, cpus: int, gpus: float) -> Iterator[i
 
     Raises ``SearchError`` where it does not answer, or has less than one trial takes.
     """
-    quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
-    previous = signal.getsignal(signal.SIGTERM)  # Ray sets one of its own
     if address is None:
-        cores = available_cores()
         # Of this machine alone: nothing listens on its other addresses. No object of a search is large.
-        mine = {"num_cpus": cores, "_node_ip_address": "127.0.0.1", "object_store_memory": 2**27}
-        ray.init(address="local", include_dashboard=False, **mine, **quiet)
+        mine = {"num_cpus": available_cores(), "_node_ip_address": "127.0.0.1", "object_store_memory": 2**27}
+        where = {"address": "local", "include_dashboard": False, **mine}
     else:
         _answers(address)
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            reason = textwrap.shorten(" ".join(str(error).split()), 200)
-            raise SearchError(
-                f"--address {address}: {reason}. A cluster that asks for a token wants RAY_AUTH_MODE=token set."
-            ) from error
+        where = {"address": address}
+    previous = signal.getsignal(signal.SIGTERM)  # Ray sets one of its own
+    try:
+        ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        reason = textwrap.shorten(" ".join(str(error).split()), 200)
+        if address is None:
+            raise SearchError(f"Ray does not start on this machine: {reason}") from error
+        raise SearchError(
+            f"--address {address}: {reason}. A cluster that asks for a token wants RAY_AUTH_MODE=token set."
+        ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         have = ray.cluster_resources()

@@ -17,7 +17,7 @@ from rich.table import Table
 from toolkit.progress import console, say
 from toolkit.report import BLUE, FAINT, GRID, INK, VERMILLION, as_accuracy, short_name
 from toolkit.space import Domain
-from toolkit.trials import Search, merit
+from toolkit.trials import Search
 
 SHOWN = 10  # rows of the table that is printed
 WIDTH = 160  # of that table in a file
@@ -38,7 +38,7 @@ def document(search: Search) -> dict[str, Any]:
 
 def show(search: Search) -> None:
     """The best trials as a table, on stderr."""
-    ranked = sorted((t for t in search.trials if t.val_top1 is not None), key=merit, reverse=True)
+    ranked = search.ranked()
     table = Table(title=f"the best {min(SHOWN, len(ranked))} of {len(search.trials)} trials, on val", box=SIMPLE_HEAD)
     for heading in ("trial", "status", "val top-1", "epochs", "parameters"):
         table.add_column(heading, justify="left" if heading == "status" else "right", no_wrap=True)
@@ -57,10 +57,10 @@ def scatter(search: Search) -> Figure:
     """Val top-1 over each field that is searched."""
     fields = search.plan.space.fields
     best = search.best()
-    shown = [trial for trial in search.trials if trial.val_top1 is not None and trial is not best]
+    others = sorted(search.ranked()[1:], key=lambda trial: trial.number)
     kinds = [
-        ("finished", [t for t in shown if t.status == "finished"], {"color": BLUE, "marker": "o", "alpha": 0.7}),
-        ("given up early", [t for t in shown if t.status != "finished"], {"color": FAINT, "marker": "x", "alpha": 0.7}),
+        ("finished", [t for t in others if t.status == "finished"], {"color": BLUE, "marker": "o", "alpha": 0.7}),
+        ("given up early", [t for t in others if t.status == "stopped"], {"color": FAINT, "marker": "x", "alpha": 0.7}),
         ("best", [best] if best else [], {"color": VERMILLION, "marker": "*", "s": 160, "zorder": 3}),
     ]
     columns = min(3, len(fields))
@@ -118,8 +118,9 @@ def heatmap(search: Search) -> Figure:
     (across, over), (down, under) = ((path, domain.grid()) for path, domain in search.plan.space.fields.items())
     found = {(_key(t.values[down]), _key(t.values[across])): t for t in search.trials}
     cells = [[found.get((_key(y), _key(x))) for x in over] for y in under]
+    ranked = search.ranked()
     values = np.ma.masked_invalid(
-        [[np.nan if t is None or t.val_top1 is None else t.val_top1 for t in row] for row in cells]
+        [[t.val_top1 if t is not None and t in ranked else np.nan for t in row] for row in cells]
     )
     low, high = float(values.min()), float(values.max())
     figure = Figure(figsize=(2.6 + 0.95 * len(over), 1.6 + 0.6 * len(under)), layout="constrained")
@@ -133,7 +134,7 @@ def heatmap(search: Search) -> Figure:
     axes.spines[:].set_color(FAINT)
     for y, row in enumerate(cells):
         for x, trial in enumerate(row):
-            if trial is None or trial.val_top1 is None:
+            if trial is None or trial.val_top1 is None or trial not in ranked:
                 axes.text(x, y, "–" if trial is None else trial.status, ha="center", va="center", color=FAINT)
                 continue
             dark = trial.val_top1 > low + 0.6 * (high - low)
