@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -98,6 +98,9 @@ def _label(value: Any) -> str:
 def _field_axis(axes: Axes, domain: Domain) -> None:
     if domain.log_range is not None:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if domain.choices is not None:
         labels = [_label(choice) for choice in domain.choices]
         turned = sum(map(len, labels)) > 36
