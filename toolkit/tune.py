@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -43,6 +43,10 @@ from toolkit.machine import available_cores
 from toolkit.progress import say
 from toolkit.space import Plan, Section, Stage, ranges
 from toolkit.trials import Search, Trial, error_file, not_installed, read_trials
+
+if TYPE_CHECKING:
+    from toolkit.data import DataSet
+    from toolkit.recipe import Recipe
 
 ASHA_FACTOR = 3  # one in so many trials goes on from a rung to the next
 ASHA_GRACE = 0.1  # share of the epochs before which no trial is given up
@@ -99,7 +103,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         write_text(output / "search.yaml", yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
         search.write()
         if slots:
-            _announce(search, slots)
+            _announce(search, slots, data, resources.cpus)
             try:
                 problem = _run(search, resources.cpus, gpus, slots)
             except KeyboardInterrupt:
@@ -161,7 +165,7 @@ def locked(output: Path) -> Iterator[None]:
         yield
 
 
-def _announce(search: Search, slots: int) -> None:
+def _announce(search: Search, slots: int, data: DataSet, cpus: int) -> None:
     plan = search.plan
     kept = f" ({len(search.kept)} done before)" if search.kept else ""
     say(
@@ -171,7 +175,36 @@ def _announce(search: Search, slots: int) -> None:
     if plan.sampler == "grid" and not search.kept:
         sizes = " x ".join(f"{len(domain.grid())} {path}" for path, domain in plan.space.fields.items())
         out = f"; {search.left_out} points left out, which miss {search.constraints}" if search.left_out else ""
-        say(f"the grid: {sizes}{out}. An estimate of its time follows the first epoch.")
+        estimate = Estimate(search, slots)
+        estimate.rate = _probe(search.base, data, cpus)
+        say(f"the grid: {sizes}{out}; {estimate.told()}, judged by two steps on this machine")
+
+
+def _probe(base: Recipe, data: DataSet, cpus: int) -> float:
+    """Seconds of training for one multiply-accumulate of one epoch, from a step of the base recipe's model here."""
+    import torch
+
+    from toolkit import engine
+    from toolkit.catalogue import mac_count
+
+    device, threads = engine.pick_device(base.device), torch.get_num_threads()
+    dtype = engine.pick_dtype(base.precision, device)
+    model = engine.new_model(base, data).to(device).to(memory_format=engine.memory_format(base)).train()
+    images = torch.rand(64, *data.train.images.shape[1:], device=device)
+    images = images.contiguous(memory_format=engine.memory_format(base))
+    torch.set_num_threads(cpus)
+    try:
+        for _ in range(2):  # the first also prepares the kernels
+            began = time.monotonic()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(images)
+            logits.float().sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.monotonic() - began
+    finally:
+        torch.set_num_threads(threads)
+    return seconds / len(images) * len(data.train) / mac_count(model, data.train.images.shape[-1])
 
 
 class Estimate:
