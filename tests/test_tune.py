@@ -20,6 +20,7 @@ from PIL import Image
 from toolkit import tune, tune_report
 from toolkit.catalogue import build, parameter_count
 from toolkit.errors import SearchError, SpaceError
+from toolkit.files import locked
 from toolkit.recipe import resolve
 from toolkit.run import Run
 from toolkit.space import SPACES, Domain, Plan, make_plan, measure, read_space, shipped
@@ -339,7 +340,7 @@ def test_another_search_in_the_same_folder_is_refused(nowhere: Path) -> None:
             tune.resumed(output, other, None)
     with pytest.raises(SearchError, match="add --resume"):
         tune.tune(wanted, output, tune.Resources())
-    with tune.locked(output), pytest.raises(SearchError, match="another process searches"), tune.locked(output):
+    with locked(output, SearchError), pytest.raises(SearchError, match="another process"), locked(output, SearchError):
         pass
 
 

@@ -257,7 +257,7 @@ def _fit(
             before = at.epoch_seconds
             epoch, batch_size = at.epoch, at.batch_size
             steps = augmenter.count // batch_size  # the ragged rest of the shuffled order is left out
-            augmenter.start_epoch(epoch % recipe.cached_epochs if cache else epoch)
+            augmenter.start_epoch(epoch % recipe.cached_epochs if recipe.cached_epochs else epoch)
             order = augmenter.order(epoch)
             if cache is not None:
                 replayed = cache.epoch(epoch, augmenter, lambda: not stop.asked)

@@ -46,7 +46,7 @@ class TeacherError(UserError):
 
 
 class DivergedError(UserError):
-    """Training that produced NaN or infinite numbers."""
+    """Training whose numbers are no longer finite, or that answers no better than a guess."""
 
 
 class ArtifactError(UserError):

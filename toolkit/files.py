@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from toolkit.errors import UserError
@@ -40,6 +41,27 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+@contextmanager
+def locked(folder: Path, refused: type[UserError]) -> Iterator[None]:
+    """Keep every other process from writing this folder, or raise ``refused`` where one does."""
+    import fcntl  # not on Windows, where serving works and training does not
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise refused(
+                f"{folder} is being written by another process ({file.read() or 'unknown'}): "
+                "wait for it, or choose another folder."
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolkit.catalogue import BUDGET, closest, names
-from toolkit.errors import RecipeError
+from toolkit.errors import RecipeError, UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("train", "distill")
@@ -297,19 +297,26 @@ def shipped() -> list[str]:
 
 def read(source: str | Path) -> dict[str, Any]:
     """The tree of a shipped recipe (by name) or of a file (by path)."""
+    return read_tree(source, RECIPES, "recipe", RecipeError)
+
+
+def read_tree(source: str | Path, folder: Path, what: str, wrong: type[UserError]) -> dict[str, Any]:
+    """The mapping in a YAML file, by path or by its name in ``folder``; it knows its ``name``. Raises ``wrong``."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{source}.yaml"
+        path = folder / f"{source}.yaml"
         if not path.is_file():
-            raise RecipeError(f"no recipe named {str(source)!r}{closest(str(source), shipped())}")
+            raise wrong(
+                f"no {what} named {str(source)!r}{closest(str(source), sorted(p.stem for p in folder.glob('*.yaml')))}"
+            )
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+        raise wrong(f"cannot read the {what} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise wrong(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path} must hold a mapping of recipe fields, not {type(tree).__name__}")
+        raise wrong(f"{path} must hold a mapping of {what} fields, not {type(tree).__name__}")
     tree.setdefault("name", path.stem)
     return tree
 

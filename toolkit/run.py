@@ -9,12 +9,11 @@ report/  export/
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ import yaml
 
 from toolkit import __version__
 from toolkit.errors import CheckpointError, RunError
-from toolkit.files import write_atomic, write_text
+from toolkit.files import locked, write_atomic, write_text
 from toolkit.recipe import Recipe, validate
 
 if TYPE_CHECKING:
@@ -86,24 +85,9 @@ class Run:
         """``last``: the newest training state; ``last-1``, ...: older ones; ``best``: the weights that are kept."""
         return self.path / "checkpoints" / f"{name}.safetensors"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep every other process from writing this directory, or raise ``RunError`` where one does."""
-        import fcntl  # not on Windows, where serving works and training does not
-
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise RunError(
-                    f"{self.path} is being written by another process ({file.read() or 'unknown'}): "
-                    "wait for it, or choose another --run-dir."
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep every other process from writing this directory; entering raises ``RunError`` where one does."""
+        return locked(self.path, RunError)
 
     @property
     def report(self) -> Path:

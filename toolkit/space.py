@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from toolkit import recipe as recipes
@@ -153,21 +152,7 @@ def shipped() -> list[str]:
 
 def read_space(source: str | Path) -> dict[str, Any]:
     """The tree of a shipped space (by name) or of a file (by path). Raises ``SpaceError``."""
-    path = Path(source)
-    if path.suffix not in (".yaml", ".yml"):
-        path = SPACES / f"{source}.yaml"
-        if not path.is_file():
-            raise SpaceError(f"no space named {str(source)!r}{closest(str(source), shipped())}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SpaceError(f"cannot read the space {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpaceError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise SpaceError(f"{path} must hold the mapping of a space, not {type(tree).__name__}")
-    tree.setdefault("name", path.stem)
-    return tree
+    return recipes.read_tree(source, SPACES, "space", SpaceError)
 
 
 class Plan(Section):

@@ -131,6 +131,8 @@ def _fit(
         try:
             board = tensorboard(run.path / "tensorboard") if log and distributed.RANK == 0 else None
             engine.fit(wanted, data, run, teacher, _watch(on_epoch, board))
+        except RunError:  # another process writes it
+            raise
         except UserError:
             if fresh and distributed.RANK == 0 and not run.checkpoint("last").is_file():
                 shutil.rmtree(path)  # nothing was reached

@@ -38,7 +38,7 @@ from pydantic import ValidationError
 
 from toolkit import recipe as recipes
 from toolkit.errors import Interrupted, SearchError, UserError
-from toolkit.files import write_bytes, write_text
+from toolkit.files import locked, write_bytes, write_text
 from toolkit.machine import available_cores
 from toolkit.progress import say
 from toolkit.space import Plan, Section, Stage, ranges
@@ -99,7 +99,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         slots = 0
         if search.count("planned") or len(search.trials) < search.total:
             slots = stack.enter_context(cluster(ray, resources.address, resources.cpus, gpus))
-        stack.enter_context(locked(output))
+        stack.enter_context(locked(output, SearchError))
         write_text(output / "search.yaml", yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
         search.write()
         if slots:
@@ -149,20 +149,6 @@ def default_output(plan: Plan) -> Path:
     identity = [plan.base.identity(), ranges(plan.space), plan.sampler, plan.scheduler]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return RUNS / f"tune-{plan.space.name}-{digest[:8]}"
-
-
-@contextlib.contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keep every other search from this directory, or raise ``SearchError`` where one runs in it."""
-    import fcntl  # not on Windows, where serving works and training does not
-
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SearchError(f"another process searches in {output}: wait, or choose another --output") from error
-        yield
 
 
 def _announce(search: Search, slots: int, data: DataSet, cpus: int) -> None:
