@@ -22,26 +22,53 @@ def kaiming(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class StochasticDepth(nn.Module):
+    """In training, the residual branch of some images left out: each ``[...]`` of ``[B,...]`` 0 with ``probability``.
+
+    The others are divided by what is left of 1, so that the mean stays (Huang et al., arXiv 1603.09382; there for whole
+    batches, here image by image as ``torchvision.ops.StochasticDepth``'s rows).
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"the probability of leaving a branch out (={probability:g}) must be in 0 to below 1")
+        self.probability = probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or not self.probability:
+            return branch
+        kept = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= self.probability
+        return branch * kept / (1 - self.probability)
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convs and a shortcut, activation after each normalisation (arXiv 1512.03385).
 
     ``[B,inputs,H,W]`` to ``[B,outputs,H/stride,W/stride]``; the shortcut is a 1x1 conv where shapes differ.
+    ``left_out`` is the probability of stochastic depth.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, dropout: float = 0.0) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dropout: float = 0.0, left_out: float = 0.0) -> None:
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
         self.norm1 = nn.BatchNorm2d(outputs)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.conv2 = conv3x3(outputs, outputs)
         self.norm2 = nn.BatchNorm2d(outputs)
+        self.depth = StochasticDepth(left_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.dropout(torch.relu(self.norm1(self.conv1(x))))
-        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+        return torch.relu(self.depth(self.norm2(self.conv2(y))) + self.shortcut(x))
+
+
+def rising(probability: float, blocks: int) -> list[float]:
+    """Stochastic depth's probability for each of the blocks: in a straight line up to that of the last one."""
+    return [probability * block / blocks for block in range(1, blocks + 1)]
 
 
 class SqueezeExcitation(nn.Module):
@@ -91,14 +118,18 @@ class PoolFirstNet(nn.Module):
 
     The shape of DAWNBench's ResNet-9 (David Page, 2018) and of airbench96 (arXiv 2404.00498): each stage is
     conv, 2x2 max-pool, BN, GELU, then two convs with a shortcut around them. Global max-pool, a linear layer
-    without bias, logits times ``scale``. ``[B,3,H,W]`` to ``[B,K]``, H and W at least 16.
+    without bias, logits times ``scale``. ``[B,3,H,W]`` to ``[B,K]``, H and W at least 16. ``stochastic_depth`` is the
+    probability of leaving out the last stage's pair, the others' rise to it.
     """
 
-    def __init__(self, num_classes: int, widths: Sequence[int], scale: float = 1 / 9) -> None:
+    def __init__(
+        self, num_classes: int, widths: Sequence[int], scale: float = 1 / 9, stochastic_depth: float = 0.0
+    ) -> None:
         super().__init__()
         self.first = WhiteningConv()
         inputs = (self.first.out_channels, *widths[:-1])
-        self.stages = nn.Sequential(*(PoolStage(i, o) for i, o in zip(inputs, widths, strict=True)))
+        left_out = rising(stochastic_depth, len(widths))
+        self.stages = nn.Sequential(*map(PoolStage, inputs, widths, left_out))
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         self.scale = scale
         for module in self.stages.modules():
@@ -118,15 +149,16 @@ class PoolFirstNet(nn.Module):
 class PoolStage(nn.Module):
     """``[B,inputs,H,W]`` to ``[B,outputs,H/2,W/2]``: conv, max-pool, BN, GELU, residual pair of convs."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, left_out: float = 0.0) -> None:
         super().__init__()
         self.conv1, self.norm1 = conv3x3(inputs, outputs), quick_norm(outputs)
         self.conv2, self.norm2 = conv3x3(outputs, outputs), quick_norm(outputs)
         self.conv3, self.norm3 = conv3x3(outputs, outputs), quick_norm(outputs)
+        self.depth = StochasticDepth(left_out)
         self.pool = nn.MaxPool2d(2)
         self.activation = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.norm1(self.pool(self.conv1(x))))
         y = self.activation(self.norm2(self.conv2(x)))
-        return self.activation(x + self.norm3(self.conv3(y)))
+        return self.activation(x + self.depth(self.norm3(self.conv3(y))))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from students.blocks import ResidualBlock, SqueezeExcitation, conv3x3, kaiming
+from students.blocks import ResidualBlock, SqueezeExcitation, conv3x3, kaiming, rising
 
 __all__ = ["resnet18_42", "resnet_large", "se_resnet_443"]
 
@@ -16,7 +16,8 @@ class ResNet(nn.Module):
     """A 3x3 stem and stages of residual blocks; each stage after the first halves the resolution.
 
     ``[B,3,H,W]`` to ``[B,K]``. ``dropout`` is between the convs of a block, ``dropout_after`` behind its last ReLU;
-    ``squeeze`` is the reduction of one squeeze-and-excitation after the stem.
+    ``squeeze`` is the reduction of one squeeze-and-excitation after the stem; ``stochastic_depth`` the probability of
+    leaving out the last block, the others' rise to it.
     """
 
     def __init__(
@@ -28,16 +29,17 @@ class ResNet(nn.Module):
         dropout: float = 0.0,
         dropout_after: float = 0.0,
         squeeze: int | None = None,
+        stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
         self.conv, self.norm = conv3x3(3, stem), nn.BatchNorm2d(stem)
         self.squeeze = SqueezeExcitation(stem, squeeze) if squeeze else nn.Identity()
-        stages, inputs = [], stem
+        stages, inputs, left_out = [], stem, iter(rising(stochastic_depth, sum(blocks)))
         for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             strides = [1 if stage == 0 else 2] + [1] * (count - 1)
             layers: list[nn.Module] = []
             for stride in strides:
-                layers.append(ResidualBlock(inputs, width, stride, dropout))
+                layers.append(ResidualBlock(inputs, width, stride, dropout, next(left_out)))
                 if dropout_after:
                     layers.append(nn.Dropout(dropout_after))
                 inputs = width
@@ -86,6 +88,7 @@ def se_resnet_443(
     blocks: Sequence[int] = (4, 4, 3),
     dropout: float = 0.0,
     reduction: int = 16,
+    stochastic_depth: float = 0.0,
 ) -> nn.Module:
     """Three stages behind one squeeze-and-excitation: 4,697,742 parameters, 0.80 G MACs at 32x32.
 
@@ -93,4 +96,6 @@ def se_resnet_443(
 
     Source: Lakkimsetty, Kanamarla, Aravind: SE-ResNet with Lookahead and CutMix (93.67% on CIFAR-10)
     """
-    return ResNet(num_classes, stem, widths, blocks, dropout_after=dropout, squeeze=reduction)
+    return ResNet(
+        num_classes, stem, widths, blocks, dropout_after=dropout, squeeze=reduction, stochastic_depth=stochastic_depth
+    )

@@ -17,16 +17,18 @@ def tpsnet(
     base: int = 16,
     width: int = 2,
     dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
 ) -> nn.Module:
     """An 82-layer residual network of 4,959,770 parameters; 0.72 G MACs at 32x32.
 
     Stem of ``base`` channels, stages of ``base * width`` times 1, 2, 4; ``blocks`` residual blocks in each;
-    ``dropout`` between the convs of a block.
+    ``dropout`` between the convs of a block; ``stochastic_depth`` leaves blocks out in training, the last with this
+    probability, the others' rise to it.
 
     Source: Rao, Pan, Ananth: TPSNet (94.84% on CIFAR-10)
     """
     widths = [base * width * 2**stage for stage in range(len(blocks))]
-    return ResNet(num_classes, base, widths, blocks, dropout)
+    return ResNet(num_classes, base, widths, blocks, dropout, stochastic_depth=stochastic_depth)
 
 
 def tpsnet_333(

@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from toolkit.augment import JITTER, Augmenter, affine, cutmix_boxes, inverse_affine
+from toolkit.adjust import JITTER, affine, inverse_affine
+from toolkit.augment import EDIT_OF, OPERATIONS, STRENGTHS, Augmenter, cutmix_boxes, edit_values, erased_boxes
 from toolkit.errors import RecipeError
 from toolkit.recipe import Augment
 
 N, SIDE, CLASSES = 60, 20, 5
 OFF = {"flip": "none", "crop_padding": 0}
 EVERYTHING = {
-    "flip": "random", "crop_padding": 3, "rotation": 20, "translation": 0.1,
-    "brightness": 0.3, "contrast": 0.4, "saturation": 0.5, "hue": 0.1, "cutout": 6,
+    "flip": "random", "crop_padding": 3, "policy": "rand", "rotation": 20, "translation": 0.1,
+    "brightness": 0.3, "contrast": 0.4, "saturation": 0.5, "hue": 0.1, "cutout": 6, "erasing": 0.5,
     "mixup": 0.4, "cutmix": 1, "mix_probability": 0.8,
 }  # fmt: skip
 IMAGES = torch.randint(0, 256, (N, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -101,6 +102,93 @@ def test_colour_jitter(name: str) -> None:
     adjust = getattr(TF, f"adjust_{name}")
     expected = torch.stack([adjust(image, float(factor)) for image, factor in zip(images, factors, strict=True)])
     torch.testing.assert_close(JITTER[name](images, factors), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["trivial", "rand"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_of_the_policies(policy: str, name: str) -> None:
+    """Each at every strength and sign as torchvision does it to whole levels of 0 to 255.
+
+    Torchvision cuts fractions of a level off, in grey or blurred images and after blending: up to 2 levels are let
+    pass. A place halfway between two pixels, as a few strengths make them all along a line, may show either.
+    """
+    theirs = v2.TrivialAugmentWide() if policy == "trivial" else v2.RandAugment()
+    strengths, signed = theirs._AUGMENTATION_SPACE[name]
+    strengths = strengths(STRENGTHS, SIDE, SIDE)
+    made, number = augmenter(), OPERATIONS.index(name)
+    values = torch.from_numpy(edit_values(policy, SIDE))[number]
+    images = IMAGES.clone()
+    images[0], images[1, 0], images[2] = 7, 200, images[2] // 9 + 60  # of one level, also in one channel; narrow
+    wrong = []
+    for sign in (0, 1) if signed else (0,):
+        for strength in range(STRENGTHS) if strengths is not None else (0,):
+            size = 0.0 if strengths is None else float(strengths[strength]) * (-1) ** sign
+            expected = theirs._apply_image_or_video_transform(
+                images, name, size, v2.InterpolationMode.NEAREST, theirs._fill
+            )
+            edit = torch.full((N,), int(EDIT_OF[number]))
+            view = TF.to_dtype(images, torch.float32, scale=True).contiguous(memory_format=torch.channels_last)
+            found = made._edit(view, edit, values[strength, sign].expand(N, -1))
+            tolerance = 2 if name in ("Contrast", "Color", "Sharpness") else 1
+            wrong.append(((found * 255 - expected).abs() > tolerance + 1e-3).float().mean().item())
+    halfway = name in ("ShearX", "ShearY", "Rotate")
+    assert max(wrong) <= (0.06 if halfway else 1e-4)
+    assert np.mean(wrong) <= (0.01 if halfway else 1e-4)
+
+
+def test_each_image_has_its_own_operation() -> None:
+    """The groups of a batch on the CPU, and what other devices do to all images, are the same."""
+    made = augmenter(policy="rand", rand_operations=3)
+    edit, values = made.table["edit"], made.table["values"]
+    assert edit.shape == (N, 3)
+    images = made.batch(ALL)[0]
+    one_by_one = []
+    for i in range(N):
+        view = augmenter().batch(ALL[i : i + 1])[0]
+        for step in range(3):
+            view = made._edit(view, edit[i : i + 1, step], values[i : i + 1, step])
+        one_by_one.append(view)
+    assert torch.equal(images, torch.cat(one_by_one))
+    made.device = torch.device("meta")  # anything but the CPU
+    assert torch.equal(made.batch(ALL)[0], images)
+
+
+def test_policies_draw_every_operation_and_strength_alike() -> None:
+    table = drawn(28_000, policy="trivial")
+    counts = np.bincount(table["edit"][:, 0], minlength=10)
+    assert counts / 2000 == pytest.approx([1, 5, *[1] * 8], rel=0.12)
+    steps = table["values"][table["edit"] == list(EDIT_OF)[OPERATIONS.index("Posterize")], 0]
+    assert set(steps) == {1, 2, 4, 8, 16, 32, 64}
+    factors = table["values"][table["edit"] == list(EDIT_OF)[OPERATIONS.index("Color")], 0]
+    assert factors.min() == pytest.approx(0.01)
+    assert factors.max() == pytest.approx(1.99)
+    assert len(np.unique(factors.round(4))) == 2 * STRENGTHS - 1
+    assert len(np.unique(drawn(500, policy="rand", rand_magnitude=30)["values"][..., 0].round(4))) < 20
+
+
+def test_erasing_paints_boxes_of_one_colour() -> None:
+    made = augmenter(erasing=0.6)
+    boxes, colours = made.table["erased"], made.table["colour"]
+    erased = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    assert 0.4 < erased.float().mean() < 0.8
+    for image, before, box, colour in zip(made.batch(ALL)[0], plain(), boxes.tolist(), colours, strict=True):
+        top, left, bottom, right = box
+        expected = TF.erase(before, top, left, bottom - top, right - left, colour[:, None, None])
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-7)
+
+
+def test_erased_boxes_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    theirs = v2.RandomErasing()
+    some = [theirs.make_params([torch.empty(3, SIDE, SIDE)]) for _ in range(2000)]
+    expected = np.array([[box["i"], box["j"], box["i"] + box["h"], box["j"] + box["w"]] for box in some])
+    found = erased_boxes(np.random.default_rng(0), 20_000, SIDE)
+    assert found.min() == 0
+    assert found.max() == SIDE
+    assert found.mean(0) == pytest.approx(expected.mean(0), abs=0.3)
+    assert found.std(0) == pytest.approx(expected.std(0), abs=0.3)
+    height, width = (found[:, 2:] - found[:, :2]).T
+    assert (height * width / SIDE**2).mean() == pytest.approx(0.175, abs=0.01)
 
 
 def test_batch_moves_then_jitters_then_cuts_out() -> None:
@@ -195,11 +283,13 @@ def test_global_random_state_is_neither_read_nor_changed() -> None:
     assert torch.equal(augmenter(**EVERYTHING).batch(ALL)[0], images)
 
 
-@pytest.mark.parametrize("left_out", ["flip", "crop_padding", "rotation", *JITTER, "cutout", "mixup", "cutmix"])
+@pytest.mark.parametrize(
+    "left_out", ["flip", "crop_padding", "policy", "rotation", *JITTER, "cutout", "erasing", "mixup", "cutmix"]
+)
 def test_one_augmentation_does_not_change_the_draws_of_the_others(left_out: str) -> None:
     whole = augmenter(**EVERYTHING).table
     fewer = augmenter(**{name: value for name, value in EVERYTHING.items() if name != left_out}).table
-    for name in {"flip", "corner", "cutout", "partner", *JITTER} & fewer.keys():
+    for name in {"flip", "corner", "edit", "values", "cutout", "erased", "partner", *JITTER} & fewer.keys():
         assert torch.equal(whole[name], fewer[name]), name
 
 

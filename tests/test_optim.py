@@ -1,10 +1,19 @@
-"""Schedules against PyTorch's own, parameter groups, and the average of weights."""
+"""Schedules against PyTorch's own, parameter groups, averages of weights, BN's statistics and SAM."""
 
 import pytest
 import torch
 from torch import nn
 
-from toolkit.optim import Lookahead, lr_factor, make_average, make_optimizer, orthogonal, set_lr
+from toolkit.optim import (
+    Lookahead,
+    ascended,
+    estimate_norms,
+    lr_factor,
+    make_average,
+    make_optimizer,
+    orthogonal,
+    set_lr,
+)
 from toolkit.recipe import Optimizer, Schedule, resolve
 
 
@@ -79,6 +88,74 @@ def test_the_average_holds_the_buffers_of_batch_norm_too():
     model[1].running_mean.fill_(3.0)
     average.update_parameters(model)
     torch.testing.assert_close(average.module[1].running_mean, (before + 3.0) / 2)
+
+
+def test_swa_is_the_mean_of_the_epochs_after_its_start():
+    torch.manual_seed(0)
+    model = net()
+    average = make_average(model, resolve({"student": {"name": "tpsnet"}, "epochs": 9, "swa_start": 2}, "distill"))
+    seen = []
+    for epoch in range(1, 6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        average.update_parameters(model)  # a step: no part of it
+        average.end_epoch(model, epoch)
+        seen.append(model[0].weight.detach().clone())
+        expected = seen[-1] if epoch <= 2 else torch.stack(seen[2:]).mean(0)
+        torch.testing.assert_close(average.module[0].weight.detach(), expected)
+
+
+def test_norms_are_estimated_as_means_over_the_batches_and_nothing_else_is_changed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.Dropout(0.9), nn.Conv2d(4, 2, 1))
+    model.append(nn.BatchNorm2d(2))
+    for _ in range(3):
+        model(torch.rand(5, 3, 8, 8))
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    batches = list(torch.rand(4, 10, 3, 8, 8))
+    estimate_norms(model, batches)
+    assert not any(module.training for module in model.modules())
+    assert (model[1].momentum, model[4].momentum) == (0.3, 0.1)
+    assert all(torch.equal(*pair) for pair in zip(weights, model.parameters(), strict=True))
+    with torch.no_grad():
+        maps = [model[0](images) for images in batches]
+        torch.testing.assert_close(model[1].running_mean, torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0))
+        torch.testing.assert_close(model[1].running_var, torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0))
+
+
+def test_sam_takes_the_gradient_where_the_loss_has_risen_and_comes_back():
+    """Against Foret et al.'s equations 2 and 3, on a net with BN, whose statistics see the first pass alone."""
+    torch.manual_seed(0)
+    model, images, labels = net(), torch.rand(6, 3, 3, 3), torch.tensor([0, 1, 0, 1, 1, 0])
+    twin = net()
+    twin.load_state_dict(model.state_dict())
+
+    def backward(of):
+        loss = nn.functional.cross_entropy(of(images), labels)
+        loss.backward()
+        return loss.item()
+
+    optimizer = make_optimizer(Optimizer(), model)
+    first = backward(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with ascended(model, optimizer, 0.3):
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert backward(model) > first
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if "num_batches" not in name)
+    assert model[1].momentum == 0.1
+
+    backward(twin)
+    gradients = [parameter.grad for parameter in twin.parameters()]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    with torch.no_grad():
+        for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
+            parameter += 0.3 * gradient / norm
+            parameter.grad = None
+    backward(twin)
+    for ours_, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours_.grad, theirs.grad)
 
 
 def test_lookahead_is_the_papers_two_lines():

@@ -5,8 +5,8 @@ happens to a sample therefore depends neither on the batch it is in nor on what 
 devices and a cache of the teacher's logits see the same images.
 
 To add an augmentation: a field in ``recipe.Augment``, its draws in ``Augmenter._draw`` under a stream name of
-its own (the draws of the others stay as they are), its effect in ``Augmenter._view``, and in
-``Augmenter._with_plain_rows`` the value that leaves an image as it is.
+its own (the draws of the others stay as they are), its effect in ``Augmenter._view`` (what it
+does to pixels is in ``adjust.py``), and in ``Augmenter._with_plain_rows`` the value that leaves an image as it is.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ import hashlib
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit import recipe
+from toolkit.adjust import EDITS, JITTER, affine, inverse_affine
 from toolkit.data import StoredImages
 from toolkit.errors import RecipeError
+
+# Torchvision's, in its order. Those that move pixels are one of EDITS; the others follow one by one.
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+EDIT_OF = np.array([0, 1, 1, 1, 1, 1, *range(2, len(EDITS) + 1)])  # its number from 1; Identity has none
+STRENGTHS = 31  # of each operation, from no effect to the strongest
 
 
 def generator(seed: int, epoch: int | None, stream: str) -> np.random.Generator:
@@ -97,6 +105,14 @@ class Augmenter:
         if config.crop_padding:
             random = generator(self.seed, epoch, "crop")
             table["corner"] = random.integers(0, 2 * config.crop_padding, (n, 2), endpoint=True)
+        if config.policy != "none":
+            random = generator(self.seed, epoch, config.policy)
+            shape = (n, 1 if config.policy == "trivial" else config.rand_operations)
+            operation = random.integers(0, len(OPERATIONS), shape)
+            strength = random.integers(0, STRENGTHS, shape) if config.policy == "trivial" else config.rand_magnitude
+            sign = random.integers(0, 2, shape)
+            table["edit"] = EDIT_OF[operation]
+            table["values"] = edit_values(config.policy, side)[operation, strength, sign]
         if config.rotation or config.translation:
             angle = generator(self.seed, epoch, "rotation").uniform(-1, 1, n) * np.deg2rad(config.rotation)
             shift = generator(self.seed, epoch, "translation").uniform(-1, 1, (n, 2)) * config.translation
@@ -108,6 +124,10 @@ class Augmenter:
         if config.cutout:
             first = generator(self.seed, epoch, "cutout").integers(0, side, (n, 2)) - config.cutout // 2
             table["cutout"] = np.concatenate([first, first + config.cutout], axis=1)
+        if config.erasing:
+            random = generator(self.seed, epoch, "erasing")
+            table["erased"] = erased_boxes(random, n, side) * (random.random((n, 1)) < config.erasing)
+            table["colour"] = random.random((n, 3), dtype=np.float32)
         if self.mixes:
             table |= self._draw_mix(epoch)
         return self._with_plain_rows(table) if config.plain_copy else table
@@ -119,7 +139,7 @@ class Augmenter:
             "corner": self.config.crop_padding,
             "affine": np.eye(2, 3),
             **dict.fromkeys(("brightness", "contrast", "saturation", "weight", "lam"), 1),
-            **dict.fromkeys(("hue", "cutout", "box"), 0),
+            **dict.fromkeys(("edit", "values", "hue", "cutout", "erased", "colour", "box"), 0),
             "partner": np.arange(self.originals, self.count),
         }
         return {name: np.concatenate([rows, np.full_like(rows, plain[name])]) for name, rows in table.items()}
@@ -166,6 +186,9 @@ class Augmenter:
         pixels = pixels.index_select(0, (rows[:, :, None] + x[:, None, :]).flatten())
         images = pixels.view(-1, self.side, self.side, 3).permute(0, 3, 1, 2).float().div_(255)
 
+        if "edit" in self.table:
+            for edit, values in zip(self.table["edit"][index].T, self.table["values"][index].unbind(1), strict=True):
+                images = self._edit(images, edit, values)
         if "affine" in self.table:
             images = affine(images, self.table["affine"][index])
         for name, adjust in JITTER.items():
@@ -173,6 +196,20 @@ class Augmenter:
                 images = adjust(images, self.table[name][index])
         if "cutout" in self.table:
             images = images.masked_fill_(self._inside(self.table["cutout"][index]), 0)
+        if "erased" in self.table:
+            colour = self.table["colour"][index].view(-1, 3, 1, 1)
+            images = torch.where(self._inside(self.table["erased"][index]), colour, images)
+        return images
+
+    def _edit(self, images: Tensor, edit: Tensor, values: Tensor) -> Tensor:
+        """Each image after one of ``EDITS``, by its number from 1 in ``edit`` [B] (0: none), with ``values`` [B,6]."""
+        for number, apply in enumerate(EDITS, 1):
+            chosen = edit == number
+            if self.device.type == "cpu":
+                rows = chosen.nonzero()[:, 0]
+                images[rows] = apply(images[rows], values[rows])
+            else:  # to know how many are chosen is to wait for the device: do it to all
+                images = torch.where(chosen.view(-1, 1, 1, 1), apply(images, values), images)
         return images
 
     def _inside(self, box: Tensor) -> Tensor:
@@ -202,85 +239,6 @@ def pad(images: Tensor, padding: int, mode: str) -> Tensor:
     return padded
 
 
-def inverse_affine(angle: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """For each sample the map from a place in the result to the place in the image that is shown there.
-
-    ``angle`` [N] in radians, counter-clockwise about the centre, then ``shift`` [N,2], (right, down) as
-    fractions of the side. Returns float32 [N,2,3] in coordinates that run from -1 to 1, as ``grid_sample``'s.
-    """
-    cos, sin = np.cos(angle), np.sin(angle)
-    x, y = 2 * shift.T
-    rows = [[cos, -sin, sin * y - cos * x], [sin, cos, -sin * x - cos * y]]
-    return np.array(rows, dtype=np.float32).transpose(2, 0, 1).copy()
-
-
-def affine(images: Tensor, inverse: Tensor) -> Tensor:
-    """Images [B,3,S,S] moved by ``inverse_affine``'s maps [B,2,3]: bilinear, black outside of the image."""
-    side = images.shape[-1]
-    place = (2 * torch.arange(side, device=images.device) + 1) / side - 1
-    # Not affine_grid: its matrix product may round by the size of the batch.
-    a, b, c = inverse[:, :, :, None, None].unbind(2)
-    grid = a * place + b * place[:, None] + c
-    moved = F.grid_sample(images, grid.permute(0, 2, 3, 1), align_corners=False)
-    return moved.contiguous(memory_format=torch.channels_last)
-
-
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Images [B,3,S,S] in [0,1] times ``factor`` [B]; clipped, as by the other adjustments, to [0,1].
-
-    The four are those of ``torchvision.transforms.v2.functional``, with a factor for each image.
-    """
-    return (images * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Distances from the image's mean grey times ``factor`` [B]."""
-    # Rows, then columns: a sum over all pixels of a single image may be split, and round otherwise than in a batch.
-    mean = grey(images).mean(2).mean(1)
-    return _blend(images, mean.view(-1, 1, 1, 1), factor)
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Distances from each pixel's grey times ``factor`` [B]."""
-    return _blend(images, grey(images)[:, None], factor)
-
-
-def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Hues moved by ``turn`` [B] of the colour circle; lightest and darkest channel of a pixel keep their values."""
-    red, green, blue = images.unbind(1)
-    high = torch.maximum(torch.maximum(red, green), blue)
-    chroma = high - torch.minimum(torch.minimum(red, green), blue)
-    span = chroma + (chroma == 0)  # a grey pixel has no hue, and needs none
-    hue = torch.where(high == green, 2 + (blue - red) / span, 4 + (red - green) / span)
-    hue = torch.where(high == red, (green - blue) / span, hue) + 6 * turn.view(-1, 1, 1)  # in sixths of the circle
-    channels = []
-    for offset in (5, 3, 1):
-        place = hue + offset
-        place = place - 6 * (place / 6).floor()
-        channels.append(high - chroma * torch.minimum(place, 4 - place).clamp_(0, 1))
-    return torch.stack(channels, -1).permute(0, 3, 1, 2)
-
-
-# Colour jitter: the fields of the recipe in the order in which they are applied, always this one.
-JITTER = {
-    "brightness": adjust_brightness,
-    "contrast": adjust_contrast,
-    "saturation": adjust_saturation,
-    "hue": adjust_hue,
-}
-
-
-def grey(images: Tensor) -> Tensor:
-    """[B,3,S,S] to [B,S,S], by the weights of ITU-R BT.601."""
-    red, green, blue = images.unbind(1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
-
-
-def _blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
-    factor = factor.view(-1, 1, 1, 1)
-    return (images * factor + others * (1 - factor)).clamp_(0, 1)
-
-
 def cutmix_boxes(random: np.random.Generator, alpha: float, count: int, side: int) -> np.ndarray:
     """Boxes [N,4] of (top, left, bottom, right) that cover 1 - Beta(alpha, alpha) of the image, then clipped.
 
@@ -289,3 +247,49 @@ def cutmix_boxes(random: np.random.Generator, alpha: float, count: int, side: in
     half = (0.5 * np.sqrt(1 - random.beta(alpha, alpha, count)) * side).astype(np.int64)[:, None]
     centre = random.integers(0, side, (count, 2))
     return np.concatenate([centre - half, centre + half], axis=1).clip(0, side)
+
+
+def erased_boxes(random: np.random.Generator, count: int, side: int) -> np.ndarray:
+    """Boxes [N,4] of (top, left, bottom, right) in the image that cover 2% to 33% of it, 3:10 to 33:10 in shape.
+
+    The first of ten drawn boxes that fits, and none where none does (Zhong et al. 2017, as
+    ``torchvision.transforms.v2.RandomErasing``).
+    """
+    area = random.uniform(0.02, 0.33, (count, 10)) * side**2
+    ratio = np.exp(random.uniform(np.log(0.3), np.log(3.3), (count, 10)))
+    size = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 2).round().astype(np.int64)
+    fits: np.ndarray = (size[..., 0] < side) & (size[..., 1] < side)
+    size = size[np.arange(count), fits.argmax(1)] * fits.any(1, keepdims=True)
+    first = random.integers(0, side - size, endpoint=True)
+    return np.concatenate([first, first + size], axis=1)
+
+
+def edit_values(policy: str, side: int) -> np.ndarray:
+    """The numbers that ``EDITS`` take for each operation, strength and sign: float32 [14,31,2,6].
+
+    ``trivial`` has the strengths of ``torchvision.transforms.v2.TrivialAugmentWide``, ``rand`` those of
+    ``RandAugment``.
+    """
+    wide = policy == "trivial"
+    shear, shift, turn, blend, bits = (0.99, 32, 135, 0.99, 6) if wide else (0.3, 150 / 331 * side, 30, 0.9, 4)
+    values = np.zeros((len(OPERATIONS), STRENGTHS, 2, 2, 3))
+    at = dict(zip(OPERATIONS, values, strict=True))
+
+    def both_ways(reach: float) -> np.ndarray:
+        strength = torch.linspace(0, reach, STRENGTHS).double().numpy()
+        return np.stack([strength, -strength], 1)
+
+    for name in ("ShearX", "ShearY", "TranslateX", "TranslateY"):
+        at[name][:] = np.eye(2, 3)
+    # About the corner: nothing moves along the first edge.
+    at["ShearX"][..., 0, 1] = at["ShearX"][..., 0, 2] = both_ways(shear)
+    at["ShearY"][..., 1, 0] = at["ShearY"][..., 1, 2] = both_ways(shear)
+    at["TranslateX"][..., 0, 2] = at["TranslateY"][..., 1, 2] = -2 * np.trunc(both_ways(shift)) / side
+    angle = np.deg2rad(both_ways(turn)).flatten()
+    at["Rotate"][:] = inverse_affine(angle, np.zeros((len(angle), 2))).reshape(STRENGTHS, 2, 2, 3)
+    for name in ("Brightness", "Color", "Contrast", "Sharpness"):
+        at[name][..., 0, 0] = 1 + both_ways(blend)
+    strength = torch.arange(STRENGTHS, dtype=torch.float64)[:, None]
+    at["Posterize"][..., 0, 0] = 2 ** (8 - (8 - strength * bits / (STRENGTHS - 1)).round())
+    at["Solarize"][..., 0, 0] = (255 * torch.linspace(1, 0, STRENGTHS).double()).float().ceil()[:, None]
+    return values.reshape(*values.shape[:3], 6).astype(np.float32)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -45,3 +47,33 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         log_probabilities = torch.stack([member(images).float().log_softmax(1) for member in self.members])
         return log_probabilities.logsumexp(0) - math.log(len(self.members))
+
+
+Views = Literal["flip", "flip_and_shift"]
+
+
+class TestTimeAugmentation(nn.Module):
+    """A classifier's mean logits over views of each image: ``[B,3,H,W]`` in [0,1] to ``[B,K]``.
+
+    ``flip``: the image and its mirror image. ``flip_and_shift``: these two, and with half of the weight both of them
+    shifted by a pixel up and left, and down and right, filled by reflection (airbench's, arXiv 2404.00498). The
+    classifier sees all views as one batch of 2 B or 6 B images, so that an exported graph holds it once.
+    """
+
+    __test__ = False  # no test, whatever pytest takes the name for
+    weights: Tensor
+
+    def __init__(self, classifier: nn.Module, views: Views = "flip_and_shift") -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.shifts = ((1, 1), (0, 0), (2, 2)) if views == "flip_and_shift" else ((1, 1),)
+        shares = (1 / 2, 1 / 4, 1 / 4) if views == "flip_and_shift" else (1.0,)
+        self.register_buffer("weights", torch.tensor(shares).repeat_interleave(2)[:, None, None] / 2, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        shifted = [padded[:, :, top : top + height, left : left + width] for top, left in self.shifts]
+        views = torch.cat([view for image in shifted for view in (image, image.flip(3))])
+        logits = self.classifier(views)
+        return (logits.unflatten(0, (len(self.weights), -1)) * self.weights).sum(0)

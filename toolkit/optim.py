@@ -1,8 +1,10 @@
-"""Optimizers, learning-rate schedules and the average of weights."""
+"""Optimizers, learning-rate schedules, averages of weights, and the statistics of batch normalisation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,12 +130,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
-    """The weights that are kept in place of the trained ones: an exponential average, Lookahead's, or none.
+    """The weights that are kept in place of the trained ones: an exponential average, Lookahead's, SWA's, or none.
 
-    Both average BN's buffers too (without them 0.4 points are lost).
+    The first two average BN's buffers too (without them 0.4 points are lost).
     """
     if recipe.optimizer.lookahead_steps:
         return Lookahead(model, recipe.optimizer.lookahead_steps, recipe.optimizer.lookahead_alpha)
+    if recipe.swa_start is not None:
+        return StochasticAverage(model, recipe.swa_start)
     if recipe.average_decay:
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average_decay), use_buffers=True)
     return None
@@ -161,3 +165,75 @@ class Lookahead(AveragedModel):
         super().update_parameters(model)
         for fast, slow in zip(model.parameters(), self.module.parameters(), strict=True):
             fast.copy_(slow)
+
+
+class StochasticAverage(AveragedModel):
+    """The mean of the weights at the ends of the epochs after the first ``start``; until then the trained weights.
+
+    BN's statistics are not those of the mean weights: see ``estimate_norms`` (SWA, Izmailov et al., arXiv 1803.05407).
+    """
+
+    def __init__(self, model: nn.Module, start: int) -> None:
+        super().__init__(model)
+        self.start = start
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Nothing after a step."""
+
+    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+        """After epoch ``epoch`` (from 1)."""
+        if epoch <= self.start + 1:
+            self.n_averaged.zero_()  # the next model is copied
+        super().update_parameters(model)
+
+
+def norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+@torch.no_grad()
+def estimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure the statistics of batch normalisation anew, as means over batches of images ``[B,3,H,W]`` in [0,1].
+
+    All else runs as in evaluation. The model is in eval mode after.
+    """
+    model.eval()
+    momenta = {norm: norm.momentum for norm in norms(model)}
+    for norm in momenta:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
+        norm.eval()
+
+
+@contextmanager
+def ascended(model: nn.Module, optimizer: torch.optim.Optimizer, radius: float) -> Iterator[None]:
+    """The optimizer's weights moved by ``radius`` up their gradient, which is cleared: for the gradient there.
+
+    The second half of a step of sharpness-aware minimisation: the weights come back after, the new gradient stays
+    (Foret et al., arXiv 2010.01412). The running statistics of the model's BN stay those of the weights themselves.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moved = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
+    before = [parameter.detach().clone() for parameter in moved]
+    momenta = {norm: norm.momentum for norm in norms(model)}
+    with torch.no_grad():
+        scale = radius / (nn.utils.get_total_norm(gradients) + 1e-12)
+        for parameter, gradient in zip(moved, gradients, strict=True):
+            parameter += scale * gradient
+            parameter.grad = None
+        for norm in momenta:
+            norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(moved, before, strict=True):
+                parameter.copy_(value)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
