@@ -56,6 +56,7 @@ def weights(run):
         {"optimizer.name": "sgd", "average_decay": 0.9},
         {"optimizer.name": "adamw", "batch_growth.milestones": [1], "micro_batch": 30},
         {"optimizer.name": "muon", "optimizer.lookahead_steps": 3},
+        {"optimizer.sam_radius": 0.1, "swa_start": 1, "student.stochastic_depth": 0.3, "augment.policy": "trivial"},
     ],
 )
 def test_a_run_stopped_within_an_epoch_ends_as_one_that_was_not(tmp_path, data, monkeypatch, changes):
@@ -177,6 +178,31 @@ def test_a_run_ends_when_val_stops_improving_and_stays_ended(tmp_path, data):
     assert summary["val_top1"] == max(top1)
     (run.path / "summary.json").unlink()  # killed just before the end
     assert engine.fit(recipe, data, run) | {"peak_memory_bytes": 0} == summary | {"peak_memory_bytes": 0}
+
+
+def test_images_grow_for_the_student_and_are_whole_for_the_teacher(tmp_path, monkeypatch):
+    whole = datasets.load(resolve(TREE, "distill", {"data.image_size": 24}).data)
+    some = {name: Split(part.images[:n], part.labels[:n]) for name, part, n in parts(whole)}
+    data = DataSet("digits", whole.classes, mean=whole.mean, std=whole.std, digest="d", **some)
+    seen = {"student": [], "teacher": []}
+
+    class Watched(Plain):
+        def __init__(self, who):
+            super().__init__()
+            self.who = who
+
+        def forward(self, images):
+            if self.training or self.who == "teacher":
+                seen[self.who].append(images.shape[-1])
+            return super().forward(images)
+
+    changes = {"progressive.start": 16, "progressive.over": 0.75, "data.image_size": 24, "epochs": 4}
+    changes |= {"loss.kd_weight": 1, "teacher.name": "wrn28"}
+    recipe, run = start(tmp_path / "run", **changes)
+    monkeypatch.setattr(engine, "new_model", lambda *_: Watched("student"))
+    engine.fit(recipe, data, run, Watched("teacher"))
+    assert seen["student"] == [16] * 4 + [16] * 4 + [20] * 4 + [24] * 4
+    assert set(seen["teacher"]) == {24}
 
 
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, data):

@@ -110,6 +110,9 @@ def test_all_errors_come_at_once_with_field_value_and_what_is_allowed():
         ({"loss": {"ce_weight": 0, "kd_weight": 0}}, "both 0"),
         ({"epochs": 3, "schedule": {"warmup_epochs": 5}}, r"warmup_epochs \(=5\) must be at most epochs \(=3\)"),
         ({"optimizer": {"momentum": 0}}, "nesterov"),
+        ({"average_decay": 0.9, "swa_start": 3}, "average_decay and swa_start each average the weights"),
+        ({"epochs": 3, "swa_start": 3}, r"swa_start \(=3\) must be less than epochs \(=3\)"),
+        ({"progressive": {"start": 32}}, r"progressive.start \(=32\) must be less than data.image_size \(=32\)"),
     ],
 )
 def test_fields_that_contradict_each_other(change, message):

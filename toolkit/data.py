@@ -20,8 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.lib import format as npy
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from export import preprocess
@@ -118,6 +116,8 @@ def load(config: recipe.Data) -> DataSet:
 
 def _digits(config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split]]:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, with a fixed 80/20 split."""
+    from sklearn.datasets import load_digits  # slow to import, and nobody else needs it
+
     digits = load_digits()
     grey = torch.from_numpy(digits.images * 255 / 16).round().to(torch.uint8)
     images = resize(grey[:, None].expand(-1, 3, -1, -1), config.image_size)
@@ -389,14 +389,29 @@ def _hold_out(whole: Split, count: int, seed: int, classes: Sequence[str]) -> tu
             f"too few images to split {count} of {len(whole)} off: each class needs one on either side, "
             f"and {classes[few]!r} has {int(per_class[few])} in all; add images"
         )
-    kept, held = train_test_split(
-        np.arange(len(whole)), test_size=count, random_state=seed, stratify=whole.labels.numpy()
-    )
+    held = stratified(whole.labels.numpy(), count, seed)
     first, second = (
         Split(_select(whole.images, index), whole.labels[index])
-        for index in (torch.from_numpy(np.sort(part)) for part in (kept, held))
+        for index in (torch.from_numpy(np.flatnonzero(part)) for part in (~held, held))
     )
     return first, second
+
+
+def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which ``count`` samples are held out, bool [N]: of each class its share, to the nearest image.
+
+    Where all shares are whole these are the samples of scikit-learn's ``train_test_split``, whose import alone takes
+    as long as loading CIFAR-10.
+    """
+    random = np.random.RandomState(seed)
+    shares = np.bincount(labels) * (count / len(labels))
+    wanted = np.floor(shares).astype(int)
+    wanted[np.argsort(wanted - shares, kind="stable")[: count - wanted.sum()]] += 1  # the largest remainders
+    held = np.zeros(len(labels), dtype=bool)
+    for label, some in enumerate(wanted):
+        members = random.permutation(np.flatnonzero(labels == label))
+        held[members[len(members) - some :]] = True
+    return held
 
 
 def _select(images: Tensor | StoredImages, index: Tensor) -> Tensor | StoredImages:

@@ -25,17 +25,19 @@ from toolkit.augment import Augmenter
 from toolkit.catalogue import build, check_budget, parameter_count
 from toolkit.classifier import Classifier
 from toolkit.data import DataSet, Split, StoredImages
-from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted
-from toolkit.losses.soft_targets import SoftTargets
+from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RecipeError
 from toolkit.machine import available_cores, keep_freed_memory, peak_memory
-from toolkit.optim import lr_factor, make_average, make_optimizer, set_lr
+from toolkit.objective import Objective
+from toolkit.optim import StochasticAverage, ascended, estimate_norms, lr_factor, make_average, make_optimizer, set_lr
 from toolkit.progress import Display, say
-from toolkit.recipe import BatchGrowth, Loss, Recipe
+from toolkit.recipe import BatchGrowth, Recipe
 from toolkit.run import Run, load_tensors, save_tensors
 from toolkit.teacher_cache import TeacherCache
 
 EVAL_BATCH = 500
 PREPARE_IMAGES = 5000
+NORM_IMAGES = 5000  # training images that BN's statistics are measured anew on
+PROBE_IMAGES = 64
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
 READ_SECONDS = 0.5  # the loss is read from the device this often: each reading waits for the device
 READ_STEPS = 10  # or, where several processes must agree, this often
@@ -68,31 +70,21 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
 
 
 def new_model(recipe: Recipe, data: DataSet) -> Classifier:
-    """The untrained model of a recipe; a student over the budget raises ``BudgetError``."""
+    """The untrained model of a recipe; a student over the budget raises ``BudgetError``.
+
+    One that does not take the small images of progressive resizing raises ``RecipeError``.
+    """
     name, arguments = recipe.model.name, recipe.model.arguments
     model = build(name, recipe.role, len(data.classes), data.mean, data.std, **arguments)
     if recipe.role == "student":
         check_budget(name, parameter_count(model), recipe.budget, len(data.classes))
+    if side := recipe.progressive.start:
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, 3, side, side))
+        except RuntimeError as error:
+            raise RecipeError(f"progressive.start (={side}): {name} does not take images of this size") from error
     return model
-
-
-class Objective(nn.Module):
-    """The loss of a recipe: cross entropy with soft labels ``[B,K]``, plus the distillation term."""
-
-    def __init__(self, config: Loss) -> None:
-        super().__init__()
-        self.config = config
-        self.soft_targets = SoftTargets(config.temperature)
-
-    def forward(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
-        logits = logits.float()
-        loss = logits.new_zeros(())
-        if self.config.ce_weight:
-            smoothing = self.config.label_smoothing
-            loss = loss + self.config.ce_weight * F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        if teacher_logits is not None:
-            loss = loss + self.config.kd_weight * self.soft_targets(logits, teacher_logits)
-        return loss
 
 
 @torch.inference_mode()
@@ -114,6 +106,25 @@ def evaluate(model: nn.Module, split: Split, device: torch.device, dtype: torch.
     logits = torch.from_numpy(predict(model, split.images, device, dtype))
     top1 = (logits.argmax(1) == split.labels).float().mean().item()
     return F.cross_entropy(logits, split.labels).item(), top1
+
+
+def seconds_an_image(model: nn.Module, recipe: Recipe, backward: bool) -> float:
+    """Seconds that a step takes for each image on the recipe's device, judged by one of 64; forward alone, or both."""
+    device = pick_device(recipe.device)
+    dtype, layout = pick_dtype(recipe.precision, device), memory_format(recipe)
+    model = model.to(device).to(memory_format=layout).train(backward)
+    images = torch.rand(PROBE_IMAGES, 3, recipe.data.image_size, recipe.data.image_size, device=device)
+    images = images.contiguous(memory_format=layout)
+    for _ in range(2):  # the first also prepares the kernels
+        began = time.monotonic()
+        with torch.set_grad_enabled(backward), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        if backward:
+            logits.float().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - began
+    return seconds / len(images)
 
 
 @dataclass
@@ -204,21 +215,27 @@ def _fit(
         teacher = teacher.to(device).to(memory_format=layout).eval().requires_grad_(False)
         if recipe.cached_epochs:
             cache = TeacherCache(run.path.parent / "teacher-logits", recipe, data, teacher, dtype)
-    objective = Objective(recipe.loss)
-    optimizer = make_optimizer(recipe.optimizer, model, dtype)
     average = make_average(model, recipe)
     kept = average.module if average is not None else model
+    objective = Objective(recipe, model, teacher).to(device)  # after the copy: its hooks are for the trained weights
+    optimizer = make_optimizer(recipe.optimizer, model, dtype)
+    measured: nn.Module = objective
+    if trained := list(objective.parameters()):  # not a part of the model: neither averaged nor kept
+        optimizer.add_param_group({"params": trained, "lr_factor": 1.0, "orthogonal": False})
+        measured = distributed.share(objective, device, recipe.sync_norm)
 
     images = data.train.images if isinstance(data.train.images, StoredImages) else data.train.images.to(device)
     augmenter = Augmenter(images, data.train.labels.to(device), len(data.classes), recipe.augment, recipe.seed)
     micro_batch = recipe.micro_batch or augmenter.count
-    state = Checkpoint(run, model, optimizer, average)
+    state = Checkpoint(run, model, objective, optimizer, average)
     header = describe(recipe, data)
     at = state.load(header)
     at.batch_size = at.batch_size or min(recipe.batch_size, augmenter.count)
 
     taught = teacher
-    if device.type == "cuda" and recipe.compile:
+    if device.type == "cuda" and recipe.compile and objective.hooked:
+        say("not compiled: the loss reads features within the nets")
+    elif device.type == "cuda" and recipe.compile:
         example, _ = augmenter.batch(torch.arange(min(at.batch_size, micro_batch), device=device))
         example = distributed.own_part(example).contiguous(memory_format=layout)
         shared = compiled(shared, example, dtype)
@@ -228,6 +245,7 @@ def _fit(
         return recipe.optimizer.lr * lr_factor(recipe.schedule, done, recipe.epochs)
 
     replayed: Tensor | None = None  # the teacher's logits of this epoch's views, [N,K]
+    side = augmenter.side  # of the images that the model sees in this epoch
 
     def backward(index: Tensor) -> Tensor:
         """Add up the gradients of these samples; their mean loss and the share that is right, float64 [2]."""
@@ -243,8 +261,8 @@ def _fit(
                         teacher_logits = taught(images)
                 else:
                     teacher_logits = None
-                logits = shared(images)
-            loss = objective(logits, labels, teacher_logits) * (len(part) / len(index))
+                logits = shared(resized(images, side))
+            loss = measured(logits, labels, teacher_logits) * (len(part) / len(index))
             loss.backward()
             correct = (logits.detach().argmax(1) == labels.argmax(1)).sum()
             sums += torch.stack([loss.detach().double(), correct / len(index)])
@@ -259,6 +277,7 @@ def _fit(
             steps = augmenter.count // batch_size  # the ragged rest of the shuffled order is left out
             augmenter.start_epoch(epoch % recipe.cached_epochs if recipe.cached_epochs else epoch)
             order = augmenter.order(epoch)
+            side = recipe.progressive.side(epoch / recipe.epochs, augmenter.side)
             if cache is not None:
                 replayed = cache.epoch(epoch, augmenter, lambda: not stop.asked)
                 at.teacher_seconds += time.monotonic() - began
@@ -270,10 +289,14 @@ def _fit(
             sums = torch.tensor([at.loss_sum, at.correct], dtype=torch.float64, device=device)
             for step in range(at.step, steps):
                 set_lr(optimizer, lr_at(epoch + step / steps))
+                objective.progress = (epoch + step / steps) / recipe.epochs
                 index = distributed.own_part(order[step * batch_size : (step + 1) * batch_size])
                 while True:
                     try:
                         step_sums = backward(index)
+                        if recipe.optimizer.sam_radius:
+                            with ascended(model, optimizer, recipe.optimizer.sam_radius):
+                                backward(index)
                         break
                     except torch.OutOfMemoryError:
                         micro_batch = smaller(min(micro_batch, len(index)))
@@ -308,6 +331,12 @@ def _fit(
                 if stopping:
                     raise Interrupted(stopped(run, epoch, step, steps))
 
+            if isinstance(average, StochasticAverage):
+                average.end_epoch(model, epoch + 1)
+                if epoch >= average.start:
+                    views = (augmenter.batch(part)[0] for part in order[:NORM_IMAGES].split(EVAL_BATCH))
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        estimate_norms(kept, (images.contiguous(memory_format=layout) for images in views))
             val_loss = val_top1 = None
             if data.val is not None and ((epoch + 1) % recipe.eval_epochs == 0 or epoch + 1 == recipe.epochs):
                 val_loss, val_top1 = distributed.of_first(evaluate(kept, data.val, device, dtype), device)
@@ -368,6 +397,13 @@ def _fit(
         run.finish(summary)
     distributed.wait()
     return summary
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images ``[B,3,S,S]`` at another size."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=side, mode="bilinear", antialias=True)
 
 
 def compiled(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -436,8 +472,15 @@ def describe(recipe: Recipe, data: DataSet) -> dict[str, Any]:
 class Checkpoint:
     """All of a run's training state as one safetensors file: a kill leaves the old one or the new one whole."""
 
-    def __init__(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None) -> None:
-        self.run, self.model, self.optimizer, self.average = run, model, optimizer, average
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: nn.Module | None,
+    ) -> None:
+        self.run, self.model, self.objective, self.optimizer, self.average = run, model, objective, optimizer, average
         # From newest to oldest; "next" is there only after a kill while the names moved on.
         self.names = ["next", "last", *(f"last-{age}" for age in range(1, run.recipe.keep_checkpoints))]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -446,6 +489,7 @@ class Checkpoint:
         if distributed.RANK != 0:
             return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for index, parameter in enumerate(self.parameters):
@@ -490,6 +534,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is the state of another run: {textwrap.shorten('; '.join(differing), 300)}")
         try:
             self.model.load_state_dict(_below(tensors, "model."))
+            self.objective.load_state_dict(_below(tensors, "objective."))
             if self.average is not None:
                 self.average.load_state_dict(_below(tensors, "average."))
         except RuntimeError as error:

@@ -62,7 +62,15 @@ class DeviceError(UserError):
 
 
 class ImageError(UserError):
-    """An image that cannot be taken: not an image, of another format, too large, or broken."""
+    """An image that cannot be taken; where no class below says why, it is broken."""
+
+
+class ImageFormatError(ImageError):
+    """Not an image, or one of a format that is not taken."""
+
+
+class ImageSizeError(ImageError):
+    """An image that declares more pixels than are read."""
 
 
 class Interrupted(UserError):

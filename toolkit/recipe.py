@@ -12,11 +12,25 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    SerializeAsAny,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from toolkit import losses
 from toolkit.catalogue import BUDGET, closest, names
 from toolkit.errors import RecipeError, UserError
 
@@ -76,6 +90,13 @@ class Augment(Section):
     )
     crop_padding: int = Field(4, ge=0, le=64, description="pixels of padding before a random crop; 0: off")
     padding_mode: Literal["reflect", "zero", "white"] = Field("reflect", description="what the padding holds")
+    policy: Literal["none", "trivial", "rand"] = Field(
+        "none",
+        description="trivial: TrivialAugment (arXiv 2103.10158), one random operation of random strength for each "
+        "image; rand: RandAugment (arXiv 1909.13719), rand_operations of them, each of strength rand_magnitude",
+    )
+    rand_operations: int = Field(2, ge=1, le=14, description="rand: operations one after the other")
+    rand_magnitude: int = Field(9, ge=0, le=30, description="rand: their strength, from 0 to 30")
     rotation: float = Field(0, ge=0, le=180, description="degrees: uniform in plus or minus this")
     translation: float = Field(0, ge=0, le=1, description="fraction of the side: uniform in plus or minus this")
     brightness: float = Field(0, ge=0, description="colour jitter: factor uniform in 1 plus or minus this")
@@ -83,6 +104,9 @@ class Augment(Section):
     saturation: float = Field(0, ge=0, description="colour jitter: factor uniform in 1 plus or minus this")
     hue: float = Field(0, ge=0, le=0.5, description="colour jitter: turn of the colour circle, plus or minus this")
     cutout: int = Field(0, ge=0, description="side of a black square in pixels, at a random place; 0: off")
+    erasing: float = Field(
+        0, ge=0, le=1, description="fraction of the images of which a random box is painted over (arXiv 1708.04896)"
+    )
     mixup: float = Field(0, ge=0, description="alpha of mixup's Beta(alpha, alpha); 0: off")
     cutmix: float = Field(0, ge=0, description="alpha of CutMix's Beta(alpha, alpha); 0: off")
     mix_probability: float = Field(
@@ -114,18 +138,101 @@ class Teacher(Model):
     )
 
 
-class Loss(Section):
-    """The terms of the loss and what each is multiplied by."""
+class Ramp(Section):
+    """A number that moves in a straight line from ``start`` to ``end`` and stays there."""
 
-    ce_weight: float = Field(1, ge=0, description="weight of the cross entropy with the labels")
-    kd_weight: float = Field(0, ge=0, description="weight of the distillation term")
-    temperature: float = Field(4, gt=0, description="what logits are divided by to make soft targets")
+    start: float = Field(ge=0, description="value at the first step")
+    end: float = Field(ge=0, description="value from then on")
+    over: float = Field(1, gt=0, le=1, description="fraction of the run's epochs in which it moves")
+
+    def at(self, progress: float) -> float:
+        """The value when this fraction of the run is done."""
+        return self.start + (self.end - self.start) * min(progress / self.over, 1)
+
+
+def at(number: float | Ramp, progress: float) -> float:
+    """What a number, or one that moves, is when this fraction of the run is done."""
+    return number.at(progress) if isinstance(number, Ramp) else number
+
+
+def peak(number: float | Ramp) -> float:
+    """The largest that a number becomes."""
+    return max(number.start, number.end) if isinstance(number, Ramp) else number
+
+
+def _positive(number: float | Ramp) -> float | Ramp:
+    if isinstance(number, Ramp) and not number.start * number.end:
+        raise ValueError(f"start (={number.start:g}) and end (={number.end:g}) must be greater than 0")
+    return number
+
+
+KINDS = ("number", "ramp")
+_kind = Discriminator(lambda value: KINDS[isinstance(value, Mapping | Ramp)])
+Weight = Annotated[Annotated[NonNegativeFloat, Tag("number")] | Annotated[Ramp, Tag("ramp")], _kind]
+Temperature = Annotated[
+    Annotated[PositiveFloat, Tag("number")] | Annotated[Ramp, Tag("ramp")], _kind, AfterValidator(_positive)
+]
+
+
+class Method(Section):
+    """What the ``Params`` of all distillation methods share; each adds its own in ``toolkit/losses/``."""
+
+    weight: Weight = Field(1, description="weight of this method among the methods")
+
+
+class FeatureMethod(Method):
+    """A method that compares outputs of modules within the nets, not their logits."""
+
+    maps: ClassVar[bool] = True  # it takes feature maps [B,C,H,W]; else any output [B,...]
+
+    layers: tuple[tuple[str, str], ...] = Field(
+        (),
+        description="pairs of a module of the student and one of the teacher, by path (network.stages.1); none: the "
+        "last ones of the three lowest resolutions, in turn, or of the lowest alone where any output would do",
+    )
+
+
+def _methods(tree: Any) -> Any:
+    """A mapping from names to settings as one to each method's ``Params``."""
+    if not isinstance(tree, Mapping):
+        return tree
+    methods, problems = {}, list[Any]()
+    for name, settings in tree.items():
+        if name not in losses.names():
+            unknown = ValueError(f"there is no such method{closest(str(name), losses.names())}")
+            problems.append({"type": "value_error", "loc": (name,), "input": settings, "ctx": {"error": unknown}})
+            continue
+        try:
+            methods[name] = losses.load(name).Params.model_validate({} if settings is None else settings)
+        except ValidationError as error:
+            problems += [
+                {"type": item["type"], "loc": (name, *item["loc"]), "input": item["input"], "ctx": item.get("ctx", {})}
+                for item in error.errors()
+            ]
+    if problems:
+        raise ValidationError.from_exception_data("methods", problems)
+    return methods
+
+
+class Loss(Section):
+    """The terms of the loss and what each is multiplied by. Weights and the temperature may be ramps."""
+
+    ce_weight: Weight = Field(1, description="weight of the cross entropy with the labels")
+    kd_weight: Weight = Field(0, description="weight of the distillation term: of the sum of the methods")
+    temperature: Temperature = Field(4, description="what logits are divided by to make soft targets, by every method")
     label_smoothing: float = Field(0, ge=0, lt=1, description="mass spread over all classes, in the cross entropy")
+    methods: Annotated[dict[str, SerializeAsAny[Method]], BeforeValidator(_methods)] = Field(
+        {},
+        description="distillation methods by name (the files of toolkit/losses/), each with its settings, which add "
+        "up; none: soft targets alone",
+    )
 
     @model_validator(mode="after")
     def _some_weight(self) -> Loss:
-        if self.ce_weight + self.kd_weight == 0:
+        if peak(self.ce_weight) + peak(self.kd_weight) == 0:
             raise ValueError("ce_weight and kd_weight are both 0: one must be positive")
+        if self.methods and not any(peak(method.weight) for method in self.methods.values()):
+            raise ValueError(f"the weights of all methods ({', '.join(self.methods)}) are 0: one must be positive")
         return self
 
 
@@ -148,6 +255,9 @@ class Optimizer(Section):
     )
     lookahead_alpha: float = Field(0.5, gt=0, le=1, description="how far the slow weights move to the fast ones")
     grad_clip: float | None = Field(None, gt=0, description="largest L2 norm of the gradient")
+    sam_radius: float = Field(
+        0, ge=0, description="rho of sharpness-aware minimisation (arXiv 2010.01412): two passes a step; 0: off"
+    )
 
     @model_validator(mode="after")
     def _nesterov_wants_momentum(self) -> Optimizer:
@@ -165,6 +275,19 @@ class Schedule(Section):
     final_fraction: float = Field(0, ge=0, le=1, description="factor at the end (cosine, triangular)")
     milestones: tuple[float, ...] = Field((), description="epochs at which step multiplies by gamma")
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+
+
+class Progressive(Section):
+    """Images that are small at first and grow: the early epochs take less time. The teacher sees them whole."""
+
+    start: int | None = Field(None, ge=16, description="side in the first epoch, in pixels; null: whole from the start")
+    over: float = Field(0.5, gt=0, le=1, description="fraction of the run's epochs after which they are whole")
+
+    def side(self, progress: float, whole: int) -> int:
+        """The side when this fraction of the run is done: ``start``, then up in steps of 4 pixels to ``whole``."""
+        if self.start is None or progress >= self.over:
+            return whole
+        return self.start + int((whole - self.start) * progress / self.over) // 4 * 4
 
 
 class EarlyStop(Section):
@@ -210,9 +333,16 @@ class Recipe(Section):
     micro_batch: int | None = Field(
         None, ge=2, description="most images in memory at once: larger batches add up their gradients; null: all"
     )
+    progressive: Progressive = Progressive()
     early_stop: EarlyStop = EarlyStop()
     average_decay: float | None = Field(
         None, gt=0, lt=1, description="decay a step of an exponential average of weights and BN buffers"
+    )
+    swa_start: int | None = Field(
+        None,
+        ge=0,
+        description="after this many epochs the weights at each epoch's end are averaged, and BN's statistics measured "
+        "anew on training images (SWA, arXiv 1803.05407); null: off",
     )
     select: Literal["best", "last"] = Field(
         "best", description="weights that are kept: best on val, or of the last epoch"
@@ -234,11 +364,30 @@ class Recipe(Section):
         if self.teacher is None and self.student is None:
             raise ValueError("neither a teacher nor a student is named")
         if self.distils and self.teacher is None:
-            raise ValueError(f"loss.kd_weight (={self.loss.kd_weight:g}) needs a teacher")
+            raise ValueError(f"loss.kd_weight (={peak(self.loss.kd_weight):g}) needs a teacher")
+        by_features = [name for name, method in self.loss.methods.items() if isinstance(method, FeatureMethod)]
+        if self.distils and by_features:
+            needs = f"loss.methods.{by_features[0]} needs the teacher's features"
+            if self.cached_epochs:
+                raise ValueError(f"{needs}, cached_epochs (={self.cached_epochs}) keeps its logits alone: set it to 0")
+            if self.teacher is not None and self.teacher.also:
+                raise ValueError(f"{needs}, teacher.also makes it an ensemble that gives logits alone: leave it out")
         if self.early_stop.patience and not self.data.val_size:
             raise ValueError("early_stop.patience needs a validation split: data.val_size is 0")
-        if self.average_decay and self.optimizer.lookahead_steps:
-            raise ValueError("average_decay and optimizer.lookahead_steps both average the weights: choose one")
+        averages = {"average_decay": self.average_decay, "optimizer.lookahead_steps": self.optimizer.lookahead_steps,
+                    "swa_start": self.swa_start is not None}  # fmt: skip
+        if len(given := [name for name, value in averages.items() if value]) > 1:
+            raise ValueError(f"{' and '.join(given)} each average the weights: choose one")
+        if self.swa_start is not None and self.swa_start >= self.epochs:
+            raise ValueError(f"swa_start (={self.swa_start}) must be less than epochs (={self.epochs})")
+        if self.progressive.start is not None and self.progressive.start >= self.data.image_size:
+            raise ValueError(
+                f"progressive.start (={self.progressive.start}) must be less than data.image_size "
+                f"(={self.data.image_size})"
+            )
+        maps = [name for name, method in self.loss.methods.items() if isinstance(method, FeatureMethod) and method.maps]
+        if self.progressive.start is not None and maps:
+            raise ValueError(f"progressive.start and {maps[0]} exclude each other: the teacher's maps would be larger")
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs (={self.schedule.warmup_epochs:g}) must be at most epochs (={self.epochs})"
@@ -248,7 +397,7 @@ class Recipe(Section):
     @property
     def distils(self) -> bool:
         """Whether a teacher's logits are part of the loss."""
-        return self.student is not None and self.loss.kd_weight > 0
+        return self.student is not None and peak(self.loss.kd_weight) > 0
 
     @property
     def model(self) -> Model:
@@ -403,6 +552,7 @@ def validate(tree: Mapping[str, Any]) -> Recipe:
 
 
 def _explain(item: Any) -> str:
+    item = item | {"loc": tuple(part for part in item["loc"] if part not in KINDS)}
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         leaf, everywhere = str(item["loc"][-1]), [f"{s}.{f}" for s in _fields(()) for f in _fields((s,))]
@@ -424,9 +574,12 @@ def _explain(item: Any) -> str:
 
 def _section(location: tuple[Any, ...]) -> type[BaseModel] | None:
     section: Any = Recipe
+    if location[:2] == ("loss", "methods") and len(location) > 2:
+        section, location = losses.load(location[2]).Params, location[3:]
     for part in location:
         info = section.model_fields.get(part)
         kinds = (info.annotation, *getattr(info.annotation, "__args__", ())) if info else ()
+        kinds = tuple(getattr(kind, "__origin__", kind) for kind in kinds)  # Annotated[X, ...] is X
         section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
         if section is None:
             return None

@@ -37,6 +37,7 @@ NUMBERS = {
     "n": ("test images", "{:,}"),
     "top1": ("top-1 accuracy", "{:.2%}"),
     "top5": ("top-5 accuracy", "{:.2%}"),
+    "tta_top1": ("top-1 accuracy with test-time augmentation", "{:.2%}"),
     "nll": ("negative log-likelihood (nats)", "{:.4f}"),
     "ece": (f"expected calibration error ({ECE_BINS} bins)", "{:.2%}"),
     "teacher_top1": ("teacher's top-1 accuracy", "{:.2%}"),

@@ -111,6 +111,16 @@ class Run:
             raise RunError(f"{self.path} is not finished; go on with it by --run-dir {self.path} --resume")
         return json.loads((self.path / "summary.json").read_text())
 
+    @staticmethod
+    def facts(path: Path) -> dict[str, Any]:
+        """What environment.json says, of a directory that need not be there."""
+        file = path / "environment.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def note(self, **facts: Any) -> None:
+        """Add to environment.json."""
+        write_text(self.path / "environment.json", json.dumps(self.facts(self.path) | facts, indent=2))
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         write_text(self.path / "summary.json", json.dumps(summary, indent=2))
 

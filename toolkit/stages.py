@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from toolkit import comparison, distributed, engine, recipe, report
 from toolkit import data as datasets
+from toolkit import distributed, engine, recipe
 from toolkit.catalogue import build, mac_count, parameter_count
-from toolkit.classifier import Ensemble
+from toolkit.classifier import Ensemble, TestTimeAugmentation, Views
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.files import write_bytes, write_text
 from toolkit.progress import say
@@ -34,8 +34,10 @@ from toolkit.tracking import tensorboard
 if TYPE_CHECKING:
     from export.parity import ParityReport
     from toolkit.classifier import Classifier
+    from toolkit.comparison import Row
 
 EXAMPLES = 8  # test images beside an artifact, for the page
+LOOKED_AT = 1000  # images on which a teacher is measured before it teaches
 
 
 # --- training ----------------------------------------------------------------------------------------------
@@ -74,27 +76,47 @@ def distill(
     """Distil the recipe's student from its teacher; the finished run (more arguments: see ``train``).
 
     The teacher comes from ``teacher.checkpoint``, else from the newest finished run of that name on the same
-    data. Raises ``TeacherError`` where there is none or it does not fit the data.
+    data. Raises ``TeacherError`` where there is none, it does not fit the data or has nothing to teach.
     """
     if not wanted.distils:
         return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
     data = check(wanted)
-    teacher, known = load_teachers(wanted.teacher, find_teacher(wanted), data)
-    if wanted.teacher.weights not in (None, known.weights):
-        raise TeacherError(
-            f"{known.checkpoint} has SHA-256 {str(known.weights)[:12]}, the recipe asks for "
-            f"{wanted.teacher.weights[:12]}: it is another teacher. Give the right one by --teacher-checkpoint."
-        )
-    if known.name != wanted.teacher.name:
-        raise TeacherError(
-            f"{known.checkpoint} holds {known.name}, the recipe asks for {wanted.teacher.name}: give --teacher "
-            f"{known.name}, or another --teacher-checkpoint."
-        )
+    teacher, known = teacher_of(wanted, data)
     wanted = wanted.model_copy(update={"teacher": known})
     sources = [str(path.parent.parent) for path in (known.checkpoint, *known.also) if path]
     doing = f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
-    return _fit(wanted, data, teacher, run_dir, resume, doing, on_epoch, extend, log)
+    path = run_dir or default_path(wanted)
+    measured = None if "teacher" in Run.facts(path) else preflight(teacher, known, data, wanted)
+    return _fit(wanted, data, teacher, path, resume, doing, on_epoch, extend, log, measured)
+
+
+def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted: Recipe) -> dict[str, Any]:
+    """Top-1 of a teacher on up to 1,000 val images, else training images: ``{"top1", "images", "split"}``.
+
+    The classes and their order were compared by ``load_teacher``, and normalisation is a part of the model. Raises
+    ``TeacherError`` where the answers are hardly better than the commonest class.
+    """
+    name, split = ("training", data.train) if data.val is None else ("val", data.val)
+    count = min(len(split), LOOKED_AT)
+    index = torch.linspace(0, len(split) - 1, count).long()
+    some = datasets.Split(split.images[index], split.labels[index])
+    device = distributed.own_device(engine.pick_device(wanted.device))
+    teacher = teacher.to(device).to(memory_format=engine.memory_format(wanted))
+    _, top1 = engine.evaluate(teacher, some, device, engine.pick_dtype(wanted.precision, device))
+    chance = data.train.labels.bincount().max().item() / len(data.train)
+    said = f"{top1:.1%} of {count:,} {name} images right, a guess {chance:.1%}"
+    if top1 < chance + max(0.1 * (1 - chance), 3 * (chance * (1 - chance) / count) ** 0.5):
+        assert known.checkpoint is not None
+        _, header = load_model(known.checkpoint)
+        ours = {"dataset": data.name, "dataset_digest": data.digest, "image_size": wanted.data.image_size}
+        differing = [f"{key} {header[key]} there, {value} here" for key, value in ours.items() if header[key] != value]
+        why = f"other images: {'; '.join(differing)}" if differing else "these images"
+        raise TeacherError(
+            f"the teacher {known.checkpoint} has nothing to teach: it gets {said}. It was trained on {why}."
+        )
+    say(f"the teacher {known.name} gets {said}")
+    return {"top1": top1, "images": count, "split": name}
 
 
 def check(wanted: Recipe) -> datasets.DataSet:
@@ -115,12 +137,15 @@ def _fit(
     on_epoch: OnEpoch | None,
     extend: bool,
     log: str | None,
+    measured: Mapping[str, Any] | None = None,
 ) -> Run:
     path = run_dir or default_path(wanted)
     fresh = not (path / "recipe.yaml").exists()
     with distributed.joined(distributed.own_device(engine.pick_device(wanted.device))):
         if distributed.RANK == 0:
-            Run.start(path, wanted, resume, extend)
+            run = Run.start(path, wanted, resume, extend)
+            if measured is not None:
+                run.note(teacher=measured)
         distributed.wait()
         run = Run(path)
         if run.finished and run.summary()["dataset_digest"] != data.digest:
@@ -153,6 +178,23 @@ def without_teacher(wanted: Recipe) -> Recipe:
     """The baseline of a distillation: the same recipe with the labels alone."""
     loss = wanted.loss.model_copy(update={"ce_weight": 1.0, "kd_weight": 0.0})
     return wanted.model_copy(update={"teacher": None, "loss": loss})
+
+
+def teacher_of(wanted: Recipe, data: datasets.DataSet) -> tuple[nn.Module, Teacher]:
+    """The recipe's trained teacher, and what it was; ``TeacherError`` where there is none, or another one."""
+    assert wanted.teacher is not None
+    teacher, known = load_teachers(wanted.teacher, find_teacher(wanted), data)
+    if wanted.teacher.weights not in (None, known.weights):
+        raise TeacherError(
+            f"{known.checkpoint} has SHA-256 {str(known.weights)[:12]}, the recipe asks for "
+            f"{wanted.teacher.weights[:12]}: it is another teacher. Give the right one by --teacher-checkpoint."
+        )
+    if known.name != wanted.teacher.name:
+        raise TeacherError(
+            f"{known.checkpoint} holds {known.name}, the recipe asks for {wanted.teacher.name}: give --teacher "
+            f"{known.name}, or another --teacher-checkpoint."
+        )
+    return teacher, known
 
 
 def find_teacher(wanted: Recipe) -> Path:
@@ -268,16 +310,20 @@ def validate(
     data_dir: Path | None = None,
     device: str = "auto",
     provider: Literal["auto", "cuda", "cpu"] = "auto",
+    tta: Views | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Measure a run directory, a file of weights or an artifact on the test set.
 
     Without a target the newest finished run is taken. Returns the metrics (see ``report.measure``) and the
-    folder of the report. A model of PyTorch is measured in fp32.
+    folder of the report. A model of PyTorch is measured in fp32. ``tta`` adds ``tta_top1``, its accuracy over these
+    views; all other figures are of the plain images. Raises ``UserError`` for an artifact, which is run as it is.
     """
     if target is None:
         target = newest_run().path
         say(f"validating the newest run, {target}")
     if target.suffix == ".onnx":
+        if tta:
+            raise UserError(f"--tta augments models of PyTorch; {target} is an artifact and measured as it is")
         return _validate_artifact(target, dataset, data_dir, provider)
     run = Run(target) if target.is_dir() else None
     weights = run.checkpoint("best") if run else target
@@ -297,6 +343,8 @@ def validate(
         "data": f"{data.name}, {len(data.test):,} test images",
         "teacher": header["teacher"] or "none",
     }
+    from toolkit import report  # with matplotlib
+
     history: list[dict[str, Any]] = []
     if run is not None:
         history, summary = run.history(), run.summary()
@@ -310,6 +358,10 @@ def validate(
             facts["batch"] = f"{report.batch_sizes(history)} images"
         teacher_logits = _teacher_logits(run, data, place)
     metrics = report.measure(logits, data.test.labels.numpy(), data.classes, teacher_logits)
+    if tta:
+        views = engine.predict(TestTimeAugmentation(model, tta).to(place), data.test.images, place)
+        metrics["tta_top1"] = float((views.argmax(1) == data.test.labels.numpy()).mean())
+        metrics["tta_views"] = facts["test-time augmentation"] = tta
     identity = {
         "model": header["model"],
         "dataset": data.name,
@@ -326,6 +378,7 @@ def _validate_artifact(
     path: Path, dataset: str | None, data_dir: Path | None, provider: Literal["auto", "cuda", "cpu"]
 ) -> tuple[dict[str, Any], Path]:
     from serve.session import Session
+    from toolkit import report
 
     session = Session(path, provider)
     about = session.metadata
@@ -370,6 +423,8 @@ def _write_report(
     facts: Mapping[str, str],
     table: str | None,
 ) -> None:
+    from toolkit import report
+
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
     labels = data.test.labels.numpy()
     images = to_nhwc(data.test.images[:])
@@ -440,17 +495,19 @@ def _run_of(artifact: Path) -> Run | None:
 
 @dataclass(frozen=True)
 class Compared:
-    rows: list[comparison.Row]
+    rows: list[Row]
     left_out: dict[str, str]  # run directory to the reason, a whole sentence
     page: Path
 
 
-def compare(targets: Sequence[Path] | None, output: Path) -> Compared:
+def side_by_side(targets: Sequence[Path] | None, output: Path) -> Compared:
     """Write the comparison of these run directories into the folder ``output`` (see ``comparison.write``).
 
     Without targets the newest finished runs are taken, as many as there are distinct colours. Unfinished and
     damaged runs are left out and named; ``RunError`` where none is left.
     """
+    from toolkit import comparison  # with matplotlib
+
     paths = list(targets or [])
     if not targets:
         found = sorted(RUNS.glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)

@@ -1,0 +1,286 @@
+"""Features by module path, the objective that adds up methods, and training with it."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Chain, Toolkit
+from test_bad_input import refused
+from test_engine import TREE, parts
+
+from toolkit import data as datasets
+from toolkit import engine
+from toolkit.catalogue import build
+from toolkit.data import DataSet, Split
+from toolkit.errors import Interrupted, RecipeError
+from toolkit.features import Features, output_shapes, pair, same_size
+from toolkit.losses import attention_transfer, names, relational_kd
+from toolkit.objective import Objective
+from toolkit.recipe import Ramp, at, resolve
+from toolkit.run import Run, load_tensors, save_tensors
+
+TEACHER = {"name": "resnet9_wide", "widths": [8, 16, 16]}
+LAYERS = [["network.stages.0", "network.stages.1"], ["network.stages", "network.stages.2"]]
+EVERYTHING = {
+    "teacher": TEACHER,
+    "loss": {
+        "kd_weight": 0.1,
+        "temperature": {"start": 4, "end": 1},
+        "methods": {name: {"layers": LAYERS} if name == "fitnets" else {} for name in names()},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    whole = datasets.load(resolve(TREE, "distill", {"data.image_size": 16}).data)
+    some = {name: Split(part.images[:n], part.labels[:n]) for name, part, n in parts(whole)}
+    return DataSet("digits", whole.classes, mean=whole.mean, std=whole.std, digest="d", **some)
+
+
+def nets(student="tpsnet", teacher="wrn28"):
+    arguments = {"tpsnet": {"blocks": [1, 1, 1], "base": 4}, "wrn28": {"depth": 10, "width": 1}}
+    pair = (
+        build(name, role, 10, **arguments.get(name, {})) for name, role in ((student, "student"), (teacher, "teacher"))
+    )
+    return [net.eval() for net in pair]
+
+
+# --- features ----------------------------------------------------------------------------------------------
+
+
+def test_features_are_what_the_modules_put_out_and_the_net_stays_as_it_is():
+    _, net = nets()
+    images = torch.rand(3, 3, 32, 32)
+    before, keys = net(images), list(net.state_dict())
+    features = Features(net, ["network.blocks.0", "network.head"])
+    after = net(images)
+    assert torch.equal(before, after)
+    assert list(net.state_dict()) == keys
+    assert torch.equal(features.kept["network.head"], after)
+    normal = (images - net.mean) / net.std
+    assert torch.equal(features.kept["network.blocks.0"], net.network.blocks[0](net.network.conv(normal)))
+    features.remove()
+    features.kept.clear()
+    net(images)
+    assert features.kept == {}
+
+
+def test_a_dry_pass_tells_the_shapes_and_changes_nothing():
+    net = build("resnet9", "student", 10, widths=(8, 8, 16)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    shapes = output_shapes(net, torch.zeros(2, 3, 32, 32))
+    assert (shapes["network.stages.1"], shapes["network.head"]) == ((8, 7, 7), (10,))
+    assert net.training
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_layers_that_are_not_named_are_those_of_the_lowest_resolutions():
+    ours, theirs = (output_shapes(net, torch.zeros(2, 3, 32, 32)) for net in nets("resnet9"))
+    expected = [
+        ("network.stages", "network.norm"),
+        ("network.stages.1", "network.blocks.1"),
+        ("network.stages.0", "network.blocks.0"),
+    ]
+    assert pair(attention_transfer.Params(), "attention_transfer", ours, theirs) == expected
+    assert pair(relational_kd.Params(), "relational_kd", ours, theirs) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (
+            ["network.stage.1", "network.norm"],
+            ["the student has no module 'network.stage.1'", "network.stages.1 [16, 16"],
+        ),
+        (["network.stages", "norm"], ["the teacher has no module 'norm'", "network.blocks.2 [64, 8, 8]"]),
+        (
+            ["network.head", "network.norm"],
+            ["'network.head' of the student puts out [10]", "feature maps", "stages.0 ["],
+        ),
+    ],
+)
+def test_layers_that_do_not_fit_are_told_with_those_that_do(layers, words):
+    student, teacher = nets()
+    tree = TREE | {"teacher": TEACHER, "loss": {"kd_weight": 1, "methods": {"fitnets": {"layers": [layers]}}}}
+    with pytest.raises(RecipeError) as caught:
+        Objective(resolve(tree, "distill"), student, teacher)
+    assert str(caught.value).startswith("loss.methods.fitnets.layers: ")
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert len(str(caught.value)) < 700
+
+
+def test_any_output_will_do_where_images_are_related():
+    student, teacher = nets()
+    layers = [["network.head", "network.norm"]]
+    tree = TREE | {"teacher": TEACHER, "loss": {"kd_weight": 1, "methods": {"relational_kd": {"layers": layers}}}}
+    objective = Objective(resolve(tree, "distill"), student, teacher)
+    assert objective.pairs == {"relational_kd": [("network.head", "network.norm")]}
+
+
+def test_maps_of_two_sizes_meet_at_the_smaller_one():
+    one, other = same_size(torch.rand(2, 3, 8, 8), torch.rand(2, 5, 4, 4))
+    assert (one.shape, other.shape) == ((2, 3, 4, 4), (2, 5, 4, 4))
+
+
+# --- recipes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"methods": {"dkx": {}}}, "loss.methods.dkx: there is no such method; did you mean 'dkd'?"),
+        ({"methods": {"dkd": {"bata": 1}}}, "loss.methods.dkd.bata: there is no such field; did you mean 'beta'?"),
+        ({"methods": {"dkd": {"beta": -1}}}, "loss.methods.dkd.beta = -1: input should be greater than or equal to 0"),
+        ({"methods": {"dkd": {"weight": 0}, "dist": {"weight": 0}}}, "weights of all methods (dkd, dist) are 0"),
+        ({"methods": ["dkd"]}, "loss.methods = ['dkd']: input should be a valid dictionary"),
+        ({"methods": {"fitnets": {"layers": [["a"]]}}}, "loss.methods.fitnets.layers.0.1: is missing"),
+        ({"temperature": 0}, "loss.temperature = 0: input should be greater than 0"),
+        ({"temperature": {"start": 4, "end": 0}}, "loss.temperature: start (=4) and end (=0) must be greater than 0"),
+        ({"temperature": {"start": 4}}, "loss.temperature.end: is missing"),
+        (
+            {"kd_weight": {"start": 1, "end": 0, "over": 2}},
+            "loss.kd_weight.over = 2: input should be less than or equal",
+        ),
+        ({"kd_weight": {"start": 0, "end": 0}, "ce_weight": 0}, "ce_weight and kd_weight are both 0"),
+    ],
+)
+def test_losses_that_are_none(loss, message):
+    tree = TREE | {"teacher": TEACHER, "loss": {"kd_weight": 1} | loss}
+    with pytest.raises(RecipeError) as caught:
+        resolve(tree, "distill")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"cached_epochs": 3},
+            r"attention_transfer needs the teacher's features, cached_epochs \(=3\) keeps its logits",
+        ),
+        ({"teacher": TEACHER | {"also": ["runs/other"]}}, "attention_transfer needs .* an ensemble that gives logits"),
+    ],
+)
+def test_features_of_a_teacher_that_gives_logits_alone(change, message):
+    with pytest.raises(RecipeError, match=message):
+        resolve(TREE | EVERYTHING | change, "distill")
+
+
+def test_a_written_recipe_holds_every_setting_of_its_methods(tmp_path):
+    recipe = resolve(TREE | EVERYTHING, "distill", {"loss.methods.dkd.beta": 2})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    again = resolve(tmp_path / "recipe.yaml", "distill")
+    assert again == recipe
+    assert again.loss.methods["dkd"].beta == 2
+    assert again.model_dump(mode="json")["loss"]["methods"]["relational_kd"]["angle"] == 50
+
+
+def test_a_ramp_goes_straight_and_stays():
+    ramp = Ramp(start=4, end=1, over=0.5)
+    assert [at(ramp, progress) for progress in (0, 0.25, 0.5, 1)] == [4, 2.5, 1, 1]
+    assert at(3, 0.7) == 3
+
+
+# --- the objective and training ----------------------------------------------------------------------------
+
+
+def test_the_objective_is_the_weighted_sum_of_its_terms():
+    student, teacher = nets()
+    images, labels = torch.rand(6, 3, 32, 32), torch.eye(10)[:6]
+
+    def value(progress=0.5, **loss):
+        objective = Objective(resolve(TREE | {"teacher": TEACHER, "loss": loss}, "distill"), student, teacher)
+        objective.progress = progress
+        return objective(student(images), labels, teacher(images)).item()
+
+    ce = value(ce_weight=1, kd_weight=1e-12)
+    dist = value(ce_weight=0, kd_weight=1, methods={"dist": {}})
+    attention = value(ce_weight=0, kd_weight=1, methods={"attention_transfer": {"weight": 1}})
+    ramp = {"start": 0, "end": 6, "over": 1}
+    methods = {"dist": {"weight": 2}, "attention_transfer": {"weight": ramp}}
+    expected = 0.5 * ce + 0.1 * (2 * dist + 3 * attention)
+    assert value(ce_weight=0.5, kd_weight=0.1, methods=methods) == pytest.approx(expected, rel=1e-4)
+    assert value(ce_weight=0, kd_weight=1) == value(ce_weight=0, kd_weight=1, methods={"soft_targets": {}})
+    warm = [value(ce_weight=0, kd_weight=1, methods={"dkd": {}}, progress=p) for p in (0, 1 / 24, 1 / 12, 1)]
+    assert warm == pytest.approx([0, warm[3] / 2, warm[3], warm[3]])
+
+
+def test_a_run_with_every_method_that_is_stopped_ends_as_one_that_was_not(tmp_path, data, monkeypatch):
+    """The regressors and their momentum are resumed, and are no part of the student."""
+    teacher = build("resnet9_wide", "teacher", 10, widths=(8, 16, 16))
+    recipe = resolve(TREE | EVERYTHING, "distill", {"optimizer.lr": 0.01, "epochs": 2, "average_decay": 0.9})
+    whole, halved = (Run.start(tmp_path / name, recipe, resume=True) for name in ("whole", "halved"))
+    engine.fit(recipe, data, whole, teacher)
+    monkeypatch.setattr(engine, "READ_SECONDS", 0.0)
+
+    class StopAt(engine.StopSignal):
+        asked = property(lambda self: next(self.steps) == 2, lambda self, value: None)
+
+        def __init__(self):
+            self.steps = iter(range(1000))
+            super().__init__()
+
+    monkeypatch.setattr(engine, "StopSignal", StopAt)
+    stops = 0
+    while not halved.finished:
+        with contextlib.suppress(Interrupted):
+            engine.fit(recipe, data, halved, teacher)
+        stops += not halved.finished
+    assert stops > 1
+    assert whole.checkpoint("best").read_bytes() == halved.checkpoint("best").read_bytes()
+    (one, _), (other, _) = (load_tensors(run.checkpoint("last")) for run in (whole, halved))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    regressor = one["objective.terms.fitnets.regressors.0.0.weight"]
+    assert regressor.shape == (16, 8, 1, 1)
+    shipped, _ = load_tensors(whole.checkpoint("best"))
+    assert shipped.keys() == engine.new_model(recipe, data).state_dict().keys()
+
+
+def test_regressors_are_trained(tmp_path, data):
+    teacher = build("resnet9_wide", "teacher", 10, widths=(8, 16, 16))
+    loss = {"ce_weight": 0, "kd_weight": 1, "methods": {"fitnets": {"weight": 1, "layers": LAYERS}}}
+    recipe = resolve(TREE | EVERYTHING | {"loss": loss}, "distill", {"epochs": 4})
+    run = Run.start(tmp_path / "run", recipe, resume=True)
+    engine.fit(recipe, data, run, teacher)
+    losses = [row["train_loss"] for row in run.history()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# --- the teacher is looked at first ------------------------------------------------------------------------
+
+
+def test_what_a_teacher_is_worth_is_told_once_and_kept(toolkit: Toolkit, chain: Chain) -> None:
+    distil = ("distill", "--recipe", "digits", "--teacher-checkpoint", chain.teacher, "--epochs", 2, "--run-dir", "new")
+    first = toolkit(*distil, "--set", "data.val_size=0")
+    assert "of 1,000 training images right, a guess 10" in first.stderr
+    kept = json.loads(Path("new/environment.json").read_text())["teacher"]
+    assert (kept["images"], kept["split"]) == (1000, "training")
+    assert f"the teacher resnet9_wide gets {kept['top1']:.1%} of" in first.stderr
+    assert "versions" in json.loads(Path("new/environment.json").read_text())
+    again = toolkit(*distil, "--set", "data.val_size=0")
+    assert again.exit_code == 0
+    assert "a guess" not in again.stderr
+
+
+def test_a_teacher_that_knows_other_classes_is_refused(toolkit: Toolkit, chain: Chain) -> None:
+    """Each answer is taken for the next class; the file says what the data says."""
+    weights = chain.teacher / "checkpoints/best.safetensors"
+    tensors, header = load_tensors(weights)
+    head = "network.head.weight"
+    save_tensors(weights, tensors | {head: tensors[head].roll(1, 0)}, header)
+    distil = ("distill", "--recipe", "digits", "--teacher-checkpoint", chain.teacher, "--run-dir", "new")
+    refused(toolkit(*distil), weights, "has nothing to teach", "of 144 val images right", "trained on these images")
+    save_tensors(weights, tensors | {head: tensors[head].roll(1, 0)}, header | {"image_size": 64})
+    refused(toolkit(*distil), "It was trained on other images: image_size 64 there, 32 here")
+    assert not Path("new").exists()
+
+
+def test_a_layer_that_is_not_there_leaves_no_run(toolkit: Toolkit, chain: Chain) -> None:
+    layers = "loss.methods.fitnets.layers=[[network.stage.1, network.stages.1]]"
+    distil = ("distill", "--recipe", "digits", "--teacher-checkpoint", chain.teacher, "--run-dir", "new")
+    refused(toolkit(*distil, "--set", layers), "no module 'network.stage.1'", "network.stages.1 [32, 7, 7]")
+    assert not Path("new").exists()

@@ -1,0 +1,93 @@
+"""Features: the outputs of modules within a net, taken by hooks under the module's path; the net is not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.errors import RecipeError
+from toolkit.recipe import FeatureMethod
+
+Shapes = dict[str, tuple[int, ...]]
+OUTER = 3  # an outer module has at most this many names in its path: network.stages.1, not what is within it
+RESOLUTIONS = 3  # most layers that are paired by default
+
+
+class Features:
+    """Keeps what the modules at ``paths`` put out in the net's last forward pass."""
+
+    def __init__(self, net: nn.Module, paths: Iterable[str]) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.hooks = [net.get_submodule(path).register_forward_hook(partial(self._keep, path)) for path in set(paths)]
+
+    def _keep(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self.kept[path] = output
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def output_shapes(net: nn.Module, images: Tensor) -> Shapes:
+    """The shape, without the batch, of what each module puts out for images ``[B,3,H,W]``, in the order of running."""
+    features, training = Features(net, (path for path, _ in net.named_modules() if path)), net.training
+    net.eval()  # leaves BN's statistics and the random generator as they are
+    try:
+        net(images)
+    finally:
+        features.remove()
+        net.train(training)
+    return {path: tuple(output.shape[1:]) for path, output in features.kept.items() if output.ndim > 1}
+
+
+def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> list[tuple[str, str]]:
+    """The layers that a method compares: those of the recipe, or by default as ``FeatureMethod.layers`` says.
+
+    Raises ``RecipeError`` for a module that is not there, with those that are, and for shapes that do not match.
+    """
+    where = f"loss.methods.{name}.layers"
+    if not method.layers:
+        pairs = list(zip(deepest(student), deepest(teacher), strict=False))
+        if not pairs:
+            raise RecipeError(f"{where}: one of the nets has no feature maps to compare; give pairs of modules")
+        return pairs if method.maps else pairs[:1]
+    for paths in method.layers:
+        for whose, path, shapes in zip(("student", "teacher"), paths, (student, teacher), strict=True):
+            if path not in shapes:
+                raise RecipeError(
+                    f"{where}: the {whose} has no module {path!r} that puts out a tensor. It has: {listed(shapes)}"
+                )
+            if method.maps and len(shapes[path]) != 3:
+                maps: Shapes = {path: shape for path, shape in shapes.items() if len(shape) == 3}
+                raise RecipeError(
+                    f"{where}: {path!r} of the {whose} puts out {list(shapes[path])}, and {name} compares feature maps "
+                    f"[C,H,W]. With such: {listed(maps)}"
+                )
+    return list(method.layers)
+
+
+def outer(shapes: Shapes) -> Shapes:
+    return {path: shape for path, shape in shapes.items() if path.count(".") < OUTER}
+
+
+def deepest(shapes: Shapes) -> list[str]:
+    """The last outer modules that put out feature maps of each resolution, from the deepest to the third deepest."""
+    last = {shape[1:]: path for path, shape in outer(shapes).items() if len(shape) == 3 and shape[1:] != (1, 1)}
+    return list(last.values())[: -RESOLUTIONS - 1 : -1]
+
+
+def listed(shapes: Shapes) -> str:
+    return ", ".join(f"{path} {list(shape)}" for path, shape in outer(shapes).items()) + " and those within them"
+
+
+def same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two feature maps ``[B,C,H,W]``, each averaged to the smaller height and the smaller width of both."""
+    size = min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3])
+    return F.adaptive_avg_pool2d(one, size), F.adaptive_avg_pool2d(other, size)

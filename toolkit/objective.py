@@ -1,0 +1,73 @@
+"""The loss of a recipe: cross entropy with the labels, plus a sum of distillation methods."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit import losses
+from toolkit.features import Features, output_shapes, pair
+from toolkit.progress import say
+from toolkit.recipe import FeatureMethod, Method, Recipe, at
+
+
+class Objective(nn.Module):
+    """``ce_weight`` times the cross entropy with soft labels ``[B,K]``, plus ``kd_weight`` times the methods' sum.
+
+    Methods on features read those of the last forward passes of ``student`` and ``teacher``, by hooks that are set
+    here, after one dry pass of both has told which modules there are: a ``RecipeError`` says what does not fit.
+    What such a method trains (FitNets' regressors) are the parameters of this module. ``progress``, the fraction of
+    the run that is done, decides what weights and temperature are.
+    """
+
+    def __init__(self, recipe: Recipe, student: nn.Module, teacher: nn.Module | None) -> None:
+        super().__init__()
+        self.config, self.progress = recipe.loss, 0.0
+        self.methods = {} if teacher is None else recipe.loss.methods or {"soft_targets": Method()}
+        self.terms = nn.ModuleDict()
+        self.pairs: dict[str, list[tuple[str, str]]] = {}
+        by_features = {name: each for name, each in self.methods.items() if isinstance(each, FeatureMethod)}
+        if teacher is not None and by_features:
+            self._hook(by_features, student, teacher, recipe.data.image_size)
+        for name, method in self.methods.items():
+            if name not in by_features:
+                self.terms[name] = losses.load(name).Term(method)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether it reads features."""
+        return bool(self.pairs)
+
+    def _hook(self, methods: dict[str, FeatureMethod], student: nn.Module, teacher: nn.Module, image_size: int) -> None:
+        images = torch.zeros(2, 3, image_size, image_size, device=next(student.parameters()).device)
+        theirs, ours = output_shapes(teacher, images), output_shapes(student, images)
+        for name, method in methods.items():
+            pairs = pair(method, name, ours, theirs)
+            self.pairs[name] = pairs
+            self.terms[name] = losses.load(name).Term(method, [(ours[one], theirs[other]) for one, other in pairs])
+            if not method.layers:
+                say(f"{name} compares {', '.join(f'{one} with {other}' for one, other in pairs)}")
+        every = [paths for pairs in self.pairs.values() for paths in pairs]
+        self.student = Features(student, (one for one, _ in every))
+        self.teacher = Features(teacher, (other for _, other in every))
+
+    def forward(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        logits = logits.float()
+        loss = logits.new_zeros(())
+        if self.config.ce_weight:
+            smoothing = self.config.label_smoothing
+            weight = at(self.config.ce_weight, self.progress)
+            loss = loss + weight * F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if teacher_logits is None:
+            return loss
+        weight, temperature = at(self.config.kd_weight, self.progress), at(self.config.temperature, self.progress)
+        for name, term in self.terms.items():
+            if name in self.pairs:
+                ours = [self.student.kept[one] for one, _ in self.pairs[name]]
+                theirs = [self.teacher.kept[other] for _, other in self.pairs[name]]
+                value = term(ours, theirs)
+            else:
+                value = term(logits, teacher_logits, labels, temperature)
+            loss = loss + weight * at(self.methods[name].weight, self.progress) * value
+        return loss
