@@ -21,6 +21,7 @@ from toolkit import tune, tune_report
 from toolkit.catalogue import build, parameter_count
 from toolkit.errors import SearchError, SpaceError
 from toolkit.files import locked
+from toolkit.machine import available_cores
 from toolkit.recipe import resolve
 from toolkit.run import Run
 from toolkit.space import SPACES, Domain, Plan, make_plan, measure, read_space, shipped
@@ -512,7 +513,8 @@ def test_a_search_on_ray(ray: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on(ray: Path) -> None:
-    asked = command("--space", "space.yaml", "--trials", 3, "--output", "out", "--set", "epochs=40")
+    one_at_a_time = ("--cpus-per-trial", available_cores())
+    asked = command("--space", "space.yaml", "--trials", 3, "--output", "out", "--set", "epochs=40", *one_at_a_time)
     second = Path("out/trials/0002")
     with subprocess.Popen(asked, stderr=subprocess.DEVNULL) as search:
         while not (second / "metrics.jsonl").is_file() or len(Run(second).history()) < 3:

@@ -173,24 +173,13 @@ def _probe(base: Recipe, data: DataSet, cpus: int) -> float:
     from toolkit import engine
     from toolkit.catalogue import mac_count
 
-    device, threads = engine.pick_device(base.device), torch.get_num_threads()
-    dtype = engine.pick_dtype(base.precision, device)
-    model = engine.new_model(base, data).to(device).to(memory_format=engine.memory_format(base)).train()
-    images = torch.rand(64, *data.train.images.shape[1:], device=device)
-    images = images.contiguous(memory_format=engine.memory_format(base))
+    model, threads = engine.new_model(base, data), torch.get_num_threads()
     torch.set_num_threads(cpus)
     try:
-        for _ in range(2):  # the first also prepares the kernels
-            began = time.monotonic()
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(images)
-            logits.float().sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.monotonic() - began
+        seconds = engine.seconds_an_image(model, base, backward=True)
     finally:
         torch.set_num_threads(threads)
-    return seconds / len(images) * len(data.train) / mac_count(model, data.train.images.shape[-1])
+    return seconds * len(data.train) / mac_count(model, data.train.images.shape[-1])
 
 
 class Estimate:

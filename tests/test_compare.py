@@ -1,0 +1,266 @@
+"""``toolkit compare``: the statistics against straightforward computations, and a small real comparison."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Chain, Toolkit
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from toolkit import compare, engine
+from toolkit.catalogue import build, mac_count
+from toolkit.compare import Comparison, Plan, Result, make_plan
+from toolkit.compare_report import Difference, differences, figure, holm, paired, summarise, told
+from toolkit.recipe import resolve
+from toolkit.run import Run
+
+counts = st.integers(0, 1000)
+
+
+# --- statistics --------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(counts, counts), min_size=2, max_size=12).filter(lambda x: len({a - b for a, b in x}) > 1))
+def test_a_paired_difference_is_student_s_t_of_the_differences(right: list[tuple[int, int]]) -> None:
+    ours, theirs = np.array(right).T / 1000
+    each = ours - theirs
+    n, mean, error = len(each), each.mean(), each.std(ddof=1) / math.sqrt(len(each))
+    found = paired(ours, theirs)
+    assert found.mean == pytest.approx(mean)
+    reach = stats.t.ppf(0.975, n - 1) * error
+    assert found.interval == pytest.approx((mean - reach, mean + reach), abs=1e-12)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, n - 1))
+    # The interval and the test are one: zero is outside exactly where p is below 5%.
+    low, high = found.interval
+    assert (low > 0 or high < 0) == (found.p < 0.05)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.001, 0.999))
+def test_holm_s_p_values_reject_as_his_procedure_does(p: list[float], level: float) -> None:
+    rejected = set()
+    for step, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[index] * (len(p) - step) > level:
+            break
+        rejected.add(index)
+    assert {index for index, value in enumerate(holm(p)) if value <= level} == rejected
+
+
+def test_of_methods_that_are_all_alike_one_in_twenty_comparisons_finds_a_difference() -> None:
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(200):
+        accuracy = 0.9 + 0.002 * rng.standard_normal((5, 4))  # the baseline and four methods, four seeds
+        found = differences(dict(zip("abcde", accuracy.tolist(), strict=True)), "a")
+        wrong += any(one.told_apart for one in found.values())
+    assert 0 < wrong < 0.08 * 200  # without the correction it would be 13%
+
+
+def test_seeds_without_spread_say_nothing() -> None:
+    for ours, theirs in (([0.9], [0.8]), ([0.9, 0.8], [0.8, 0.7]), ([0.9, 0.8], [0.9, 0.8])):
+        found = paired(ours, theirs)
+        assert (found.interval, found.p, found.told_apart) == (None, None, False)
+    assert differences({"a": [0.8], "b": [0.9]}, "a")["b"] == Difference(pytest.approx(0.1), None, None)
+
+
+@pytest.mark.parametrize(
+    ("difference", "n", "words"),
+    [
+        (Difference(0.02, (0.01, 0.03), 0.01, 0.03), 3, "better than x"),
+        (Difference(-0.02, (-0.03, -0.01), 0.01, 0.03), 3, "worse than x"),
+        (Difference(0.02, (-0.01, 0.05), 0.2, 0.6), 3, "cannot be told apart from x"),
+        (
+            Difference(0.02, (0.01, 0.03), 0.03, 0.09),
+            3,
+            "cannot be told apart from x: its own interval excludes zero, but not with Holm's correction for 4 ",
+        ),
+        (Difference(0.02, None, None), 1, "cannot be told apart from x by one seed"),
+        (Difference(0.0, None, None), 3, "cannot be told apart from x: all seeds differ by the same, "),
+    ],
+)
+def test_what_is_said(difference: Difference, n: int, words: str) -> None:
+    assert told(difference, "x", n, 4).startswith(words)
+
+
+def made(top1: dict[str, list[float]], val: dict[str, float | None]) -> Comparison:
+    """A comparison with these results, not run."""
+    base = resolve("digits", "distill")
+    plan = Plan(dict.fromkeys(top1, base), range(len(next(iter(top1.values())))), Path("nowhere"))
+    results = [
+        Result(method, seed, "run", val[method], top1[method][seed], 0.9, 0.1, 0.02, 9.0, 1.0, 10**12, 10**11)
+        for method, seed in plan.runs
+    ]
+    return Comparison(plan, results, {})
+
+
+def test_val_chooses_the_best_and_test_only_reports_it() -> None:
+    top1 = {"baseline": [0.80, 0.81, 0.80], "dkd": [0.90, 0.91, 0.92], "dist": [0.93, 0.94, 0.951]}
+    rows = {row.method: row for row in summarise(made(top1, {"baseline": 0.8, "dkd": 0.9, "dist": 0.85}))}
+    assert rows["dkd"].verdict == "better than the baseline; best on val"
+    assert rows["dist"].verdict == "better than the baseline; better than dkd"
+    assert rows["baseline"].verdict == "worse than dkd"
+    assert rows["dist"].mean["top1"] == pytest.approx(np.mean(top1["dist"]))
+    assert rows["dist"].deviation["top1"] == pytest.approx(np.std(top1["dist"], ddof=1))
+    # Of equals the baseline is taken; without val, test has to do.
+    tied = summarise(made(top1, dict.fromkeys(top1, 0.9)))
+    assert tied[0].verdict == "best on val"
+    assert summarise(made(top1, dict.fromkeys(top1)))[2].verdict.endswith("best on test")
+
+
+def test_the_figure_shows_every_seed_and_every_interval() -> None:
+    top1 = {"baseline": [0.80, 0.81], "dkd": [0.90, 0.92], "dist": [0.81, 0.82]}
+    accuracy, difference = figure(made(top1, dict.fromkeys(top1))).axes
+    dots = [list(line.get_xdata()) for line in accuracy.lines if line.get_marker() == "o"]
+    assert dots == [pytest.approx([100 * value for value in values]) for values in top1.values()]
+    (bar,) = (line for line in difference.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 2
+              and line.get_marker() == "None" and line.get_ydata()[0] == 1)  # fmt: skip
+    low, high = paired(top1["dkd"], top1["baseline"]).interval
+    assert list(bar.get_xdata()) == pytest.approx([100 * low, 100 * high])
+    assert [tick.get_text() for tick in accuracy.get_yticklabels()] == list(top1)
+
+
+def test_operations_are_those_of_the_images_that_were_seen() -> None:
+    model = build("resnet9", "student", 10, widths=[8, 8, 8])
+
+    def counted(**settings: object) -> tuple[float, float]:
+        """In units of a student's step of one whole image, and of one answer of the teacher."""
+        recipe = resolve("digits", "distill", {"epochs": 4, **settings})
+        grown = [10 * 100, 10 * 100, 5 * 200, 5 * 200]  # images an epoch, by steps and batch size
+        rows = [{"epoch": 1, "step": 10, "batch_size": 100}, {"epoch": 2, "step": 20, "batch_size": 100},
+                {"epoch": 3, "step": 25, "batch_size": 200}, {"epoch": 4, "step": 30, "batch_size": 200}]  # fmt: skip
+        assert sum(grown) == 4000
+        student, teacher = compare.flops(recipe, rows, 1050, lambda side: mac_count(model, side), 7)
+        return student / (6 * mac_count(model, 32)), teacher / (2 * 7)
+
+    assert counted() == (4000, 4000)
+    assert counted(cached_epochs=2) == (4000, 2 * 1050)  # also of the samples that no step sees
+    assert counted(cached_epochs=9) == (4000, 4 * 1050)
+    assert counted(**{"loss.kd_weight": 0}) == (4000, 0)
+    assert counted(**{"optimizer.sam_radius": 0.05}) == (8000, 8000)
+    smaller = mac_count(model, 16) / mac_count(model, 32)
+    first, whole = counted(**{"progressive.start": 16, "progressive.over": 0.25})
+    assert (first, whole) == (pytest.approx(1000 * smaller + 3000), 4000)
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+SMALL = ("--recipe", "digits", "--device", "cpu", "--set", "student.widths=[8,8,8]", "--batch-size", 256,
+         "--set", "schedule.warmup_epochs=0")  # fmt: skip
+
+
+def states(folder: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")}
+
+
+def test_a_comparison_from_the_first_interruption_to_more_seeds(
+    toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("hot.yaml").write_text("loss.temperature: 8\nloss.label_smoothing: 0.1\n")
+    command = ("compare", "soft_targets", "hot.yaml", *SMALL, "--epochs", 2, "-o", "out", "--set", "cached_epochs=1")
+
+    shown = engine.Display.epoch
+
+    def stop(self: engine.Display, row: dict) -> None:
+        shown(self, row)
+        if Path("out/hot-0").exists():
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Display, "epoch", stop)
+        stopped = toolkit(*command, "--seeds", 1)
+    assert stopped.exit_code == 1
+    assert "3 runs in out; about 0:00:" in stopped.stderr
+    assert "stopped in out/hot-0, all of it is saved; the same `toolkit compare` goes on" in stopped.stderr
+    assert not Path("out/results.json").exists()
+    assert len(before := states(Path("out"))) == 2
+
+    once = toolkit(*command, "--seeds", 1)
+    assert once.exit_code == 0, once.output
+    assert "3 runs in out, 2 finished before" in once.stderr
+    assert "hot: cannot be told apart from the baseline by one seed" in once.stdout
+    assert before.items() < states(Path("out")).items()  # finished runs are kept
+
+    twice = toolkit(*command, "--seeds", 2, "--json")
+    assert twice.exit_code == 0, twice.output
+    found = json.loads(twice.stdout)
+    assert found.pop("report") == "out/report.md"
+    assert found == json.loads(Path("out/results.json").read_text())
+    assert [(run["method"], run["seed"]) for run in found["runs"]] == [
+        (method, seed) for seed in (0, 1) for method in ("baseline", "soft_targets", "hot")
+    ]
+    for run in found["runs"]:
+        recipe = Run(Path(run["run"])).recipe
+        assert (recipe.seed, recipe.epochs, recipe.distils) == (run["seed"], 2, run["method"] != "baseline")
+        # The first of two methods with the same views fills the cache, and both cost its pass.
+        assert (run["teacher_seconds"] > 0) == (run["teacher_flops"] > 0) == recipe.distils
+    last = found["runs"][-1]
+    measured = json.loads(toolkit("validate", last["run"], "--json").stdout)
+    for key in ("top1", "ece", "agreement", "kl"):
+        assert last[key] == pytest.approx(measured[key])
+    soft, hot = ([r for r in found["runs"] if r["method"] == name] for name in ("soft_targets", "hot"))
+    assert [r["teacher_seconds"] for r in soft] == [r["teacher_seconds"] for r in hot]
+    row = next(row for row in found["methods"] if row["method"] == "hot")
+    assert row["changes"] == [
+        "loss.ce_weight: 1.0 -> 0.1",
+        "loss.kd_weight: 0.0 -> 0.9",
+        "loss.label_smoothing: 0.0 -> 0.1",
+        "loss.temperature: 4.0 -> 8.0",
+    ]
+    baseline = [r["top1"] for r in found["runs"] if r["method"] == "baseline"]
+    assert row["from_baseline"]["mean"] == pytest.approx(np.mean([r["top1"] for r in hot]) - np.mean(baseline))
+    page = Path("out/report.md").read_text()
+    assert f"{100 * row['from_baseline']['mean']:+.2f}" in page
+    assert "![Test top-1 and difference from the baseline, by seed](differences.png)" in page
+    assert Path("out/differences.png").read_bytes().startswith(b"\x89PNG")
+
+    Path("hot.yaml").write_text("loss.temperature: 9\n")
+    refused = toolkit(*command)
+    assert refused.exit_code == 1
+    assert "error: out/hot-0 holds another run; differing: loss.label_smoothing: 0.1 -> 0.0" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("soft_target", "there is no method 'soft_target', and it is no YAML file; did you mean 'soft_targets'?"),
+        ("none.yaml", "cannot read the method none.yaml: No such file"),
+        ("soft_targets soft_targets", "two methods are called soft_targets: each needs a name of its own"),
+        ("baseline.yaml", "two methods are called baseline"),
+        ("longer.yaml", "longer.yaml sets epochs, which must be the same for all methods"),
+        ("typo.yaml", "typo.yaml: the recipe is wrong:\n  loss.temprature: there is no such field; did you mean"),
+        ("soft_targets --set loss.kd_weight=0", "the recipe digits does not distil: give --set loss.kd_weight="),
+        ("soft_targets --recipe rao-tpsnet", "the recipe rao-tpsnet names no teacher: give one by --teacher NAME"),
+        ("soft_targets --budget 100000", "124,888 parameters, 24,889 too many"),
+        ("soft_targets", "there is no trained resnet9_wide for digits under runs/"),
+    ],
+)
+def test_bad_input(toolkit: Toolkit, nowhere: Path, arguments: str, message: str) -> None:
+    Path("longer.yaml").write_text("epochs: 99\n")
+    Path("typo.yaml").write_text("loss.temprature: 2\n")
+    Path("baseline.yaml").write_text("loss.temperature: 2\n")
+    recipe = () if "--recipe" in arguments else ("--recipe", "digits")
+    result = toolkit("compare", *arguments.split(), *recipe)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert f"error: {message}" in result.stderr or message in result.stderr.partition("error: ")[2]
+    assert {path.suffix for path in nowhere.iterdir()} == {".yaml"}  # nothing was made
+
+
+def test_no_seeds_is_wrong_usage(toolkit: Toolkit, nowhere: Path) -> None:
+    result = toolkit("compare", "soft_targets", "--seeds", 0)
+    assert result.exit_code == 2
+    assert "--seeds" in result.stderr
+
+
+def test_the_default_folder_is_that_of_the_recipe(nowhere: Path) -> None:
+    def output(*methods: str, seeds: int = 2, **overrides: object) -> Path:
+        return make_plan(methods, "digits", overrides, seeds).output
+
+    first = output("soft_targets")
+    assert first.parent == Path("runs")
+    assert output("soft_targets", "dkd", seeds=5) == first  # which then goes on
+    assert output("soft_targets", epochs=3) != first
