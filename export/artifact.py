@@ -1,8 +1,8 @@
 """The artifact: one ONNX file that describes itself. Written by ``onnx_export``, read here without torch.
 
 Each field of ``Metadata`` stands in the file's metadata under its own name, as JSON, so that any ONNX tool
-can show it. The graph takes ``image`` (uint8 ``[N,S,S,3]``, RGB) and gives ``probabilities`` and ``logits``
-(float32 ``[N,K]``); N is free, all preprocessing of pixel values is inside.
+can show it. The graph takes ``image`` (uint8 ``[N,S,S,3]``, RGB; with ``any_size`` ``[N,H,W,3]``) and gives
+``probabilities`` and ``logits`` (float32 ``[N,K]``); N is free, all preprocessing of pixel values is inside.
 """
 
 from __future__ import annotations
@@ -28,28 +28,40 @@ class Metadata(BaseModel):
     format: Literal[1] = Field(default=1, description="version of this list of fields")
     model: str = Field(description="name in the catalogue")
     labels: tuple[str, ...] = Field(min_length=2, description="class names, in the order of the outputs")
-    image_size: int = Field(gt=0, description="side S of the input in pixels")
-    parameters: int = Field(gt=0, description="trainable parameters of the PyTorch model")
-    macs: int | None = Field(default=None, description="multiply-accumulates an image")
+    image_size: int = Field(gt=0, description="side S of the images that the network sees, in pixels")
+    any_size: bool = Field(default=False, description="takes images of any size, and resizes in the graph")
+    parameters: int = Field(gt=0, description="parameters of the PyTorch model")
+    macs: int | None = Field(default=None, description="multiply-accumulates an image, of one view of it")
     recipe_digest: str = Field(description="SHA-256 of the recipe")
     dataset: str
     dataset_digest: str = Field(description="SHA-256 of classes, images and labels")
-    accuracy: float | None = Field(
-        default=None, ge=0, le=1, description="top-1 on the test set, as measured in PyTorch"
+    accuracy: float | None = Field(default=None, ge=0, le=1, description="top-1 of this file on the test set")
+    ece: float | None = Field(
+        default=None, ge=0, le=1, description="expected calibration error of this file on the test set"
     )
-    ece: float | None = Field(default=None, ge=0, le=1, description="expected calibration error on the test set")
+    test_images: int | None = None
+    plain_accuracy: float | None = Field(
+        default=None, ge=0, le=1, description="top-1 of the PyTorch model on it: in fp32, one view of each image"
+    )
+    views: int = Field(default=1, ge=1, description="views of each image that the graph averages over")
+    temperature: float | None = Field(default=None, gt=0, description="fitted on val; logits divided by it calibrate")
+    calibrated: bool = Field(default=False, description="the graph divides its logits by the temperature")
     teacher: str | None = Field(default=None, description="name of the teacher it was distilled from")
-    precision: str = "fp32"
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    quantisation: str | None = Field(default=None, description="how an INT8 graph was made")
+    licence: str | None = Field(default=None, description="what the weights may be used for, as their maker says")
+    created: str | None = Field(default=None, description="UTC, from SOURCE_DATE_EPOCH at export")
     versions: dict[str, str] = Field(default_factory=dict, description="tool to version, at export")
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def input_contract(self) -> str:
         """How an image becomes the input, in words."""
-        return (
-            f"uint8 RGB [batch, {self.image_size}, {self.image_size}, 3]: the central square of the image, "
-            f"resized to {self.image_size} pixels with an antialiased bilinear filter; no normalisation"
-        )
+        size = self.image_size
+        square = f"the central square of the image, resized to {size} pixels with an antialiased bilinear filter"
+        if self.any_size:
+            return f"uint8 RGB [batch, height, width, 3], any size; the graph takes {square}; no normalisation"
+        return f"uint8 RGB [batch, {size}, {size}, 3]: {square}; no normalisation"
 
     def to_properties(self) -> dict[str, str]:
         return {key: json.dumps(value) for key, value in self.model_dump(mode="json").items()}
@@ -71,10 +83,19 @@ def parse(data: bytes, name: str) -> Metadata:
 
     Raises ``ArtifactError`` where the bytes are not ONNX, or not an artifact of this toolkit.
     """
+    return read_metadata(load(data, name), name)
+
+
+def load(data: bytes, name: str) -> onnx.ModelProto:
+    """The ONNX model in the bytes of any file, or an ``ArtifactError``."""
     try:
-        proto = onnx.load_model_from_string(data)
+        return onnx.load_model_from_string(data)
     except DecodeError as error:
         raise ArtifactError(f"{name} is not an ONNX file, or it is cut short") from error
+
+
+def read_metadata(proto: onnx.ModelProto, name: str) -> Metadata:
+    """The metadata of a model, or an ``ArtifactError`` where it is not an artifact of this toolkit."""
     properties = {item.key: item.value for item in proto.metadata_props}
     if not proto.graph.node or "format" not in properties:
         raise ArtifactError(f"{name} is not an artifact of this toolkit: it carries no metadata of ours")
@@ -82,10 +103,11 @@ def parse(data: bytes, name: str) -> Metadata:
         metadata = Metadata.model_validate({key: json.loads(value) for key, value in properties.items()})
     except (ValidationError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{name} carries metadata that cannot be understood: {_first(error)}") from error
-    size, classes = metadata.image_size, len(metadata.labels)
+    side = None if metadata.any_size else metadata.image_size
+    classes = len(metadata.labels)
     found = {value.name: _shape(value) for value in (*proto.graph.input, *proto.graph.output)}
     wanted = {
-        IMAGE: ("UINT8", None, size, size, 3),
+        IMAGE: ("UINT8", None, side, side, 3),
         PROBABILITIES: ("FLOAT", None, classes),
         LOGITS: ("FLOAT", None, classes),
     }

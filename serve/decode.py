@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import re
 import warnings
 from pathlib import Path
 
@@ -11,11 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from toolkit.errors import ImageError
+from toolkit.errors import ImageError, ImageFormatError, ImageSizeError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# Pillow's name of each format, and how its files begin.
+FORMATS = {
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "BMP": re.compile(rb"BM"),
+}
 FORMATS_IN_WORDS = "PNG, JPEG, WebP, GIF or BMP"
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 20 * 2**20  # of an upload, or of a request with several
 
 
 def read_image(path: Path | str, name: str | None = None) -> NDArray[np.uint8]:
@@ -32,41 +42,49 @@ def decode(data: bytes, name: str = "the image") -> NDArray[np.uint8]:
     """An encoded image to uint8 ``[H,W,3]``, RGB; ``name`` is what messages call it.
 
     The content decides the format, not a name. The first frame of an animation counts, EXIF orientation is
-    applied, transparency lies on white, 16 bits become 8. Raises ``ImageError`` for what is empty, is not a
-    PNG, JPEG, WebP, GIF or BMP, declares more than 50 megapixels (nothing is decoded then), or is broken.
+    applied, transparency lies on white, 16 bits become 8. Raises ``ImageFormatError`` for what does not begin as
+    a PNG, JPEG, WebP, GIF or BMP, ``ImageSizeError`` for what declares more than 50 megapixels (nothing is decoded
+    then), and ``ImageError`` for what is empty or broken.
     """
     if not data:
         raise ImageError(f"{name} is empty")
+    format = next((format for format, start in FORMATS.items() if start.match(data)), None)
+    if format is None:
+        raise ImageFormatError(f"{name} is not a {FORMATS_IN_WORDS} image")
+    _only_our_limit()
     try:
-        with warnings.catch_warnings():
-            # Pillow's own limit is higher than ours.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} has too many pixels: at most 50 megapixels are read") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a {FORMATS_IN_WORDS} image, or its start is broken") from error
+        image = Image.open(io.BytesIO(data), formats=(format,))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageSizeError(f"{name} has too many pixels: at most 50 megapixels are read") from error
+    except UnidentifiedImageError as error:  # its message speaks of Pillow's objects
+        raise ImageError(f"{name} is broken: it only begins as a {format}") from error
     except Exception as error:  # a hostile file can raise nearly any type in Pillow
         raise ImageError(f"{name} is broken or cut short ({error})") from error
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ImageError(
+            raise ImageSizeError(
                 f"{name} has {width} x {height} pixels ({width * height / 1e6:.0f} megapixels): "
                 f"at most {MAX_PIXELS // 1_000_000} megapixels are read"
             )
         try:
             image.load()
-            return np.array(_rgb(_upright(image)))
+            _turn_upright(image)
+            return np.array(_rgb(image))
         except Exception as error:
             raise ImageError(f"{name} is broken or cut short ({error})") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+@functools.cache
+def _only_our_limit() -> None:
+    """Pillow warns of sizes that we refuse anyway. Not by ``catch_warnings``, which threads must not share."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def _turn_upright(image: Image.Image) -> None:
     """As the camera was held. Broken EXIF data do not spoil a good picture."""
     with contextlib.suppress(Exception):
-        return ImageOps.exif_transpose(image)
-    return image
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -76,4 +94,4 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         return white.convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

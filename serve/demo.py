@@ -1,39 +1,35 @@
-"""The demo: a Gradio page on a session."""
+"""The page: Gradio on an engine."""
 
 from __future__ import annotations
 
-import errno
-import signal
-import socket
-import threading
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from fastapi import FastAPI
 from gradio.utils import get_upload_folder
+from numpy.typing import NDArray
 
-from serve.decode import FORMATS_IN_WORDS, read_image
-from serve.session import Session
-from toolkit.errors import ImageError, UserError
+from export.preprocess import fit
+from serve import explain, views
+from serve.api import MAX_IMAGES
+from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, read_image
+from serve.engine import Answer, Engine
+from toolkit.errors import UserError
 
-MAX_UPLOAD = "32mb"
-HOUR = 3600  # seconds after which an upload is deleted
-
-CSS = """
-.gradio-container { max-width: 1060px !important; margin: 0 auto !important; }
-#title h1 { margin: .6em 0 .1em; font-size: 1.7rem; }
-#title p { margin: 0 0 .4em; color: var(--body-text-color-subdued); }
-#speed { color: var(--body-text-color-subdued); font-size: .95rem; min-height: 1.6em; }
-#picture .image-frame, #picture .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-#answer { min-height: 282px; }
-#about table { width: 100%; border-collapse: collapse; margin: 0; }
-#about table, #about tbody, #about tr { border: 0 !important; }
-#about th, #about td { padding: .4em .2em; border: 0; text-align: left; vertical-align: top; }
-#about tr + tr > * { border-top: 1px solid var(--border-color-primary); }
-#about th { width: 9.5em; font-weight: 500; color: var(--body-text-color-subdued); }
-"""
+HOUR = 3600  # seconds after which an upload is deleted, looked after once an hour
+THRESHOLD = 60  # percent
+SHOWN, SMALL = 288, 128  # pixels of the picture that shows where a model looked, and of one in the gallery
+EMPTY = "The answer comes here. Drop a picture, paste one (Ctrl+V), take one with the camera, or try an example."
+EMPTY_TABLE = (
+    f"Drop or paste up to {MAX_IMAGES} pictures, of {MAX_BYTES // 2**20} MB together. Their answers come here, "
+    "as a gallery and as a table that can be downloaded as CSV."
+)
+HERE = Path(__file__).parent
 
 
 class _Page(gr.Blocks):
@@ -44,150 +40,221 @@ class _Page(gr.Blocks):
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        for value in inputs:
-            if isinstance(value, dict):
-                _uploaded(value)
+        _check_files(inputs)
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
-def build(session: Session, examples: Sequence[Path | str] = ()) -> gr.Blocks:
-    """The page of ``session``; ``examples`` are image files to try. ``launch`` or mount what comes back."""
+def mount(app: FastAPI, engine: Engine, examples: Sequence[Path] = (), deadline: float = 10.0) -> None:
+    """Put the page of ``engine`` at the root of ``app``, behind every route that is there.
 
-    def classify(picture: dict[str, Any] | None) -> tuple[dict[str, float] | None, str]:
-        path = _uploaded(picture)
-        if path is None:
-            return None, ""
+    ``examples`` are image files to try, where none of those that ship with the page shows a class that the first
+    artifact knows. ``deadline`` is the seconds that an answer may take.
+    """
+    page = _build(engine, _drawn(engine) or examples, deadline)
+    gr.mount_gradio_app(
+        app,
+        page,
+        "/",
+        theme=_theme(),
+        css_paths=HERE / "page.css",
+        js=(HERE / "page.js").read_text(encoding="utf-8"),
+        max_file_size=MAX_BYTES,
+        footer_links=[],
+        show_error=False,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+    )
+    page.has_launched = True  # else Gradio does not check which files it gives out
+
+
+def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Blocks:
+    names = engine.names
+
+    def ask(picture: dict[str, Any] | None, model: str, other: str, threshold: float) -> str:
+        if picture is None:
+            return views.hint(EMPTY)
         try:
-            image = read_image(path, "This picture")
-        except ImageError as error:
-            gr.Warning(str(error))
-            return None, str(error)  # an old answer must not stay beside a new picture
-        prediction = session.predict(image)
-        scores = dict(zip(prediction.labels, prediction.probabilities, strict=True))
-        return scores, f"**{prediction.milliseconds:.1f} ms** on {session.provider}"
+            pixels = read_image(picture["path"], "this picture")
+            asked = [(name, engine.submit(pixels, name, deadline)) for name in _chosen(model, other)]
+            return views.answers([views.Opinion(name, future.result()) for name, future in asked], threshold / 100)
+        except UserError as error:
+            return views.problem(str(error))
 
-    with _Page(
-        title=f"{session.metadata.model}: image classification",
-        analytics_enabled=False,
-        delete_cache=(HOUR, HOUR),
-    ) as page:
-        gr.Markdown(_title(session), elem_id="title")
-        # Two rows, so that on a phone the answer follows the picture.
-        with gr.Row():
-            with gr.Column(min_width=300):
-                picture = gr.Image(
-                    label="Picture",
-                    elem_id="picture",
-                    sources=["upload", "clipboard", "webcam"],
+    def look(picture: dict[str, Any] | None, model: str, other: str, wanted: bool) -> str:
+        if picture is None or not wanted:
+            return ""
+        try:
+            pixels = read_image(picture["path"], "this picture")
+            return "".join(_looked(engine, pixels, name, deadline) for name in _chosen(model, other))
+        except UserError as error:
+            return views.problem(str(error))
+
+    def ask_all(files: list[dict[str, Any]] | None, model: str, other: str, threshold: float) -> str:
+        if not files:
+            return views.hint(EMPTY_TABLE)
+        if len(files) > MAX_IMAGES:
+            return views.problem(f"at most {MAX_IMAGES} pictures are taken at once, and these are {len(files)}")
+        chosen = _chosen(model, other)
+        queued = [_queue(engine, Path(file["path"]), chosen, deadline) for file in files]
+        return views.several([_answered(*item) for item in queued], chosen, threshold / 100)
+
+    with _Page(title="What is in this picture?", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
+        gr.HTML(views.title(engine.metadata()), elem_id="title")
+        with gr.Tabs():
+            with gr.Tab("One picture", elem_id="one"):
+                # Two rows, so that on a phone the answer follows the picture.
+                with gr.Row():
+                    with gr.Column(scale=4, min_width=300):
+                        picture = gr.Image(
+                            label="Picture",
+                            elem_id="picture",
+                            sources=["upload", "clipboard", "webcam"],
+                            type="filepath",
+                            height=340,
+                            buttons=[],
+                            webcam_options=gr.WebcamOptions(mirror=False),
+                            placeholder=f"Drop a picture here\nor click to choose one\n{FORMATS_IN_WORDS}",
+                            alt_text="The picture that is classified",
+                        )
+                    with gr.Column(scale=5, min_width=300):
+                        answer = gr.HTML(views.hint(EMPTY), elem_id="answer", container=True, padding=True)
+                with gr.Row():
+                    with gr.Column(scale=4, min_width=300):
+                        if examples:
+                            gr.Examples([[str(path)] for path in examples], picture, label="Or try one of these")
+                    with gr.Column(scale=5, min_width=300):
+                        wanted = gr.Checkbox(
+                            label="Show where the model looked",
+                            info="Covers the picture part by part and watches how the answer changes.",
+                            elem_id="wanted",
+                        )
+                        looked = gr.HTML(elem_id="looked")
+            with gr.Tab("Several", elem_id="several"):
+                pictures = gr.File(
+                    label="Pictures",
+                    elem_id="pictures",
+                    file_count="multiple",
+                    file_types=["image"],
                     type="filepath",
-                    height=320,
-                    buttons=[],
-                    webcam_options=gr.WebcamOptions(mirror=False),
+                    height=160,
                 )
-            with gr.Column(min_width=300):
-                answer = gr.Label(label="Answer", num_top_classes=5, elem_id="answer")
-                speed = gr.Markdown(elem_id="speed")
-        with gr.Row():
-            if examples:
-                with gr.Column(min_width=300):
-                    gr.Examples([[str(path)] for path in examples], picture, label="Or try one of these")
-            with gr.Column(min_width=300), gr.Accordion("About this model"):
-                gr.HTML(_about(session), elem_id="about")
-        # Without preprocessing: Gradio would open the file with all of Pillow's formats and without our limits.
-        picture.change(
-            classify, picture, [answer, speed], preprocess=False, api_name="classify", show_progress="hidden"
+                table = gr.HTML(views.hint(EMPTY_TABLE), elem_id="table")
+            with gr.Tab("About", elem_id="about"):
+                about = gr.HTML(_cards(engine), elem_id="cards")
+        with gr.Row(elem_id="settings"):
+            compared = len(names) > 1
+            model = gr.Dropdown(names, value=names[0], label="Model", visible=compared, min_width=160)
+            other = gr.Dropdown(
+                [("nothing", ""), *((name, name) for name in names)],
+                value=names[1] if compared else "",
+                label="Compare with",
+                visible=compared,
+                min_width=160,
+            )
+            threshold = gr.Slider(0, 100, THRESHOLD, step=1, label='"I am not sure" below (%)', min_width=300)
+
+        # Without Gradio's queue: no request depends on an earlier one, so that any of several processes can answer it.
+        # Without preprocessing: Gradio would open the files with all of Pillow's formats and without our limits.
+        now: dict[str, Any] = {
+            "queue": False,
+            "preprocess": False,
+            "show_progress": "hidden",
+            "trigger_mode": "always_last",
+        }
+        models = [model.change, other.change]
+        gr.on([picture.change, *models], ask, [picture, model, other, threshold], answer, api_name="classify", **now)
+        gr.on(
+            [picture.change, *models, wanted.change],
+            look,
+            [picture, model, other, wanted],
+            looked,
+            api_name="look",
+            **now,
         )
+        gr.on(
+            [pictures.change, *models], ask_all, [pictures, model, other, threshold], table, api_name="several", **now
+        )
+        threshold.change(None, threshold, js="(percent) => showSureness(percent / 100)")
+        page.load(lambda: _cards(engine), None, about, api_visibility="private", **now)
     return page
 
 
-def launch(
-    session: Session,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    examples: Sequence[Path | str] = (),
-    started: Callable[[str], None] = lambda url: None,
-) -> None:
-    """Serve the page until SIGINT or SIGTERM; ``started`` gets the address once it answers.
+def _check_files(value: Any) -> None:
+    """Refuses every path outside the upload folder, and every address, wherever ``value`` holds one."""
+    if isinstance(value, list):
+        for item in value:
+            _check_files(item)
+    elif isinstance(value, dict):
+        if not value.keys() & {"path", "url"}:
+            _check_files(list(value.values()))
+            return
+        path = value.get("path")
+        folder = Path(get_upload_folder()).resolve()
+        if not isinstance(path, str) or not Path(path).resolve().is_relative_to(folder):
+            raise gr.Error("Only an uploaded picture is read, no other path and no address.", print_exception=False)
 
-    Port 0 takes a free one. Call it from the main thread. Raises ``UserError`` where the port is in use.
-    """
-    port = _claim(host, port)
-    stop = threading.Event()
-    previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
-    page = build(session, examples)
+
+def _chosen(model: str, other: str) -> list[str]:
+    return [model] if other in ("", model) else [model, other]
+
+
+def _queue(
+    engine: Engine, path: Path, names: Sequence[str], deadline: float
+) -> tuple[views.Row, dict[str, Future[Answer]]]:
+    """A picture's row, and the answers that are still to come into it."""
     try:
-        _, url, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=CSS,
-            max_file_size=MAX_UPLOAD,
-            footer_links=[],
-            prevent_thread_lock=True,
-            quiet=True,
-            inline=False,
-            share=False,
-            show_error=False,
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            ssr_mode=False,
-            pwa=False,
-        )
-        started(url)
-        stop.wait()
-    finally:
-        page.close(verbose=False)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        pixels = read_image(path, "this picture")
+        return views.Row(path.name, fit(pixels, SMALL)), {n: engine.submit(pixels, n, deadline) for n in names}
+    except UserError as error:
+        return views.Row(path.name, problem=str(error)), {}
 
 
-def _uploaded(picture: Any) -> Path | None:
-    """The path of an uploaded picture, None where there is none; refuses every other path and address."""
-    if picture is None:
-        return None
-    path = picture.get("path") if isinstance(picture, dict) else None
-    folder = Path(get_upload_folder()).resolve()
-    if not isinstance(path, str) or not Path(path).resolve().is_relative_to(folder):
-        raise gr.Error("Only an uploaded picture is read, no other path and no address.", print_exception=False)
-    return Path(path)
-
-
-def _claim(host: str, port: int) -> int:
-    """``port``, or a free one for 0. Raises ``UserError`` where it cannot be had."""
+def _answered(row: views.Row, asked: dict[str, Future[Answer]]) -> views.Row:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} on {host} is in use: choose another with --port") from error
-        raise UserError(f"cannot serve on {host}, port {port}: {error.strerror or error}") from error
+        return replace(row, opinions=tuple(views.Opinion(name, future.result()) for name, future in asked.items()))
+    except UserError as error:
+        return replace(row, problem=str(error))
 
 
-def _title(session: Session) -> str:
-    about = session.metadata
-    names = ", ".join(about.labels[:10]) + (", ..." if len(about.labels) > 10 else "")
-    return (
-        f"# What is in this picture?\n\nDrop a picture, paste one, or take one: {escape(about.model)} "
-        f"tells which of {len(about.labels)} classes it shows ({escape(names)}). {FORMATS_IN_WORDS}."
+def _looked(engine: Engine, pixels: NDArray[np.uint8], name: str, deadline: float) -> str:
+    seen = fit(pixels, engine.metadata(name).image_size)
+    asked = [engine.submit(image, name, deadline) for image in explain.covered(seen)]
+    opinions = [views.Opinion(name, future.result()) for future in asked]
+    found = explain.attention(np.stack([opinion.probabilities for opinion in opinions]), seen.shape[0])
+    return views.looked(opinions[0], seen, explain.overlay(fit(pixels, SHOWN), found.heat), found)
+
+
+def _cards(engine: Engine) -> str:
+    cards = "".join(views.card(name, engine.metadata(name), engine.provider(name)) for name in engine.names)
+    return f'<div class="cards">{cards}</div>'
+
+
+def _drawn(engine: Engine) -> list[Path]:
+    """The pictures that ship with the page, where the first artifact knows what they show."""
+    labels = engine.metadata().labels
+    drawn = sorted((HERE / "examples").glob("*.png"))
+    known = [path for path in drawn if path.stem in labels]
+    return known and [*known, *(path for path in drawn if path.stem == "something_else")]
+
+
+def _theme() -> gr.Theme:
+    """Gradio's own theme with the fonts of the machine, and greys that can be read."""
+    theme = gr.themes.Default(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
     )
-
-
-def _about(session: Session) -> str:
-    about = session.metadata
-    rows = {
-        "Model": about.model,
-        "Parameters": f"{about.parameters:,}",
-        "Test accuracy": "not measured" if about.accuracy is None else f"{about.accuracy:.2%}",
-        "Calibration error": "" if about.ece is None else f"{about.ece:.2%}",
-        "Data set": about.dataset,
-        "Teacher": about.teacher or "none",
-        "Labels": ", ".join(about.labels),
-        "Input": f"{about.image_size} x {about.image_size} pixels, the central square of the picture",
-        "Runs on": f"{session.provider} (ONNX Runtime), {about.precision}",
-    }
-    cells = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows.items() if value)
-    return f"<table>{cells}</table>"
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_700",
+    )

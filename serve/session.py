@@ -21,8 +21,8 @@ from export.preprocess import fit
 from toolkit.errors import ArtifactError, DeviceError
 from toolkit.machine import available_cores
 
-Provider = Literal["auto", "cuda", "cpu"]
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 Array = NDArray[np.float32]
 
 
@@ -39,12 +39,15 @@ class Session:
     """An artifact, ready to answer; calls from several threads are safe.
 
     ``metadata`` is what the artifact says of itself, ``provider`` the ONNX Runtime provider that runs it. With
-    ``provider="cuda"`` nothing falls back to the CPU: what cannot be had raises ``DeviceError``. ``auto`` takes
-    CUDA where it works, else the CPU. ``threads`` defaults to the cores this process may use. Raises
+    ``provider="cuda"`` or ``"tensorrt"`` nothing falls back to the CPU: what cannot be had raises ``DeviceError``.
+    ``auto`` takes CUDA where it works, else the CPU. ``threads`` defaults to the cores this process may use;
+    ``tf32`` lets CUDA round to 10 bits of mantissa, faster and outside of the parity of fp32. Raises
     ``ArtifactError`` for a file that is not an artifact.
     """
 
-    def __init__(self, path: Path | str, provider: Provider = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path | str, provider: Provider = "auto", threads: int | None = None, tf32: bool = False
+    ) -> None:
         path = Path(path)
         data = artifact.read_bytes(path)
         self.metadata = artifact.parse(data, str(path))
@@ -52,9 +55,9 @@ class Session:
         session = None
         if provider != "cpu":
             try:
-                session = self._open_cuda(data)
+                session = self._open_gpu(data, "cuda" if provider == "auto" else provider, tf32)
             except DeviceError:
-                if provider == "cuda":
+                if provider != "auto":
                     raise
         if session is None:
             try:
@@ -63,13 +66,19 @@ class Session:
                 raise ArtifactError(f"ONNX Runtime cannot run {path}: {_line(error)}") from error
         self._session = session
         self.provider: str = session.get_providers()[0]
+        self.tf32 = tf32 and self.provider != CPU
 
     def run(self, images: NDArray[np.uint8]) -> tuple[Array, Array]:
-        """Logits and probabilities, float32 ``[N,K]``, of uint8 images ``[N,S,S,3]`` with N of 1 or more."""
+        """Logits and probabilities, float32 ``[N,K]``, of uint8 images ``[N,S,S,3]`` with N of 1 or more.
+
+        Images of another size are taken where the artifact takes any.
+        """
         size = self.metadata.image_size
-        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or len(images) == 0:
+        fits = images.shape[3:] == (3,) if self.metadata.any_size else images.shape[1:] == (size, size, 3)
+        if images.dtype != np.uint8 or not fits or images.size == 0:
+            wanted = "H,W" if self.metadata.any_size else f"{size},{size}"
             raise ValueError(
-                f"images must be uint8 [N,{size},{size},3] with N of 1 or more, not {images.dtype} {list(images.shape)}"
+                f"images must be uint8 [N,{wanted},3] with N of 1 or more, not {images.dtype} {list(images.shape)}"
             )
         return self._call(self._session, images)
 
@@ -90,24 +99,24 @@ class Session:
             milliseconds=milliseconds,
         )
 
-    def _open_cuda(self, data: bytes) -> ort.InferenceSession:
+    def _open_gpu(self, data: bytes, provider: Literal["cuda", "tensorrt"], tf32: bool) -> ort.InferenceSession:
         with _quiet() as said:
             try:
                 _need_cuda()
-                # TF32 rounds to 10 bits of mantissa: parity would not hold. EXHAUSTIVE tunes anew for each
-                # batch size, for hundreds of milliseconds.
-                options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-                session = self._open(data, CUDA, options)
+                if provider == "tensorrt":
+                    return self._open(data, TENSORRT, {"trt_fp16_enable": str(self.metadata.precision == "fp16")})
+                # EXHAUSTIVE tunes anew for each batch size, for hundreds of milliseconds.
+                options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
+                return self._open(data, CUDA, options)
             except Exception as error:
                 reason = next(iter(said.getvalue().splitlines()), "") or _line(error)
-                raise DeviceError(f"the provider cuda cannot be had: {reason}") from error
-        return session
+                raise DeviceError(f"the provider {provider} cannot be had: {reason}") from error
 
     def _open(self, data: bytes, provider: str, provider_options: dict[str, str]) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
-        if provider != CPU:
+        if provider != CPU and not self.metadata.any_size:  # sizes are computed on the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         session = ort.InferenceSession(data, options, providers=[(provider, provider_options)], enable_fallback=0)
         session.disable_fallback()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serve.decode import MAX_PIXELS, decode, read_image
-from toolkit.errors import ImageError
+from toolkit.errors import ImageError, ImageFormatError, ImageSizeError
 
 RED, GREEN = (200, 30, 30), (30, 160, 30)
 
@@ -147,15 +147,22 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>'
         SVG,
         b"hello",
         b"\0" * 1000,
-        b"\x89PNG\r\n\x1a\n",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     ],
 )
 def test_other_formats_are_refused_by_content(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "cat.png"  # whatever it is called
     path.write_bytes(data)
-    with pytest.raises(ImageError, match=r"cat\.png is not a PNG, JPEG, WebP, GIF or BMP image"):
+    with pytest.raises(ImageFormatError, match=r"cat\.png is not a PNG, JPEG, WebP, GIF or BMP image"):
         read_image(path)
+
+
+@pytest.mark.parametrize("start", [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"GIF89a", b"BM"])
+def test_what_only_begins_as_an_image_is_broken(start: bytes) -> None:
+    for data in (start, start + b"\0" * 1000):
+        with pytest.raises(ImageError, match="the image is broken") as caught:
+            decode(data)
+        assert type(caught.value) is ImageError
 
 
 def test_empty_and_missing(tmp_path: Path) -> None:
@@ -205,7 +212,7 @@ def test_more_than_50_megapixels_are_not_even_decoded(data: bytes, monkeypatch: 
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
-    with pytest.raises(ImageError, match="at most 50 megapixels"):
+    with pytest.raises(ImageSizeError, match="at most 50 megapixels"):
         decode(data)
 
 

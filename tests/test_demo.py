@@ -1,37 +1,30 @@
-"""The page, over HTTP, from a server of its own: what it answers, what it refuses, how it stops."""
+"""The page: what it tells of answers, over HTTP and as HTML, and which files it reads."""
 
+import base64
+import csv
 import io
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from small_net import LABELS, small_artifact, small_images
+from served import Served, encoded, serving
+from small_net import LABELS, SIZE, small_artifact, small_images, small_metadata
 
-from toolkit.errors import UserError
-
-SERVER = """
-import sys
+from export.artifact import Metadata
+from serve import explain, views
+from serve.engine import Answer
 from serve.session import Session
-from serve import demo
-path, *examples = sys.argv[1:]
-demo.launch(Session(path, "cpu"), "127.0.0.1", 0, examples, started=lambda url: print(url, flush=True))
-print("stopped")
-"""
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+Json = dict[str, object]
 
 
-def _save(pixels: np.ndarray, format: str) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format)
-    return file.getvalue()
+# --- over HTTP ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -40,164 +33,184 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(path: Path) -> Iterator[str]:
-    """The address of a running page; ends it with SIGTERM, as a service manager would."""
-    example = path.with_name("ramp.png")
-    example.write_bytes(_save(small_images(1)[0].permute(1, 2, 0).numpy(), "PNG"))
-    # In a process of its own: Gradio leaves sockets and event loops behind.
-    command = [sys.executable, "-c", SERVER, str(path), str(example)]
+def server(path: Path) -> Iterator[Served]:
+    example = path.parent / "examples" / "ramp.png"
+    example.parent.mkdir()
+    example.write_bytes(encoded(small_images(1)[0].permute(1, 2, 0).numpy()))
     uploads = path.with_name("uploads")
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as server:
-        assert server.stdout is not None
-        address = server.stdout.readline().strip()
-        assert address, server.communicate()[1]
-        try:
-            yield address
-        finally:
-            server.send_signal(signal.SIGTERM)
-            rest, said = server.communicate(timeout=20)
-    assert server.returncode == 0
-    assert rest == "stopped\n"  # nothing else on stdout
-    assert "Traceback" not in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        with serving(path, f"copy={path}") as server:
+            yield server
     assert not list(uploads.rglob("holiday.png"))  # what people upload is not kept
 
 
 @pytest.fixture
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url + "gradio_api/", timeout=30, trust_env=False) as client:
+def http(server: Served) -> Iterator[httpx.Client]:
+    with server.client() as client:
         yield client
 
 
 def _upload(http: httpx.Client, data: bytes, name: str = "picture.png") -> str:
-    path: str = http.post("upload", files={"files": (name, data)}).raise_for_status().json()[0]
+    path: str = http.post("gradio_api/upload", files={"files": (name, data)}).raise_for_status().json()[0]
     return path
 
 
-def _classify(http: httpx.Client, picture: dict[str, object] | None) -> tuple[str, list[object] | str]:
-    """The event that ends the call, and its data."""
-    event = http.post("call/classify", json={"data": [picture]}).raise_for_status().json()["event_id"]
-    lines = http.get(f"call/classify/{event}").raise_for_status().text.strip().split("\n")
-    return lines[-2].removeprefix("event: "), json.loads(lines[-1].removeprefix("data: "))
-
-
-def _file(path: str) -> dict[str, object]:
+def _file(path: str) -> Json:
     return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
 
-def test_a_picture_gets_the_answer_of_the_session(http: httpx.Client, path: Path) -> None:
-    from serve.session import Session
+def _call(http: httpx.Client, function: str, *data: object) -> str:
+    answer = http.post(f"gradio_api/run/{function}", json={"data": data})
+    assert answer.status_code == 200, answer.text
+    (html,) = answer.json()["data"]
+    return str(html)
 
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    expected = Session(path, "cpu").predict(pixels)
-    event, data = _classify(http, _file(_upload(http, _save(pixels, "BMP"), "holiday.png")))
-    assert event == "complete"
-    answer, speed = data
-    assert isinstance(answer, dict)
-    assert [item["label"] for item in answer["confidences"]] == list(expected.labels)
-    got = [item["confidence"] for item in answer["confidences"]]
-    assert got == pytest.approx(expected.probabilities, abs=1e-5)
-    assert len(got) == 5
-    assert "ms" in str(speed)
-    assert "CPUExecutionProvider" in str(speed)
+
+def test_a_picture_gets_the_answer_of_the_session(http: httpx.Client, path: Path) -> None:
+    expected = Session(path, "cpu").predict(PIXELS)
+    html = _call(http, "classify", _file(_upload(http, encoded(PIXELS, "BMP"), "holiday.png")), "student", "", 0)
+    assert re.findall(r'<th scope="row">(\w+)</th>', html) == list(expected.labels)
+    shares = [float(percent) / 100 for percent in re.findall(r'width:([\d.]+)%"', html)]
+    assert shares == pytest.approx(expected.probabilities, abs=1e-4)
+    assert re.search(r"<b>[\d.]+ ms</b> on CPUExecutionProvider, confidence not calibrated", html)
+    assert "agree" not in html
+    both = _call(http, "classify", _file(_upload(http, encoded(PIXELS))), "student", "copy", 0)
+    assert f"Both say <b>{expected.labels[0]}</b>. Their probabilities overlap by 100%." in both
+    assert both.count("<article") == 2
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"hello", "not a PNG, JPEG, WebP, GIF or BMP image"),
-        (_save(np.zeros((50, 50, 3), np.uint8), "TIFF"), "not a PNG, JPEG, WebP, GIF or BMP image"),
-        (_save(np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8), "PNG")[:3000], "cut short"),
+        (encoded(PIXELS, "TIFF"), "not a PNG, JPEG, WebP, GIF or BMP image"),
+        (encoded(PIXELS)[:3000], "cut short"),
         (b"", "empty"),
     ],
 )
-def test_an_unreadable_picture_gets_words(http: httpx.Client, data: bytes, message: str) -> None:
-    event, answer = _classify(http, _file(_upload(http, data)))
-    assert event == "complete"
-    assert not answer[0]  # no old answer beside a new picture
-    assert str(answer[1]).startswith("This picture ")
-    assert message in str(answer[1])
-    assert "/" not in str(answer[1])  # no path of the server
+def test_an_unreadable_picture_gets_one_line(http: httpx.Client, data: bytes, message: str) -> None:
+    picture = _file(_upload(http, data))
+    html = _call(http, "classify", picture, "student", "", 60)
+    assert html.startswith('<p class="problem" role="alert">This picture ')
+    assert message in html
+    assert "/" not in html.removesuffix("</p>")  # no path of the server
+    assert message in _call(http, "look", picture, "student", "", True)
+    good = _file(_upload(http, encoded(PIXELS)))
+    several = _call(http, "several", [picture, good], "student", "", 60)
+    assert "2 pictures; 1 cannot be read." in several
+    assert message in several
+
+
+def test_wrong_parameters_get_one_line(http: httpx.Client) -> None:
+    picture = _file(_upload(http, encoded(PIXELS)))
+    assert "No artifact &#x27;nobody&#x27; is served" in _call(http, "classify", picture, "nobody", "", 60)
+    assert "At most 64 pictures" in _call(http, "several", [picture] * 65, "student", "", 60)
 
 
 def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -> None:
-    upload = _upload(http, _save(np.zeros((9, 9, 3), np.uint8), "PNG"))
+    upload = _upload(http, encoded(PIXELS))
     secret = tmp_path / "secret.png"
     secret.write_bytes(Path(upload).read_bytes())
     link = Path(upload).with_name("link.png")
     link.symlink_to(secret)
     elsewhere = [str(secret), str(path), f"{upload}/../../../{secret.name}", str(link), "ramp.png"]
     addresses = ["http://127.0.0.1:9/cat.png", "https://example.org/cat.png", "data:image/png;base64,AAAA"]
-    for wrong in elsewhere + addresses:
-        assert _classify(http, _file(wrong))[0] == "error", wrong
-        direct = http.post("run/classify", json={"data": [_file(wrong)]})
-        assert "Only an uploaded picture" in direct.text, wrong
-    for odd in ({"url": "https://example.org/cat.png"}, {"path": None}, {"path": 3}):
-        assert _classify(http, {**odd, "meta": {"_type": "gradio.FileData"}})[0] == "error", odd
+    odd = [{"url": "https://example.org/cat.png"}, {"path": None}, {"path": 3}]
+    for wrong in [_file(name) for name in elsewhere + addresses] + odd:
+        for function, picture in (("classify", wrong), ("look", wrong), ("several", [_file(upload), wrong])):
+            answer = http.post(f"gradio_api/run/{function}", json={"data": [picture, "student", "", 1]})
+            assert answer.status_code == 500
+            assert "Only an uploaded picture is read" in answer.text, wrong
+        event = http.post("gradio_api/call/classify", json={"data": [wrong, "student", "", 1]}).json()["event_id"]
+        assert "event: error" in http.get(f"gradio_api/call/classify/{event}").text, wrong
     gone = str(Path(upload).with_name("gone.png"))
-    assert "cannot be read" in str(_classify(http, _file(gone)))
-    assert _classify(http, _file(upload))[0] == "complete"
-    assert _classify(http, None) == ("complete", [{}, ""])
+    assert "cannot be read" in _call(http, "classify", _file(gone), "student", "", 60)
+    assert http.get(f"gradio_api/file={secret}").status_code in (403, 404)
+    assert "comes here" in _call(http, "classify", None, "student", "", 60)
 
 
-def test_uploads_have_a_limit(http: httpx.Client) -> None:
-    assert http.post("upload", files={"files": ("big.png", bytes(33 * 2**20))}).status_code == 413
-
-
-def test_the_page_says_what_the_model_is(http: httpx.Client, url: str) -> None:
-    page = httpx.get(url, trust_env=False)
-    assert page.status_code == 200
-    config = httpx.get(url + "config", trust_env=False).json()
-    text = json.dumps(config)
-    for fact in ("small_net", "4,119", "93.75%", "ramps", "big_net", *LABELS, "CPUExecutionProvider"):
-        assert fact in text, fact
+def test_the_page_says_what_the_models_are(http: httpx.Client) -> None:
+    assert http.get("").status_code == 200
+    config = http.get("config").json()
     picture = next(item for item in config["components"] if item["type"] == "image")
     assert picture["props"]["sources"] == ["upload", "clipboard", "webcam"]
-    assert "ramp.png" in text
     assert config["analytics_enabled"] is False
-    assert "flag" not in text.lower()
-    names = [item["api_name"] for item in config["dependencies"]]
-    assert names.count("classify") == 1
+    assert not any(item["queue"] for item in config["dependencies"])
+    text = str(config)
+    for fact in ("small_net", "4,119", "93.75%", "ramps", "big_net", *LABELS, "CPUExecutionProvider", "ramp.png"):
+        assert fact in text, fact
 
 
-def test_an_address_that_cannot_be_had(path: Path) -> None:
-    from serve import demo
-    from serve.session import Session
-
-    session = Session(path, "cpu")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is in use: choose another with --port"):
-            demo.launch(session, "127.0.0.1", port)
-    with pytest.raises(UserError, match=r"cannot serve on no\.such\.host\.invalid, port 7860: "):
-        demo.launch(session, "no.such.host.invalid")
+# --- as HTML -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.browser
-def test_the_page_in_a_browser(url: str, tmp_path: Path) -> None:
-    """Upload, example and narrow screen, in the Chromium of Playwright or of the system."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    picture = tmp_path / "picture.png"
-    picture.write_bytes(_save(np.full((40, 40, 3), 90, np.uint8), "PNG"))
-    with playwright.sync_playwright() as api:
-        system = next((p for p in map(Path, ("/usr/bin/chromium", "/usr/bin/google-chrome")) if p.exists()), None)
-        if system is None and not Path(api.chromium.executable_path).exists():
-            pytest.skip("no Chromium here")
-        browser = api.chromium.launch(executable_path=system, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        hosts: set[str] = set()
-        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
-        page.goto(url)
-        page.set_input_files("#picture input[type=file]", picture)
-        page.wait_for_selector("#speed :text('CPUExecutionProvider')")
-        assert page.locator("#answer .confidence-set").count() == 5
-        page.click("[aria-label='Remove Image']")
-        page.wait_for_selector("#speed :text('ms')", state="hidden")
-        page.click(".gallery button")
-        page.wait_for_selector("#speed :text('ms')")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert {host for host in hosts if host} == {url.split("/")[2]}  # nothing from elsewhere
-        browser.close()
+def _opinion(name: str, logits: list[float], **about: object) -> views.Opinion:
+    metadata: Metadata = small_metadata().model_copy(update={"labels": ("cat", "<dog>", "eel"), **about})
+    values = np.array(logits, np.float32)
+    shares = np.exp(values) / np.exp(values).sum()
+    return views.Opinion(name, Answer(metadata, "CPUExecutionProvider", values, shares, 1, 1.25))
+
+
+def test_confidence_is_calibrated_where_the_artifact_says_so() -> None:
+    raw = _opinion("raw", [2, 0, 0])
+    fitted = _opinion("fitted", [2, 0, 0], temperature=0.5)
+    inside = _opinion("inside", [2, 0, 0], temperature=0.5, calibrated=True)
+    assert raw.confidence == pytest.approx(inside.confidence) == pytest.approx(np.exp(2) / (np.exp(2) + 2))
+    assert fitted.confidence == pytest.approx(np.exp(4) / (np.exp(4) + 2))
+    html = views.answers([raw, fitted], 0.9)
+    assert html.count("confidence not calibrated") == 1
+    assert html.count("confidence calibrated") == 1
+    assert html.count('class="unsure"') == 1  # 79% is below 90%, 96% is not
+    assert "calibrated here, with temperature 0.50" in views.card("fitted", fitted.answer.metadata, "CPU")
+
+
+def test_two_artifacts_that_differ() -> None:
+    html = views.answers([_opinion("one", [9, 0, 0]), _opinion("<two>", [0, 9, 0])], 0.5)
+    assert "one says <b>cat</b> and &lt;two&gt; says <b>&lt;dog&gt;</b>" in html
+    assert "overlap by under 1%" in html
+    assert "over 99%" in html  # and not 100%
+
+
+def test_several_pictures_download_as_csv() -> None:
+    small = np.zeros((8, 8, 3), np.uint8)
+    same = views.Row("a, b.png", small, (_opinion("one", [2, 0, 0]), _opinion("two", [9, 0, 0])))
+    other = replace(same, file="=cmd()", opinions=(_opinion("one", [2, 0, 0]), _opinion("two", [0, 9, 0])))
+    html = views.several([same, other, views.Row("<c>", problem="this picture is empty")], ["one", "two"], 0.9)
+    assert "3 pictures; one and two agree on 1 of 2; 1 cannot be read." in html
+    assert html.count('<tr class="differ">') == 1
+    assert "<c>" not in html
+    content = base64.b64decode(html.split("base64,")[1].split('"')[0]).decode()
+    table = list(csv.reader(io.StringIO(content)))
+    fields = [f"{name} {field}" for name in ("one", "two") for field in ("answer", "confidence", "milliseconds")]
+    assert table[0] == ["file", *fields, "problem"]
+    assert table[1] == ["a, b.png", "cat", "0.7870", "1.2", "cat", "0.9998", "1.2", ""]
+    assert table[2][0] == "'=cmd()"  # a spreadsheet must not run it
+    assert table[3] == ["<c>", *[""] * 6, "this picture is empty"]
+
+
+# --- where a model looked ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, SIZE, 32, 33])
+def test_a_model_that_looks_into_a_corner_is_found_out(size: int) -> None:
+    image = np.full((size, size, 3), 40, np.uint8)
+    corner = np.s_[: size // 4, size - size // 4 :]
+    image[corner] = 250
+    copies = explain.covered(image)
+    assert copies.shape == (1 + explain.STEPS**2, size, size, 3)
+    assert (copies[0] == image).all()
+    bright = copies[(slice(None), *corner)].mean((1, 2, 3)) / 255
+    found = explain.attention(np.stack([bright, 1 - bright], 1).astype(np.float32), size)
+    assert found.heat.shape == (size, size)
+    assert found.heat[corner].min() > 2 * found.heat[size // 2 :, : size // 2].max()
+    assert found.before == pytest.approx(250 / 255)
+    assert found.after < 0.5
+    shown = explain.overlay(np.asarray(Image.fromarray(image).resize((96, 96))), found.heat)
+    assert shown.shape == (96, 96, 3)
+    assert shown.dtype == np.uint8
+
+
+def test_a_model_that_looks_nowhere_leaves_all_dark() -> None:
+    found = explain.attention(np.full((50, 3), 1 / 3, np.float32), 32)
+    assert found.heat.max() == 0

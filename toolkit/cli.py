@@ -53,6 +53,11 @@ class LogName(StrEnum):
     tensorboard = "tensorboard"
 
 
+class ViewsName(StrEnum):
+    flip = "flip"
+    flip_and_shift = "flip_and_shift"
+
+
 class ProviderName(StrEnum):
     auto = "auto"
     cuda = "cuda"
@@ -104,8 +109,12 @@ TeacherName = Annotated[str | None, typer.Option("--teacher", metavar="NAME", he
 TeacherCheckpoint = Annotated[
     Path | None, typer.Option(help="Run directory or weights of a trained teacher; else the newest run.")
 ]
+TrainTeacher = Annotated[bool, typer.Option("--train-teacher", help="Train the teacher first.")]
 StudentName = Annotated[str | None, typer.Option("--student", metavar="NAME", help="Architecture of the student.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+TtaOption = Annotated[
+    ViewsName | None, typer.Option("--tta", help="Also average over these views of each image: a figure of its own.")
+]
 ProviderOption = Annotated[ProviderName, typer.Option("--provider", help="ONNX Runtime's provider.")]
 
 FIELDS = {
@@ -205,7 +214,7 @@ def distill(
     teacher: TeacherName = None,
     student: StudentName = None,
     teacher_checkpoint: TeacherCheckpoint = None,
-    train_teacher: Annotated[bool, typer.Option("--train-teacher", help="Train the teacher first.")] = False,
+    train_teacher: TrainTeacher = False,
     baseline: Baseline = False,
     recipe: RecipeOption = None,
     epochs: Epochs = None,
@@ -236,11 +245,7 @@ def distill(
     from toolkit import stages  # imports torch: a misspelt name is told before that
 
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
-        # Lengths and rates on this command line are the student's; the teacher keeps its recipe's.
-        shared = {k: v for k, v in overrides.items() if k.startswith(SHARED)}
-        stages.check(wanted)
-        teacher_run = stages.train(resolve(source, "train", shared), resume=True)
-        wanted = stages.from_teacher(wanted, teacher_run)
+        wanted = stages.from_teacher(wanted, _trained_teacher(wanted, source, overrides))
     run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
         alone = stages.train(
@@ -259,6 +264,76 @@ def distill(
 
 
 SHARED = ("seed", "device", "data.", "teacher.", "train.")
+
+
+def _trained_teacher(wanted: Any, source: Any, overrides: dict[str, Any]) -> Any:
+    """The run of the recipe's teacher. Lengths and rates on the command line are the student's: it keeps its own."""
+    from toolkit import stages
+    from toolkit.recipe import resolve
+
+    stages.check(wanted)
+    shared = {k: v for k, v in overrides.items() if k.startswith(SHARED)}
+    return stages.train(resolve(source, "train", shared), resume=True)
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    methods: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="METHOD",
+            help="Distillation losses by name, or YAML files with the recipe fields that make a method.",
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method: --seed and the ones after it.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the runs; else runs/compare-STUDENT-DATA-DIGEST.")
+    ] = None,
+    teacher: TeacherName = None,
+    student: StudentName = None,
+    teacher_checkpoint: TeacherCheckpoint = None,
+    train_teacher: TrainTeacher = False,
+    recipe: RecipeOption = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    offline: Offline = False,
+    skip_broken: SkipBroken = False,
+    data_memory: DataMemory = None,
+    device: Device = None,
+    deterministic: Deterministic = False,
+    budget: Budget = None,
+    keep: Keep = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods with each other and with no teacher: the same student, data and steps, several seeds.
+
+    The same command goes on where it was stopped, and may name more methods or --seeds; finished runs are kept.
+    """
+    from toolkit import compare as comparing
+
+    source, overrides = recipe or "cifar10", _overrides(ctx)
+    plan = comparing.make_plan(methods, source, overrides, seeds, output)
+    if train_teacher and teacher_checkpoint is None:
+        run = _trained_teacher(plan.baseline, source, overrides)
+        plan = comparing.make_plan(methods, source, overrides | {"teacher.checkpoint": str(run.path)}, seeds, output)
+    comparison = comparing.compare(plan)
+    from toolkit import compare_report, distributed
+
+    if distributed.RANK:  # one of several processes, and not the one that speaks
+        return
+    page = compare_report.write(comparison)
+    if as_json:
+        _print_json(compare_report.document(comparison) | {"report": str(page)})
+        return
+    compare_report.show(comparison)
+    print(f"report    {page}")
 
 
 @app.command()
@@ -403,12 +478,13 @@ def validate(
     data_dir: DataDir = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where PyTorch computes.")] = "auto",
     provider: ProviderOption = ProviderName.auto,
+    tta: TtaOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure accuracy, calibration and fidelity on the test set, and write the report."""
     from toolkit import stages
 
-    metrics, folder = stages.validate(target, dataset, data_dir, device, provider.value)
+    metrics, folder = stages.validate(target, dataset, data_dir, device, provider.value, tta.value if tta else None)
     if as_json:
         _print_json(metrics | {"report": str(folder)})
         return
@@ -428,7 +504,7 @@ def report(
     """Compare finished runs: one table and their curves, as an HTML page, Markdown and CSV."""
     from toolkit import stages
 
-    compared = stages.compare(runs, output)
+    compared = stages.side_by_side(runs, output)
     if as_json:
         from dataclasses import asdict
 
@@ -471,24 +547,50 @@ def export(
 
 @app.command()
 def serve(
-    artifact: Annotated[Path | None, typer.Argument(help="ONNX artifact; else the newest one.")] = None,
+    artifacts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=]ONNX", help="Artifacts; the first is the default. Else the newest one."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     provider: ProviderOption = ProviderName.auto,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images that run together.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are refused.")] = 256,
+    deadline: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 10,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM.")] = 10,
+    workers: Annotated[int, typer.Option(min=1, help="Processes behind the port.")] = 1,
+    reload: Annotated[bool, typer.Option("--reload", help="Take artifacts that change on disk.")] = False,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that clients must show; the page asks for it too.")
+    ] = None,
 ) -> None:
-    """Serve the image classification page on ONNX Runtime. PyTorch is not loaded."""
-    from serve import demo
-    from serve.session import Session
+    """Serve the page and the HTTP API (/docs) on ONNX Runtime. PyTorch is not loaded."""
+    from serve import server
+    from serve.engine import named
 
-    artifact = artifact or _newest_artifact("serving")
-    session = Session(artifact, provider.value)
-    examples = sorted((artifact.parent / "examples").glob("*.png"))
-    demo.launch(
-        session,
-        host,
-        port,
-        examples,
-        started=lambda url: print(f"{artifact} on {session.provider}: {url} (Ctrl-C stops)", flush=True),
+    paths = named(artifacts or [str(_newest_artifact("serving"))])
+    first = next(iter(paths.values()))
+    settings = server.Settings(
+        artifacts=paths,
+        host=host,
+        port=port,
+        provider=provider.value,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        deadline=deadline,
+        grace=grace,
+        workers=workers,
+        reload=reload,
+        key=None if api_key_file is None else server.read_key(api_key_file),
+        examples=tuple(sorted((first.parent / "examples").glob("*.png"))),
+    )
+    if not settings.private:
+        print(f"anybody who reaches {host} may use this server: --api-key-file sets a key", file=sys.stderr)
+    server.run(
+        settings,
+        started=lambda url, where: print(
+            f"{', '.join(map(str, paths.values()))} on {where}: {url} (Ctrl-C stops)", flush=True
+        ),
     )
 
 
@@ -580,6 +682,8 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     print(f"model     {metrics['model']} on {metrics['dataset']} ({metrics['n']:,} test images, {metrics['provider']})")
     top5 = f", top-5 {metrics['top5']:.2%}" if "top5" in metrics else ""
     print(f"accuracy  top-1 {metrics['top1']:.2%}{top5}")
+    if "tta_top1" in metrics:
+        print(f"          top-1 {metrics['tta_top1']:.2%} with test-time augmentation ({metrics['tta_views']})")
     print(f"calibration  NLL {metrics['nll']:.4f}, ECE {metrics['ece']:.4f}")
     if "teacher_top1" in metrics:
         print(

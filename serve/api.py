@@ -1,0 +1,360 @@
+"""The HTTP API on an engine."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel, Field
+from pydantic_core import to_json
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from export.artifact import Metadata
+from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, decode
+from serve.engine import Answer, Closed, DeadlineExceeded, Engine, QueueFull
+from serve.limits import Limits, refusal
+from toolkit import __version__
+from toolkit.errors import ImageError, ImageFormatError, ImageSizeError, UnknownNameError, UserError
+from toolkit.machine import available_cores
+
+TOP_K = 5
+MAX_IMAGES = 64  # in one request
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
+RETRY = {"Retry-After": "1"}  # seconds
+
+# What went wrong, to status and code.
+REFUSALS: dict[type[UserError], tuple[int, str]] = {
+    ImageFormatError: (415, "image_format"),
+    ImageSizeError: (413, "image_size"),
+    ImageError: (400, "image_broken"),
+    UnknownNameError: (422, "parameters"),
+    QueueFull: (429, "queue_full"),
+    DeadlineExceeded: (504, "deadline"),
+    Closed: (503, "stopping"),
+}
+CODES = {400: "request", 401: "unauthorized", 404: "not_found", 405: "method", 413: "too_large", 503: "busy"}
+
+logger = logging.getLogger(__name__)
+
+
+class Scored(BaseModel):
+    label: str
+    probability: float = Field(ge=0, le=1)
+
+
+class Classified(BaseModel):
+    """One image: its most probable classes, best first."""
+
+    classes: list[Scored]
+
+
+class Classification(BaseModel):
+    """The images in the order in which they were sent."""
+
+    model: str = Field(description="name of the artifact that answered")
+    provider: str = Field(description="ONNX Runtime's execution provider")
+    milliseconds: float = Field(description="from the whole body to the answer: decoding, waiting and the model")
+    images: list[Classified]
+
+
+class Model(BaseModel):
+    """What a served artifact says of itself."""
+
+    name: str
+    names: list[str] = Field(description="all artifacts that are served; the first is the default")
+    provider: str
+    metadata: Metadata
+
+
+class State(BaseModel):
+    status: Literal["ok", "warming up", "stopping"]
+
+
+class Error(BaseModel):
+    error: str = Field(description="what went wrong, for programs")
+    message: str = Field(description="what went wrong, for people")
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Error} for status in statuses}
+
+
+def build(
+    engine: Engine,
+    *,
+    deadline: float,
+    key: str | None = None,
+    reload: bool = False,
+    page: Callable[[FastAPI], object] = lambda app: None,
+) -> ASGIApp:
+    """The whole app on ``engine``, which it warms up when it starts and closes when it stops.
+
+    ``deadline`` is the seconds that a request may take once its body is there, ``key`` what clients must show.
+    ``page`` mounts the page at ``/``.
+    """
+    classify = Classifier(engine, deadline)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if reload:
+            engine.watch()
+        warming = asyncio.create_task(asyncio.to_thread(engine.warm_up))
+        yield
+        await warming
+        await asyncio.to_thread(engine.close)
+        classify.close()
+
+    app = FastAPI(
+        title="Image classification",
+        version=__version__,
+        description=f"Takes {FORMATS_IN_WORDS}; tells the most probable classes.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    names = tuple(engine.names)
+    # Not an annotation that is read before the names are known: hence no postponed annotations in this module.
+    Name = Annotated[
+        Literal[names] | None,  # type: ignore[valid-type]
+        Query(alias="model", description="artifact to ask; else the first"),
+    ]
+
+    async def answer(images: Sequence[bytes], name: str | None, top_k: int) -> Response:
+        began = time.perf_counter()
+        answers = await classify(images, name)
+        content = {
+            "model": name or names[0],
+            "provider": answers[0].provider,
+            "milliseconds": (time.perf_counter() - began) * 1000,
+            "images": [
+                {"classes": [{"label": label, "probability": p} for label, p in answer.best(top_k)]}
+                for answer in answers
+            ],
+        }
+        return Response(to_json(content), media_type="application/json")
+
+    @app.post(
+        "/v1/predict",
+        response_model=Classification,
+        responses=_errors(400, 401, 413, 415, 422, 429, 503, 504),
+        openapi_extra={"requestBody": {"required": True, "content": _bodies()}},
+    )
+    async def predict(
+        request: Request,
+        top_k: Annotated[
+            int, Query(ge=1, le=1000, description="classes an image; fewer where there are fewer")
+        ] = TOP_K,
+        name: Name = None,
+    ) -> Response:
+        """Classify an image (the body is its bytes) or several (multipart/form-data, each part a file)."""
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            images = await _files(request)
+        else:
+            images = [await request.body()]
+        return await answer(images, name, top_k)
+
+    @app.get("/v1/model", responses=_errors(401, 422))
+    async def model(name: Name = None) -> Model:
+        """What the model is: labels, input, accuracy, provenance."""
+        return Model(
+            name=name or names[0], names=[*names], provider=engine.provider(name), metadata=engine.metadata(name)
+        )
+
+    @app.get("/healthz")
+    async def healthz() -> State:
+        """Whether the process lives."""
+        return State(status="ok")
+
+    @app.get("/readyz", responses={503: {"model": State}})
+    async def readyz(response: Response) -> State:
+        """Whether requests should come here: after the warm-up, until it stops."""
+        if engine.ready:
+            return State(status="ok")
+        response.status_code = 503
+        return State(status="stopping" if engine.closed else "warming up")
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(401))
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    for kind in REFUSALS:
+        app.add_exception_handler(kind, _refuse_user_error)
+    app.add_exception_handler(RequestValidationError, _refuse_parameters)
+    app.add_exception_handler(HTTPException, _refuse_http)
+    app.add_exception_handler(Exception, _refuse_bug)
+    for route in [route for route in app.routes if isinstance(route, Route)]:
+        # The page answers every path that is not taken: a wrong method must not go there.
+        app.add_route(
+            route.path, _wrong_method(route), sorted(METHODS - (route.methods or set())), include_in_schema=False
+        )
+    page(app)
+
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        """The plain case of ``predict``, one image and no parameters, past the cost of FastAPI's general one."""
+        if scope["type"] != "http" or not _is_plain(scope):
+            await app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            response = await answer([await request.body()], None, TOP_K)
+        except UserError as error:
+            response = await _refuse_user_error(request, error)
+        except HTTPException as error:
+            response = await _refuse_http(request, error)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            logger.exception("a prediction failed")
+            response = await _refuse_bug(request)
+        await response(scope, receive, send)
+
+    return Limits(front, engine.metrics, key)
+
+
+class Classifier:
+    """Images to answers for the event loop: decoded in a pool of threads, then queued in the engine."""
+
+    def __init__(self, engine: Engine, deadline: float) -> None:
+        self._engine, self._deadline = engine, deadline
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._pool = [Thread(target=self._work, name="decode", daemon=True) for _ in range(available_cores())]
+        for thread in self._pool:
+            thread.start()
+        self._pending = 0  # images that are being decoded, or wait
+
+    async def __call__(self, images: Sequence[bytes], name: str | None) -> list[Answer]:
+        """The answers in the order of ``images``. Raises ``ImageError`` and what ``Engine.submit`` raises."""
+        if self._pending + len(images) > self._engine.max_queue:  # before any work is put into them
+            raise QueueFull(f"{self._pending} images wait already: ask again in a moment")
+        loop = asyncio.get_running_loop()
+        answers: list[asyncio.Future[Answer]] = [loop.create_future() for _ in images]
+        timer = loop.call_later(self._deadline, self._expire, answers)
+        self._pending += len(images)
+        try:
+            for index, (data, answer) in enumerate(zip(images, answers, strict=True)):
+                called = "the image" if len(images) == 1 else f"image {index + 1}"
+                self._jobs.put(partial(self._queue, data, called, name, loop, answer))
+            return [await answers[0]] if len(answers) == 1 else await asyncio.gather(*answers)
+        finally:
+            self._pending -= len(images)
+            timer.cancel()
+
+    def close(self) -> None:
+        for _ in self._pool:
+            self._jobs.put(None)
+        for thread in self._pool:
+            thread.join()
+
+    def _work(self) -> None:
+        # ThreadPoolExecutor would make a future of its own for each image, which costs as much as a small decode.
+        while job := self._jobs.get():
+            job()
+
+    def _expire(self, answers: Sequence[asyncio.Future[Answer]]) -> None:
+        error = DeadlineExceeded(f"the answer did not come within {self._deadline:g} seconds")
+        for answer in answers:
+            _settle(answer, None, error)
+
+    def _queue(
+        self,
+        data: bytes,
+        called: str,
+        name: str | None,
+        loop: asyncio.AbstractEventLoop,
+        answer: asyncio.Future[Answer],
+    ) -> None:
+        """Runs in the pool. One future and two changes of thread an image are all that it takes."""
+        try:
+            queued = self._engine.submit(decode(data, called), name, self._deadline)
+        except Exception as error:
+            loop.call_soon_threadsafe(_settle, answer, None, error)
+        else:
+            queued.add_done_callback(lambda done: loop.call_soon_threadsafe(_pass_on, done, answer))
+
+
+def _pass_on(done: Future[Answer], answer: asyncio.Future[Answer]) -> None:
+    error = done.exception()
+    _settle(answer, None if error else done.result(), error)
+
+
+def _settle(answer: asyncio.Future[Answer], result: Answer | None, error: BaseException | None) -> None:
+    if answer.done():  # past its deadline, or the client is gone
+        return
+    if error is not None:
+        answer.set_exception(error)
+    elif result is not None:
+        answer.set_result(result)
+
+
+def _is_plain(scope: Scope) -> bool:
+    if scope["path"] != "/v1/predict" or scope["method"] != "POST" or scope["query_string"]:
+        return False
+    return not any(name == b"content-type" and value.startswith(b"multipart/") for name, value in scope["headers"])
+
+
+async def _files(request: Request) -> list[bytes]:
+    """The files of a form, in their order."""
+    form = await request.form(max_files=MAX_IMAGES, max_fields=MAX_IMAGES)
+    try:
+        images = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
+    finally:
+        await form.close()
+    if not images:
+        raise HTTPException(400, "the form holds no file")
+    return images
+
+
+def _bodies() -> dict[str, Any]:
+    """The bodies of a prediction, as OpenAPI describes them."""
+    binary = {"type": "string", "format": "binary"}
+    several = {"type": "array", "items": binary, "minItems": 1, "maxItems": MAX_IMAGES}
+    form = {"type": "object", "properties": {"images": several}, "required": ["images"]}
+    kinds = ("png", "jpeg", "webp", "gif", "bmp")
+    return {
+        "multipart/form-data": {"schema": form},
+        **{f"image/{kind}": {"schema": {**binary, "maxLength": MAX_BYTES}} for kind in kinds},
+        "application/octet-stream": {"schema": {**binary, "maxLength": MAX_BYTES}},
+    }
+
+
+def _wrong_method(route: Route) -> Callable[[Request], Awaitable[Response]]:
+    async def refuse(request: Request) -> Response:
+        raise HTTPException(
+            405, f"this path takes {', '.join(route.methods or ())}", {"Allow": ", ".join(route.methods or ())}
+        )
+
+    return refuse
+
+
+async def _refuse_user_error(request: Request, error: Exception) -> Response:
+    status, code = next(found for kind, found in REFUSALS.items() if isinstance(error, kind))
+    return refusal(request.scope, status, code, str(error), RETRY if status in (429, 503) else None)
+
+
+async def _refuse_parameters(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = [f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors()]
+    return refusal(request.scope, 422, "parameters", "; ".join(found))
+
+
+async def _refuse_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = CODES.get(error.status_code, "http")
+    return refusal(request.scope, error.status_code, code, str(error.detail), dict(error.headers or {}))
+
+
+async def _refuse_bug(request: Request, _: Exception | None = None) -> Response:
+    return refusal(request.scope, 500, "internal", "the server failed; its log says why")

@@ -1,0 +1,335 @@
+"""The engine: opened artifacts, each with a bounded queue and a thread that answers what waits, in batches."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.artifact import Metadata
+from export.preprocess import fit
+from serve.metrics import Metrics
+from serve.session import CPU, CUDA, TENSORRT, Array, Provider, Session
+from toolkit.errors import ArtifactError, UnknownNameError, UserError
+
+MAX_BATCH, MAX_QUEUE = 32, 256  # images
+RELOAD_SECONDS = 1.0  # between two looks at the files
+ASKED: dict[str, Provider] = {CPU: "cpu", CUDA: "cuda", TENSORRT: "tensorrt"}  # what gives the same provider again
+
+logger = logging.getLogger(__name__)
+
+
+class QueueFull(UserError):
+    """More images wait than the queue holds."""
+
+
+class DeadlineExceeded(UserError):
+    """The deadline passed before the image's turn came."""
+
+
+class Closed(UserError):
+    """The engine is stopping and takes nothing new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an artifact says of one image; it carries the metadata of the very artifact that answered.
+
+    ``logits`` and ``probabilities`` are float32 ``[K]``; ``batch_size`` is how many images ran together;
+    ``milliseconds`` run from ``submit`` to the answer: resizing, waiting and the model.
+    """
+
+    metadata: Metadata
+    provider: str
+    logits: Array
+    probabilities: Array
+    batch_size: int
+    milliseconds: float
+
+    def best(self, top_k: int = 5) -> list[tuple[str, float]]:
+        """The ``top_k`` most probable labels with their probabilities, best first; fewer where there are fewer."""
+        order = (-self.probabilities).argsort(kind="stable")[:top_k].tolist()
+        labels, probabilities = self.metadata.labels, self.probabilities.tolist()
+        return [(labels[i], probabilities[i]) for i in order]
+
+
+def named(artifacts: Sequence[str]) -> dict[str, Path]:
+    """Names to paths of what the command line gives: ``PATH``, named after its file, or ``NAME=PATH``.
+
+    Raises ``UserError`` where two have the same name.
+    """
+    paths: dict[str, Path] = {}
+    for item in artifacts:
+        name, equals, path = item.partition("=")
+        if not equals or Path(item).exists():
+            name, path = Path(item).stem, item
+        if name in paths:
+            raise UserError(f"two artifacts have the name {name!r}: tell them apart with NAME={path}")
+        paths[name] = Path(path)
+    return paths
+
+
+class Engine:
+    """Artifacts by name, ready to answer from any thread; the first is the default.
+
+    Each has a queue of ``max_queue`` images and one worker thread, which takes what waits, up to ``max_batch``
+    images, and never waits for more. Off the CPU a batch is filled up to the next power of two, so that the
+    device sees a few fixed shapes. Opening raises what ``Session`` raises. Use it as a context manager, or
+    ``close`` it.
+    """
+
+    def __init__(
+        self,
+        artifacts: Mapping[str, Path],
+        provider: Provider = "auto",
+        *,
+        threads: int | None = None,
+        max_batch: int = MAX_BATCH,
+        max_queue: int = MAX_QUEUE,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.max_queue = max_queue
+        self.metrics = metrics or Metrics()
+        self.ready = False  # warmed up, and not stopping
+        self._stop = threading.Event()
+        self._watcher: threading.Thread | None = None
+        sessions = {name: Session(path, provider, threads) for name, path in artifacts.items()}
+        self._models = {
+            name: _Model(name, artifacts[name], session, max_batch, max_queue, self.metrics)
+            for name, session in sessions.items()
+        }
+
+    @property
+    def closed(self) -> bool:
+        return self._stop.is_set()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    def metadata(self, name: str | None = None) -> Metadata:
+        """What the artifact says of itself now. Raises ``UnknownNameError``."""
+        return self._model(name).session.metadata
+
+    def provider(self, name: str | None = None) -> str:
+        """The ONNX Runtime provider that runs the artifact. Raises ``UnknownNameError``."""
+        return self._model(name).session.provider
+
+    def submit(
+        self, pixels: NDArray[np.uint8], name: str | None = None, deadline: float | None = None
+    ) -> Future[Answer]:
+        """Queue one image, uint8 ``[H,W,3]`` of any size, for the artifact ``name`` (else the first one).
+
+        It is resized here, in the caller's thread. The future raises ``DeadlineExceeded`` where the image's turn
+        comes later than ``deadline`` seconds from now, and ``Closed`` where the engine stops before. Raises
+        ``QueueFull``, ``Closed`` and ``UnknownNameError`` at once.
+        """
+        return self._model(name).submit(pixels, deadline)
+
+    def warm_up(self) -> None:
+        """Run every batch size that the device will see once; ``ready`` is True from then on."""
+        for model in self._models.values():
+            model.warm_up(model.session)
+        self.ready = not self._stop.is_set()
+
+    def watch(self, seconds: float = RELOAD_SECONDS) -> None:
+        """From now on, take artifacts that change on disk; one that cannot run leaves the old one in place."""
+        self._watcher = threading.Thread(target=self._watch, args=(seconds,), name="reload", daemon=True)
+        self._watcher.start()
+
+    def close(self) -> None:
+        """Take nothing new, refuse what still waits, and end once the running batches are answered."""
+        self.ready = False
+        self._stop.set()
+        if self._watcher:
+            self._watcher.join()
+        for model in self._models.values():
+            model.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _model(self, name: str | None) -> _Model:
+        if name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            raise UnknownNameError(f"no artifact {name!r} is served: there is {', '.join(self._models)}")
+        return self._models[name]
+
+    def _watch(self, seconds: float) -> None:
+        while not self._stop.wait(seconds):
+            for model in self._models.values():
+                model.reload()
+
+
+@dataclass(slots=True)
+class _Item:
+    session: Session
+    image: NDArray[np.uint8]
+    began: float
+    deadline: float | None
+    future: Future[Answer]
+
+
+class _Model:
+    """One artifact: its session, its queue, its thread."""
+
+    def __init__(
+        self, name: str, path: Path, session: Session, max_batch: int, max_queue: int, metrics: Metrics
+    ) -> None:
+        self.name, self.path, self.session = name, path, session
+        self.max_batch, self.max_queue, self.metrics = max_batch, max_queue, metrics
+        self._seen = _stamp(path)
+        self._waiting: deque[_Item] = deque()
+        self._changed = threading.Condition()
+        self._open = True
+        metrics.provider(name, session.provider)
+        self._thread = threading.Thread(target=self._work, name=f"model {name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, pixels: NDArray[np.uint8], deadline: float | None) -> Future[Answer]:
+        began = time.perf_counter()
+        session = self.session  # a reload may change it, and the size of its images, at any moment
+        item = _Item(session, fit(pixels, session.metadata.image_size), began, deadline and began + deadline, Future())
+        with self._changed:
+            if not self._open:
+                raise Closed("the server is stopping: ask again in a moment")
+            if len(self._waiting) >= self.max_queue:
+                raise QueueFull(f"{self.max_queue} images wait already: ask again in a moment")
+            self._waiting.append(item)
+            self.metrics.waiting(self.name, 1)
+            self._changed.notify()
+        return item.future
+
+    def warm_up(self, session: Session) -> None:
+        size = session.metadata.image_size
+        for count in self._sizes(session):
+            session.run(np.zeros((count, size, size, 3), np.uint8))
+
+    def reload(self) -> None:
+        """Take the file if it is another one than last time, and passes the checks."""
+        stamp = _stamp(self.path)
+        if stamp is None or stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            session = Session(self.path, ASKED[self.session.provider], self.session.threads)
+            _check(session, self.path)
+            self.warm_up(session)
+        except Exception as error:  # a bad file must not stop the server
+            self.metrics.reload(self.name, "refused")
+            logger.warning("kept the old artifact %s: %s", self.name, error)
+            return
+        self.session = session
+        self.metrics.reload(self.name, "taken")
+        logger.warning("took the new artifact %s: %s", self.name, self.path)
+
+    def close(self) -> None:
+        with self._changed:
+            self._open = False
+            left = list(self._waiting)
+            self._waiting.clear()
+            self.metrics.waiting(self.name, -len(left))
+            self._changed.notify()
+        for item in left:
+            if item.future.set_running_or_notify_cancel():
+                item.future.set_exception(Closed("the server stopped before this image's turn came"))
+        self._thread.join()
+
+    def _work(self) -> None:
+        while items := self._take():
+            now = time.perf_counter()
+            live = []
+            for item in items:
+                if not item.future.set_running_or_notify_cancel():
+                    continue
+                if item.deadline is not None and now > item.deadline:
+                    item.future.set_exception(DeadlineExceeded("the answer did not come within the deadline"))
+                else:
+                    live.append(item)
+            if live:
+                self._answer(live)
+
+    def _take(self) -> list[_Item]:
+        """What waits for one and the same session, at most ``max_batch``; empty once the model is closed."""
+        with self._changed:
+            while not self._waiting and self._open:
+                self._changed.wait()
+            items: list[_Item] = []
+            while self._waiting and len(items) < self.max_batch:
+                if items and self._waiting[0].session is not items[0].session:
+                    break
+                items.append(self._waiting.popleft())
+            self.metrics.waiting(self.name, -len(items))
+            return items
+
+    def _answer(self, items: list[_Item]) -> None:
+        session, count = items[0].session, len(items)
+        try:
+            size = session.metadata.image_size
+            shape = next(n for n in self._sizes(session) if n >= count) if session.provider != CPU else count
+            images = np.zeros((shape, size, size, 3), np.uint8)
+            for index, item in enumerate(items):
+                images[index] = item.image
+            logits, probabilities = session.run(images)
+        except Exception as error:  # the others' images must still be answered
+            logger.exception("the artifact %s failed", self.name)
+            for item in items:
+                item.future.set_exception(error)
+            return
+        self.metrics.batch(self.name, count)
+        now = time.perf_counter()
+        for index, item in enumerate(items):
+            item.future.set_result(
+                Answer(
+                    session.metadata,
+                    session.provider,
+                    logits[index],
+                    probabilities[index],
+                    count,
+                    (now - item.began) * 1000,
+                )
+            )
+
+    def _sizes(self, session: Session) -> Iterator[int]:
+        """Batch sizes that are worth a warm-up: on a device, the only ones that it sees."""
+        if session.provider == CPU:
+            yield from sorted({1, self.max_batch})
+            return
+        size = 1
+        while size < self.max_batch:
+            yield size
+            size *= 2
+        yield self.max_batch
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None while there is none."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return None
+
+
+def _check(session: Session, path: Path) -> None:
+    """Whether an artifact that runs also makes sense. Raises ``ArtifactError``."""
+    size = session.metadata.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
+    logits, probabilities = session.run(noise)
+    if not np.isfinite(logits).all() or not np.allclose(probabilities.sum(1), 1, atol=1e-3):
+        raise ArtifactError(f"{path} answers noise with numbers that are no probabilities")

@@ -1,0 +1,180 @@
+"""What a client may cost: bytes, seconds, and whether it may ask at all."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+import time
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serve.decode import MAX_BYTES
+from serve.metrics import Metrics
+
+UPLOADS = ("/v1/predict", "/gradio_api/upload")  # where a body may have MAX_BYTES
+MAX_OTHER_BYTES = 2**20
+MAX_HELD_BYTES = 512 * 2**20  # of all requests that are being read or answered
+MAX_HEAD_BYTES = 64 * 2**10
+HEAD_SECONDS, BODY_SECONDS = 10.0, 60.0  # for a client to send its headers, and its body
+OPEN_PATHS = ("/healthz", "/readyz")  # no key needed
+PATHS = ("/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
+
+
+def refusal(scope: Scope, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    """An error as the API tells it: ``code`` for programs, ``message`` for people. It is counted under ``code``."""
+    scope["refused"] = code
+    body = json.dumps({"error": code, "message": message})
+    return Response(body, status, headers, "application/json")
+
+
+class Limits:
+    """Around the whole app: the key, the size of bodies, and what is counted of each request.
+
+    ``key`` is what a client must show, as a bearer token or as the password of HTTP Basic (which browsers ask
+    for); None lets everybody in.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, key: str | None = None) -> None:
+        self._app, self._metrics, self._key = app, metrics, key
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status, held = time.perf_counter(), 0, 0
+        path = scope["path"]
+        limit = MAX_BYTES if path in UPLOADS else MAX_OTHER_BYTES
+
+        async def counted() -> Message:
+            nonlocal held
+            message = await receive()
+            if size := len(message.get("body", b"")):
+                held += size
+                self._held += size
+                if held > limit:
+                    scope["refused"] = "too_large"
+                    raise HTTPException(413, _too_large(limit))
+                if self._held > MAX_HELD_BYTES:
+                    scope["refused"] = "busy"
+                    raise HTTPException(503, "too many uploads at once", {"Retry-After": "1"})
+            return message
+
+        async def seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await (self._refused(scope, limit) or self._app)(scope, counted, seen)
+        except ClientDisconnect:
+            pass
+        finally:
+            self._held -= held
+            self._metrics.request(path if path in PATHS else "page", status, time.perf_counter() - began)
+            if status >= 400:
+                self._metrics.reject(scope.get("refused") or str(status))
+
+    def _refused(self, scope: Scope, limit: int) -> Response | None:
+        """The answer to a request that need not be read."""
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        if self._key is not None and scope["path"] not in OPEN_PATHS and not self._may(headers):
+            scheme = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="key as password"'
+            return refusal(scope, 401, "unauthorized", "this server wants its key", {"WWW-Authenticate": scheme})
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > limit:
+            return refusal(scope, 413, "too_large", _too_large(limit))
+        return None
+
+    def _may(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"basic":
+            try:
+                shown = base64.b64decode(shown, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
+        elif scheme.lower() != b"bearer":
+            return False
+        assert self._key is not None
+        return hmac.compare_digest(shown.strip(), self._key.encode())
+
+
+def _too_large(limit: int) -> str:
+    return f"a request has at most {limit // 2**20} MB"
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which waits for no client without end and keeps no endless headers."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _head = 0  # bytes since the headers began; -1 once they are complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm(HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head >= 0:
+            self._head += len(data)
+            if self._head > MAX_HEAD_BYTES:
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the headers are too long")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head = 0
+        self._arm(HEAD_SECONDS)
+
+    def on_headers_complete(self) -> None:
+        self._head = -1
+        self._arm(BODY_SECONDS)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._disarm()
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, "this is not HTTP/1.1")
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        # A page keeps such a stream open for as long as somebody looks at it.
+        if self.cycle is not None and self.scope["path"].startswith("/gradio_api/heartbeat/"):
+            self.transport.close()
+
+    def _arm(self, seconds: float) -> None:
+        self._disarm()
+        self._timer = self.loop.call_later(seconds, self._late)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, "the request took too long to arrive")
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = json.dumps({"error": status.name.lower(), "message": message})
+            self.transport.write(
+                f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
+            )
+        self.transport.close()

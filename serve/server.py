@@ -1,0 +1,177 @@
+"""The server process: a port, an engine behind it, and a clean end; or several such processes behind one port."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+
+from export import artifact
+from serve import metrics
+from serve.engine import MAX_BATCH, MAX_QUEUE, Engine
+from serve.limits import Protocol
+from serve.session import Provider
+from toolkit.errors import UserError
+from toolkit.machine import available_cores
+
+BACKLOG = 1024  # connections that wait to be accepted
+MAX_FILES = 65_536
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how a server runs."""
+
+    artifacts: dict[str, Path]  # by name; the first is the default
+    host: str = "127.0.0.1"
+    port: int = 7860  # 0 takes a free one
+    provider: Provider = "auto"
+    max_batch: int = MAX_BATCH  # images that run together
+    max_queue: int = MAX_QUEUE  # images that may wait
+    deadline: float = 10.0  # seconds that a request may take
+    grace: int = 10  # seconds that running requests have after SIGTERM
+    workers: int = 1  # processes
+    reload: bool = False  # whether to take artifacts that change on disk
+    key: str | None = None  # what clients must show
+    examples: tuple[Path, ...] = ()  # images to try on the page
+
+    @property
+    def private(self) -> bool:
+        """Whether only this machine, or those who have the key, can use the server."""
+        return self.key is not None or self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+
+
+def read_key(path: Path) -> str:
+    """The key in a file, of which the first line counts. Raises ``UserError``."""
+    try:
+        key = path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the key in {path}: {getattr(error, 'strerror', None) or 'not text'}") from error
+    if not key:
+        raise UserError(f"{path} holds no key: its first line must be one")
+    return key
+
+
+def run(settings: Settings, started: Callable[[str, str], None] = lambda url, where: None) -> None:
+    """Serve until SIGINT or SIGTERM; ``started`` gets the address, which answers from then on, and what runs.
+
+    Call it from the main thread. Raises ``UserError`` for a port or an artifact that cannot be had.
+    """
+    _allow_many_connections()
+    with _listen(settings.host, settings.port) as listener:
+        address, port = listener.getsockname()[:2]
+        url = f"http://{f'[{address}]' if ':' in address else address}:{port}/"
+        if settings.workers > 1:
+            for path in settings.artifacts.values():
+                artifact.read(path)  # what is wrong with a file is said once
+            started(url, f"{settings.workers} processes")
+            _run_workers(settings, listener)
+            return
+        engine = _engine(settings)
+        started(url, engine.provider())
+        # uvicorn raises the signal again once it is done, for whoever held it before.
+        previous = {number: signal.signal(number, _ended) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            uvicorn.Server(_config(settings, _app(settings, engine))).run([listener])
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _run_workers(settings: Settings, listener: socket.socket) -> None:
+    with tempfile.TemporaryDirectory(prefix="toolkit-metrics-") as folder:
+        os.environ[metrics.SHARED] = folder
+        supervisor = Multiprocess(_config(settings, partial(_worker, settings)), [listener])
+        supervisor.run()
+        del os.environ[metrics.SHARED]
+    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+        raise UserError("a worker could not start")
+
+
+def _worker(settings: Settings) -> ASGIApp:
+    """The app of one of several processes."""
+    try:
+        return _app(settings, _engine(settings))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(STARTUP_FAILURE)
+
+
+def _engine(settings: Settings) -> Engine:
+    return Engine(
+        settings.artifacts,
+        settings.provider,
+        threads=max(1, available_cores() // settings.workers),
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+    )
+
+
+def _app(settings: Settings, engine: Engine) -> ASGIApp:
+    from serve import api, demo  # heavy, and the parent of several processes needs neither
+
+    return api.build(
+        engine,
+        deadline=settings.deadline,
+        key=settings.key,
+        reload=settings.reload,
+        page=lambda app: demo.mount(app, engine, settings.examples, settings.deadline),
+    )
+
+
+def _config(settings: Settings, app: ASGIApp | Callable[[], ASGIApp]) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        factory=settings.workers > 1,
+        workers=settings.workers,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        backlog=BACKLOG,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.grace,
+        timeout_worker_healthcheck=60,  # a worker is silent while it starts
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ``UserError`` where it cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # From here on clients wait, and are not turned away.
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} on {host} is in use: choose another with --port") from error
+        raise UserError(f"cannot serve on {host}, port {port}: {error.strerror or error}") from error
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor, and the usual limit is 1,024."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _ended(number: int, frame: object) -> None:
+    """A signal that has been obeyed."""

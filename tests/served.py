@@ -1,0 +1,90 @@
+"""A server of its own for tests: the command ``toolkit serve`` in a process, and what it says."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+from PIL import Image
+
+COMMAND = """
+import sys
+from serve import limits
+limits.HEAD_SECONDS, limits.BODY_SECONDS = 1.0, 2.0  # ten times and more in earnest
+from toolkit.cli import main
+sys.argv[0] = "toolkit"
+main()
+"""
+
+
+@dataclass
+class Served:
+    """A running server; ``said`` is what it wrote to stderr, once it has ended."""
+
+    url: str
+    process: subprocess.Popen[str]
+    said: str = ""
+
+    def client(self, **options: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
+
+    def memory(self) -> int:
+        """The most bytes that it held since ``forget_memory``."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024
+
+    def forget_memory(self) -> None:
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+
+@contextmanager
+def serving(*arguments: object, ready: bool = True) -> Iterator[Served]:
+    """``toolkit serve`` on a free port, ended with SIGTERM; fails where that leaves a traceback or an exit code."""
+    command = [sys.executable, "-c", COMMAND, "serve", "--port", "0", "--provider", "cpu", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "http://" in line, process.communicate()[1]
+        server = Served(next(word for word in line.split() if word.startswith("http://")), process)
+        try:
+            if ready:
+                wait_until_ready(server)
+            yield server
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                rest, server.said = process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    assert process.returncode == 0, server.said
+    assert rest == ""
+    assert "Traceback" not in server.said, server.said
+
+
+def wait_until_ready(server: Served, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    with server.client() as http:
+        while time.monotonic() < end:
+            with suppress(httpx.TransportError):
+                if http.get("readyz").status_code == 200:
+                    return
+            time.sleep(0.05)
+    raise AssertionError("the server is not ready")
+
+
+def encoded(pixels: np.ndarray, format: str = "PNG", **options: object) -> bytes:
+    """uint8 ``[H,W,3]`` or ``[H,W]`` as the bytes of an image file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()

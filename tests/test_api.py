@@ -1,0 +1,177 @@
+"""The HTTP API of a running server: what it answers, what it refuses and how it says so."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from served import Served, encoded, serving
+from small_net import LABELS, small_artifact, small_images
+
+from serve.session import Session
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+PNG = encoded(PIXELS)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_artifact(tmp_path_factory.mktemp("api") / "student.onnx")
+
+
+@pytest.fixture(scope="module")
+def server(path: Path) -> Iterator[Served]:
+    with serving(path, f"copy={path}") as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Served) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+def _best(path: Path, pixels: np.ndarray, top_k: int) -> list[dict[str, object]]:
+    prediction = Session(path, "cpu").predict(pixels, top_k)
+    return [
+        {"label": label, "probability": pytest.approx(probability, abs=1e-6)}
+        for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
+    ]
+
+
+def test_an_image_gets_the_answer_of_the_session(http: httpx.Client, path: Path) -> None:
+    answer = http.post("v1/predict", content=PNG)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    got = answer.json()
+    assert got.pop("milliseconds") > 0
+    assert got == {
+        "model": "student",
+        "provider": "CPUExecutionProvider",
+        "images": [{"classes": _best(path, PIXELS, 5)}],
+    }
+    asked = http.post("v1/predict", params={"top_k": 2, "model": "copy"}, content=PNG).json()
+    assert asked["model"] == "copy"
+    assert asked["images"] == [{"classes": _best(path, PIXELS, 2)}]
+    everything = http.post("v1/predict", params={"top_k": 1000}, content=PNG).json()
+    assert len(everything["images"][0]["classes"]) == len(LABELS)
+
+
+def test_several_images_are_answered_in_their_order(http: httpx.Client, path: Path) -> None:
+    images = small_images(9).permute(0, 2, 3, 1).numpy()
+    files = [("images", (f"{i}.png", encoded(image))) for i, image in enumerate(images)]
+    got = http.post("v1/predict", params={"top_k": 1}, files=files).json()
+    assert got["images"] == [{"classes": _best(path, image, 1)} for image in images]
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "code", "message"),
+    [
+        ({"content": b""}, 400, "image_broken", "the image is empty"),
+        ({"content": PNG[:9000]}, 400, "image_broken", "broken or cut short"),
+        ({"content": b"hello"}, 415, "image_format", "not a PNG, JPEG, WebP, GIF or BMP image"),
+        ({"json": {"image": "x"}}, 415, "image_format", "not a PNG"),
+        ({"files": [("a", PNG), ("b", b"hello")]}, 415, "image_format", "image 2 is not a PNG"),
+        ({"files": [("a", PNG)] * 65}, 400, "request", "Too many files"),
+        ({"data": {"a": "b"}, "files": {}}, 415, "image_format", "not a PNG"),
+        ({"files": {"a": (None, "b")}}, 400, "request", "the form holds no file"),
+        ({"content": b"--", "headers": {"content-type": "multipart/form-data"}}, 400, "request", "boundary"),
+        ({"content": PNG, "params": {"top_k": 0}}, 422, "parameters", "top_k"),
+        ({"content": PNG, "params": {"top_k": "many"}}, 422, "parameters", "top_k"),
+        ({"content": PNG, "params": {"model": "none"}}, 422, "parameters", "'student' or 'copy'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_json(
+    http: httpx.Client, request_: dict[str, object], status: int, code: str, message: str
+) -> None:
+    answer = http.post("v1/predict", **request_)
+    assert answer.status_code == status, answer.text
+    said = answer.json()
+    assert said["error"] == code
+    assert message.lower() in said["message"].lower()
+    assert said.keys() == {"error", "message"}
+
+
+def test_other_methods_and_paths(http: httpx.Client) -> None:
+    answer = http.get("v1/predict")
+    assert (answer.status_code, answer.headers["allow"], answer.json()["error"]) == (405, "POST", "method")
+    assert http.delete("v1/model").status_code == 405
+    assert http.get("v1/nothing").status_code == 404
+
+
+def test_the_model_says_what_it_is(http: httpx.Client) -> None:
+    got = http.get("v1/model", params={"model": "copy"}).json()
+    assert got["name"] == "copy"
+    assert got["names"] == ["student", "copy"]
+    assert got["provider"] == "CPUExecutionProvider"
+    assert got["metadata"]["labels"] == list(LABELS)
+    assert got["metadata"]["accuracy"] == 0.9375
+
+
+def test_health(http: httpx.Client) -> None:
+    assert http.get("healthz").json() == {"status": "ok"}
+    assert http.get("readyz").json() == {"status": "ok"}
+
+
+def test_metrics_count_what_happens(http: httpx.Client) -> None:
+    def metrics() -> dict[str, float]:
+        lines = http.get("metrics").text.splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    before = metrics()
+    assert http.post("v1/predict", content=PNG).status_code == 200
+    assert http.post("v1/predict", content=b"hello").status_code == 415
+    after = metrics()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown('toolkit_requests_total{path="/v1/predict",status="200"}') == 1
+    assert grown('toolkit_requests_total{path="/v1/predict",status="415"}') == 1
+    assert grown('toolkit_request_seconds_count{path="/v1/predict"}') == 2
+    assert grown('toolkit_rejects_total{reason="image_format"}') == 1
+    assert grown('toolkit_batch_images_sum{artifact="student"}') == 1
+    assert after['toolkit_queue_images{artifact="student"}'] == 0
+    assert after['toolkit_provider{artifact="student",provider="CPUExecutionProvider"}'] == 1
+
+
+def test_docs_describe_the_api(http: httpx.Client) -> None:
+    assert "openapi.json" in http.get("docs").text
+    paths = http.get("openapi.json").json()["paths"]
+    assert paths.keys() == {"/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics"}
+
+
+@pytest.fixture(scope="module")
+def described(server: Served) -> schemathesis.BaseSchema:
+    return schemathesis.openapi.from_url(server.url + "openapi.json")
+
+
+FITTING, WRONG = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "mode"),
+    [
+        ("POST", "/v1/predict", FITTING),
+        ("POST", "/v1/predict", WRONG),
+        ("GET", "/v1/model", FITTING),
+        ("GET", "/v1/model", WRONG),
+        ("GET", "/healthz", FITTING),
+        ("GET", "/readyz", FITTING),
+        ("GET", "/metrics", FITTING),
+    ],
+)
+def test_the_server_keeps_to_its_description(
+    described: schemathesis.BaseSchema, method: str, route: str, mode: schemathesis.GenerationMode
+) -> None:
+    @given(described[route][method].as_strategy(generation_mode=mode))
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def holds(case: schemathesis.Case) -> None:
+        # What fits the description of an image's bytes need not be an image.
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    holds()

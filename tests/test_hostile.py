@@ -1,0 +1,254 @@
+"""What must not happen: hostile requests to a running server, which still answers a good one after each."""
+
+import asyncio
+import io
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from served import Served, encoded, serving
+from small_net import small_artifact
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+GOOD = encoded(PIXELS)
+JPEG = encoded(PIXELS, "JPEG")
+MB = 2**20
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(small_artifact(tmp_path_factory.mktemp("hostile") / "student.onnx")) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Served) -> Iterator[httpx.Client]:
+    """A client; after the test the server must answer a good image as ever."""
+    with server.client() as client:
+        yield client
+        assert client.post("v1/predict", content=GOOD).status_code == 200
+
+
+def _png(width: int, height: int) -> bytes:
+    """Black RGB pixels, declared and there."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + 3 * width)
+    rows = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def _clean(answer: httpx.Response) -> None:
+    """An error in our words: no path, no trace, no address in memory."""
+    said = answer.json()
+    assert said.keys() == {"error", "message"}
+    for leak in ("/", "\\", "0x", "Traceback", "PIL", "line "):
+        assert leak not in said["message"], said
+
+
+def test_a_decompression_bomb_is_refused_at_once(server: Served, http: httpx.Client) -> None:
+    bomb = _png(13_000, 13_000)
+    assert 0.4e6 < len(bomb) < 0.6e6
+    assert http.post("v1/predict", content=GOOD).status_code == 200
+    server.forget_memory()
+    before, seconds = server.memory(), []
+    for _ in range(3):
+        began = time.perf_counter()
+        answer = http.post("v1/predict", content=bomb)
+        seconds.append(time.perf_counter() - began)
+        assert answer.status_code == 413
+        assert answer.json()["error"] == "image_size"
+        assert "at most 50 megapixels" in answer.json()["message"]
+    assert min(seconds) < 0.1
+    assert server.memory() - before < 50 * MB
+
+
+def test_damaged_jpegs(http: httpx.Client) -> None:
+    """1,000 with flipped bits, and every tenth cut."""
+    random = np.random.default_rng(0)
+    statuses = set()
+    for number in range(1000):
+        data = np.frombuffer(JPEG, np.uint8).copy()
+        for place in random.integers(0, 8 * len(data), random.integers(1, 20)):
+            data[place // 8] ^= 1 << (place % 8)
+        answer = http.post("v1/predict", content=data.tobytes())
+        statuses.add(answer.status_code)
+        assert answer.status_code in (200, 400, 413, 415), answer.text
+        if answer.status_code != 200:
+            _clean(answer)
+        if number % 10 == 0:
+            cut = http.post("v1/predict", content=JPEG[: random.integers(0, len(JPEG) - 2)])
+            assert cut.status_code in (400, 415)
+            _clean(cut)
+    assert {200, 400} <= statuses
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("RGB", (60_000, 1)),
+        Image.new("RGB", (1, 60_000)),
+        Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257),
+        Image.fromarray(PIXELS).convert("CMYK"),
+    ],
+    ids=["60,000 x 1", "1 x 60,000", "16 bits", "CMYK"],
+)
+def test_odd_pictures_are_pictures(http: httpx.Client, image: Image.Image) -> None:
+    file = io.BytesIO()
+    image.save(file, "JPEG" if image.mode == "CMYK" else "PNG")
+    assert http.post("v1/predict", content=file.getvalue()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"", 400),
+        (bytes(1000), 415),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', 415),
+        (b"<!doctype html><html><script>alert(1)</script></html>", 415),
+        (encoded(PIXELS, "TIFF"), 415),
+        (encoded(PIXELS, "ICO"), 415),
+        (b"%PDF-1.7\n", 415),
+        (b"\x89PNG\r\n\x1a\n" + bytes(1000), 400),
+    ],
+)
+def test_what_is_no_picture(http: httpx.Client, data: bytes, status: int) -> None:
+    for answer in (
+        http.post("v1/predict", content=data, headers={"content-type": "image/png"}),
+        http.post("v1/predict", params={"top_k": 1}, content=data),
+        http.post("v1/predict", files={"image": ("cat.png", data)}),
+    ):
+        assert answer.status_code == status
+        _clean(answer)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "../../etc/passwd", "..\\..\\x", "\u2603" * 90, "a\0b.png", ""])
+def test_names_mean_nothing(http: httpx.Client, name: str) -> None:
+    """Neither for the format (a GIF named .png) nor for any path."""
+    files = {"image": (name or "cat.png", encoded(PIXELS, "GIF"), "image/png")}
+    answer = http.post("v1/predict", files=files)
+    assert answer.status_code == 200, answer.text
+    assert "etc" not in answer.text
+
+
+def _chunks(size: int) -> Iterator[bytes]:
+    for _ in range(size // MB):
+        yield bytes(MB)
+
+
+def test_large_bodies(server: Served, http: httpx.Client) -> None:
+    server.forget_memory()
+    before = server.memory()
+    for path in ("v1/predict", "v1/predict?top_k=1"):
+        for content in (bytes(30 * MB), _chunks(30 * MB)):  # with its length, and chunked
+            answer = http.post(path, content=content)
+            assert answer.status_code == 413
+            assert answer.json() == {"error": "too_large", "message": "a request has at most 20 MB"}
+    assert server.memory() - before < 100 * MB
+    for path in ("v1/model", "gradio_api/run/classify", "gradio_api/queue/join", "nothing"):
+        assert http.post(path, json={"data": "data:image/png;base64," + "A" * 2 * MB}).status_code == 413
+    assert http.post("v1/predict", content=iter([GOOD[:100], GOOD[100:]])).status_code == 200  # chunked, and small
+
+
+def test_many_uploads_at_once_do_not_fill_the_memory(server: Served, http: httpx.Client) -> None:
+    """60 clients who each send 19 MB and never end."""
+    server.forget_memory()
+    before = server.memory()
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (20 * MB)
+    clients = [socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) for _ in range(60)]
+    try:
+        for client in clients:
+            client.settimeout(5)
+            client.sendall(head)
+        for client in clients:
+            try:
+                client.sendall(bytes(19 * MB))
+            except OSError:  # refused, and closed
+                continue
+        assert server.memory() - before < 900 * MB
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_slow_clients_are_let_go(server: Served, http: httpx.Client) -> None:
+    """A header now and then, a body that never comes, or nothing at all; others are served meanwhile."""
+    starts = [
+        b"",
+        b"GET /healthz HTTP/1.1\r\n",
+        b"POST /v1/predict HTTP/1.1\r\ncontent-length: 1000\r\n\r\nabc",
+        b"POST /v1/predict?top_k=1 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n",
+    ]
+    clients = []
+    for start in starts:
+        client = socket.create_connection(("127.0.0.1", httpx.URL(server.url).port))
+        client.settimeout(0.05)
+        client.sendall(start)
+        clients.append(client)
+    trickling = clients[1]
+    told: list[bytes] = []
+    end = time.monotonic() + 15
+    while clients and time.monotonic() < end:
+        assert http.post("v1/predict", content=GOOD).status_code == 200
+        for client in list(clients):
+            try:
+                if client is trickling:
+                    client.sendall(b"x-more: 1\r\n")
+                if answer := client.recv(4096):
+                    told.append(answer)
+                    continue
+            except TimeoutError:
+                continue
+            except OSError:
+                pass
+            client.close()
+            clients.remove(client)
+    assert not clients
+    assert len(told) == len(starts)
+    assert all(answer.startswith(b"HTTP/1.1 408 ") and b'"request_timeout"' in answer for answer in told)
+
+
+def test_endless_headers_and_other_protocols(server: Served, http: httpx.Client) -> None:
+    for data, status in (
+        (b"GET / HTTP/1.1\r\n" + b"x-more: 0123456789\r\n" * 10_000, b"431"),
+        (b"GET / HTTP/1.1\r\nx: " + b"x" * 200_000, b"431"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"400"),
+        (b"GET /\xff HTTP/1.1\r\n\r\n", b"400"),
+        (b"POST /v1/predict HTTP/1.1\r\ncontent-length: -1\r\n\r\n", b"400"),
+        (b"POST /v1/predict HTTP/1.1\r\ncontent-length: 9999999999999999999999\r\n\r\n", b"400"),
+    ):
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as client:
+            client.settimeout(5)
+            client.sendall(data)
+            assert client.recv(4096).startswith(b"HTTP/1.1 " + status), data[:60]
+
+
+def test_500_connections_at_once(server: Served, http: httpx.Client) -> None:
+    split = httpx.URL(server.url)
+    request = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(GOOD)
+
+    async def client() -> bytes:
+        reader, writer = await asyncio.open_connection(split.host, split.port)
+        writer.write(request + GOOD)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    async def crowd() -> list[bytes]:
+        return await asyncio.gather(*(client() for _ in range(500)))
+
+    answers = asyncio.run(crowd())
+    good = [answer for answer in answers if answer.startswith(b"HTTP/1.1 200 ")]
+    full = [answer for answer in answers if answer.startswith(b"HTTP/1.1 429 ") and b"retry-after: 1" in answer]
+    assert len(good) + len(full) == 500
+    assert len(good) >= 256

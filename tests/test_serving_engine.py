@@ -1,0 +1,248 @@
+"""The serving engine: batches, limits, reloads, and an end without lost answers."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from small_net import LABELS, small_artifact, small_images
+
+from serve import engine as module
+from serve.engine import Closed, DeadlineExceeded, Engine, QueueFull, named
+from serve.session import Session
+from toolkit.errors import ArtifactError, UnknownNameError, UserError
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_artifact(tmp_path_factory.mktemp("engine") / "student.onnx")
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return small_images(40).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture
+def engine(path: Path) -> Iterator[Engine]:
+    with Engine({"student": path}, "cpu", max_batch=8, max_queue=20) as engine:
+        yield engine
+
+
+class Gate:
+    """Lets a session's runs through only when it is open; remembers their batch sizes."""
+
+    def __init__(self, engine: Engine, name: str | None = None) -> None:
+        session = engine._model(name).session
+        self.sizes: list[int] = []
+        self._open, self._entered, run = threading.Event(), threading.Event(), session.run
+
+        def wait(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            self.sizes.append(len(images))
+            self._entered.set()
+            assert self._open.wait(10)
+            return run(images)
+
+        session.run = wait  # type: ignore[method-assign]
+
+    def hold(self, engine: Engine, image: np.ndarray) -> None:
+        """Keep the worker busy with one image."""
+        engine.submit(image)
+        assert self._entered.wait(10)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def test_answers_are_those_of_the_session(engine: Engine, path: Path, images: np.ndarray) -> None:
+    logits, probabilities = Session(path, "cpu").run(images)
+    futures = [engine.submit(image) for image in images[:20]]
+    for index, answer in enumerate(future.result(10) for future in futures):
+        np.testing.assert_allclose(answer.logits, logits[index], atol=1e-5)
+        np.testing.assert_allclose(answer.probabilities, probabilities[index], atol=1e-6)
+        assert answer.best(2)[0][0] == LABELS[probabilities[index].argmax()]
+        assert 1 <= answer.batch_size <= 8
+        assert answer.milliseconds > 0
+        assert answer.metadata == engine.metadata()
+    assert len(answer.best(99)) == len(LABELS)
+    wide = engine.submit(np.zeros((50, 91, 3), np.uint8)).result(10)  # any size
+    assert wide.provider == engine.provider() == "CPUExecutionProvider"
+
+
+def test_what_waits_runs_together(engine: Engine, images: np.ndarray) -> None:
+    gate = Gate(engine)
+    gate.hold(engine, images[0])
+    futures = [engine.submit(image) for image in images[:19]]
+    gate.open()
+    assert [future.result(10).batch_size for future in futures] == [8] * 16 + [3] * 3
+    assert gate.sizes == [1, 8, 8, 3]  # and no wait for more
+
+
+def test_a_full_queue_refuses(engine: Engine, images: np.ndarray) -> None:
+    gate = Gate(engine)
+    gate.hold(engine, images[0])
+    futures = [engine.submit(image) for image in images[:20]]
+    with pytest.raises(QueueFull, match="20 images wait already"):
+        engine.submit(images[0])
+    gate.open()
+    assert all(future.result(10) for future in futures)
+    assert engine.submit(images[0]).result(10)
+
+
+def test_late_and_cancelled_images_are_not_computed(engine: Engine, images: np.ndarray) -> None:
+    gate = Gate(engine)
+    gate.hold(engine, images[0])
+    late, cancelled, good = engine.submit(images[0], deadline=0.01), engine.submit(images[1]), engine.submit(images[2])
+    assert cancelled.cancel()
+    time.sleep(0.02)
+    gate.open()
+    with pytest.raises(DeadlineExceeded, match="within the deadline"):
+        late.result(10)
+    assert good.result(10).batch_size == 1
+    assert gate.sizes == [1, 1]
+
+
+def test_closing_refuses_what_waits_and_what_comes(path: Path, images: np.ndarray) -> None:
+    engine = Engine({"student": path}, "cpu")
+    gate = Gate(engine)
+    gate.hold(engine, images[0])
+    waiting = engine.submit(images[1])
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    with pytest.raises(Closed, match="stopped"):
+        waiting.result(10)
+    with pytest.raises(Closed, match="stopping"):
+        engine.submit(images[2])
+    gate.open()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert engine.closed
+    assert not engine.ready
+
+
+def test_a_failing_batch_is_told_and_the_next_one_runs(
+    engine: Engine, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = engine._model(None).session
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "run", lambda images: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.submit(images[0]).result(10)
+    assert "the artifact student failed" in caplog.text
+    assert engine.submit(images[0]).result(10)
+
+
+def test_a_device_sees_a_few_batch_sizes(engine: Engine, images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = engine._model(None).session
+    monkeypatch.setattr(session, "provider", "CUDAExecutionProvider")
+    expected = session.run(images[:3])[0]
+    gate = Gate(engine)
+    gate.hold(engine, images[0])
+    futures = [engine.submit(image) for image in images[:3]]
+    gate.open()
+    for future, logits in zip(futures, expected, strict=True):
+        np.testing.assert_allclose(future.result(10).logits, logits, atol=1e-5)
+        assert future.result().batch_size == 3
+    assert gate.sizes == [1, 4]
+    assert not engine.ready
+    engine.warm_up()
+    assert gate.sizes[2:] == [1, 2, 4, 8]
+    assert engine.ready
+
+
+def test_artifacts_by_name(path: Path, images: np.ndarray) -> None:
+    with Engine({"a": path, "b": path}, "cpu") as engine:
+        assert engine.names == ["a", "b"]
+        gate = Gate(engine, "b")
+        gate.open()
+        engine.submit(images[0]).result(10)
+        assert gate.sizes == []
+        engine.submit(images[0], "b").result(10)
+        assert gate.sizes == [1]
+        with pytest.raises(UnknownNameError, match="no artifact 'c' is served: there is a, b"):
+            engine.submit(images[0], "c")
+
+
+def test_names_come_from_files_or_are_given(tmp_path: Path) -> None:
+    paths = named(["runs/x/student.onnx", "int8=runs/x/student.int8.onnx", "teacher.onnx"])
+    assert paths == {
+        "student": Path("runs/x/student.onnx"),
+        "int8": Path("runs/x/student.int8.onnx"),
+        "teacher": Path("teacher.onnx"),
+    }
+    with pytest.raises(UserError, match=r"two artifacts have the name 'a': tell them apart with NAME=y/a\.onnx"):
+        named(["x/a.onnx", "y/a.onnx"])
+
+
+def test_an_artifact_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    with pytest.raises(ArtifactError, match=r"junk\.onnx"):
+        Engine({"junk": tmp_path / "junk.onnx"}, "cpu")
+
+
+def _replace(path: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Put another artifact in the place of ``path``, as ``toolkit export`` does."""
+    proto = onnx.load(path)
+    change(proto)
+    new = path.with_suffix(".new")
+    onnx.save(proto, new)
+    new.replace(path)
+
+
+def _rename(proto: onnx.ModelProto) -> None:
+    next(item for item in proto.metadata_props if item.key == "model").value = '"newer_net"'
+
+
+def _spoil(proto: onnx.ModelProto) -> None:
+    weight = next(item for item in proto.graph.initializer if len(item.dims) == 2)
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.full(weight.dims, np.nan, np.float32), weight.name))
+
+
+def test_reload_takes_what_is_good_and_keeps_what_was(
+    tmp_path: Path, images: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = small_artifact(tmp_path / "student.onnx")
+    good = path.read_bytes()
+    with Engine({"student": path}, "cpu") as engine:
+        engine.watch(0.02)
+
+        def until(text: str) -> None:
+            end = time.monotonic() + 20
+            while text not in caplog.text:
+                assert engine.submit(images[0]).result(10).metadata.model == "small_net"
+                assert time.monotonic() < end, caplog.text
+            caplog.clear()
+
+        path.write_bytes(b"junk")
+        until("kept the old artifact student: ")
+        path.unlink()
+        path.write_bytes(good)
+        _replace(path, _spoil)
+        until("no probabilities")
+        path.write_bytes(good[: len(good) // 2])
+        until("is not an ONNX file, or it is cut short")
+        path.write_bytes(good)
+        _replace(path, _rename)
+        end = time.monotonic() + 20
+        while engine.submit(images[0]).result(10).metadata.model != "newer_net":
+            assert time.monotonic() < end, caplog.text
+
+
+def test_a_file_is_taken_once_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy in progress is not an artifact: it is looked at again when it has changed again."""
+    path = small_artifact(tmp_path / "student.onnx")
+    good = path.read_bytes()
+    with Engine({"student": path}, "cpu") as engine:
+        opened = []
+        monkeypatch.setattr(module, "Session", lambda *arguments: opened.append(1) or Session(*arguments))
+        model = engine._model(None)
+        path.write_bytes(good[:100])
+        model.reload()
+        model.reload()
+        assert len(opened) == 1
+        path.write_bytes(good)
+        model.reload()
+        assert len(opened) == 2
