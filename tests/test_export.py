@@ -148,7 +148,7 @@ def test_a_good_export_passes(path: Path, labels: torch.Tensor) -> None:
     report = parity.check(session.run, small_net(), small_images(300), labels, provider=session.provider)
     report.raise_if_failed()
     seen = {(case.images, case.batch) for case in report.cases}
-    kinds = ("random", "black", "white", "checkerboard", "real")
+    kinds = ("random", "black", "white", "checkerboard", "real", "corrupted JPEG")
     assert seen == {(kind, n) for kind in kinds for n in (1, 2, 3, 7, 64, 257)} | {("test", 300)}
     assert report.top1_torch == report.top1_artifact == report.agreement == 1
     stored = json.loads(report.model_dump_json())
