@@ -109,10 +109,10 @@ def _agreement(one: Opinion, other: Opinion) -> str:
     first, second = (dict(zip(o.answer.metadata.labels, o.probabilities.tolist(), strict=True)) for o in (one, other))
     overlap = sum(min(share, second.get(label, 0.0)) for label, share in first.items())
     if one.label == other.label:
-        kind, said = "agree", f"Both say <b>{escape(one.label)}</b>"
+        kind, said = "agree", f"Both put <b>{escape(one.label)}</b> first"
     else:
         kind = "differ"
-        said = " and ".join(f"{escape(o.name)} says <b>{escape(o.label)}</b>" for o in (one, other))
+        said = " and ".join(f"{escape(o.name)} puts <b>{escape(o.label)}</b> first" for o in (one, other))
         said = f"They differ: {said}"
     return f'<p class="agreement {kind}">{said}. Their probabilities overlap by {_percent(overlap)}.</p>'
 

@@ -120,7 +120,7 @@ def test_an_upload_is_answered_by_both_models(desk: Any, shots: Path) -> None:
     desk.wait_for_selector("#answer .bars")
     assert desk.locator("#answer .name").all_inner_texts() == ["student", "teacher"]
     assert desk.locator("#answer .bars tr").count() == 10
-    assert "Both say" in desk.inner_text("#answer .agreement")
+    assert "Both put" in desk.inner_text("#answer .agreement")
     assert "CPUExecutionProvider" in desk.inner_text("#answer")
     desk.get_by_label("Show where the model looked").check()
     desk.wait_for_selector("#looked figure")

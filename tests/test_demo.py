@@ -76,7 +76,7 @@ def test_a_picture_gets_the_answer_of_the_session(http: httpx.Client, path: Path
     assert re.search(r"<b>[\d.]+ ms</b> on CPUExecutionProvider, confidence not calibrated", html)
     assert "agree" not in html
     both = _call(http, "classify", _file(_upload(http, encoded(PIXELS))), "student", "copy", 0)
-    assert f"Both say <b>{expected.labels[0]}</b>. Their probabilities overlap by 100%." in both
+    assert f"Both put <b>{expected.labels[0]}</b> first. Their probabilities overlap by 100%." in both
     assert both.count("<article") == 2
 
 
@@ -167,7 +167,7 @@ def test_confidence_is_calibrated_where_the_artifact_says_so() -> None:
 
 def test_two_artifacts_that_differ() -> None:
     html = views.answers([_opinion("one", [9, 0, 0]), _opinion("<two>", [0, 9, 0])], 0.5)
-    assert "one says <b>cat</b> and &lt;two&gt; says <b>&lt;dog&gt;</b>" in html
+    assert "one puts <b>cat</b> first and &lt;two&gt; puts <b>&lt;dog&gt;</b> first" in html
     assert "overlap by under 1%" in html
     assert "over 99%" in html  # and not 100%
 

@@ -258,7 +258,7 @@ def erased_boxes(random: np.random.Generator, count: int, side: int) -> np.ndarr
     area = random.uniform(0.02, 0.33, (count, 10)) * side**2
     ratio = np.exp(random.uniform(np.log(0.3), np.log(3.3), (count, 10)))
     size = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 2).round().astype(np.int64)
-    fits: np.ndarray = (size[..., 0] < side) & (size[..., 1] < side)
+    fits = (size[..., 0] < side) & (size[..., 1] < side)
     size = size[np.arange(count), fits.argmax(1)] * fits.any(1, keepdims=True)
     first = random.integers(0, side - size, endpoint=True)
     return np.concatenate([first, first + size], axis=1)
