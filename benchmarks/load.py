@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+SECONDS = 60.0  # that an answer may take
+
 
 class Connection(asyncio.Protocol):
     """One kept connection; one request at a time."""
@@ -46,7 +48,7 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             raise ConnectionResetError("the server closed the connection")
         self._transport.write(request)
-        return await self._answer
+        return await asyncio.wait_for(self._answer, SECONDS)
 
     def close(self) -> None:
         self._transport.close()
@@ -89,8 +91,8 @@ async def run(url: str, ask: Callable[[Connection, int], Awaitable[None]], clien
             try:
                 await ask(connection, number)
                 load.seconds.append(time.perf_counter() - start)
-            except (RuntimeError, ConnectionError) as error:
-                load.errors.append(str(error))
+            except (RuntimeError, ConnectionError, TimeoutError) as error:
+                load.errors.append(repr(error))
                 connection.close()
                 connection = await Connection.to(url)
         connection.close()

@@ -61,7 +61,15 @@ class ViewsName(StrEnum):
 class ProviderName(StrEnum):
     auto = "auto"
     cuda = "cuda"
+    tensorrt = "tensorrt"
     cpu = "cpu"
+
+
+class PrecisionName(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+    auto = "auto"
 
 
 class SamplerName(StrEnum):
@@ -523,26 +531,139 @@ def report(
 def export(
     target: Annotated[Path | None, typer.Argument(help="Run directory; else the newest finished run.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
+    precision: Annotated[
+        PrecisionName, typer.Option(help="auto makes all, and ships the fastest that loses too little.")
+    ] = PrecisionName.fp32,
+    max_drop: Annotated[
+        float, typer.Option(min=0, max=100, help="Points of test top-1 that a lower precision may lose.")
+    ] = 0.2,
+    even_if_slower: Annotated[
+        bool, typer.Option("--even-if-slower", help="Ship the precision for another machine, where it is slower here.")
+    ] = False,
+    calibration_images: Annotated[int, typer.Option(help="Training images that INT8's ranges are taken from.")] = 512,
+    fine_tune: Annotated[
+        int, typer.Option(min=0, help="Epochs of quantisation-aware fine-tuning before INT8, with the run's teacher.")
+    ] = 0,
+    tta: Annotated[
+        ViewsName | None, typer.Option("--tta", help="Average over these views of each image, in the graph.")
+    ] = None,
+    accept_any_size: Annotated[
+        bool, typer.Option("--accept-any-size", help="Images of any size; the graph crops and resizes them.")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Divide the logits by the temperature that was fitted on val.")
+    ] = False,
+    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
+    licence: Annotated[str | None, typer.Option("--license", help="What the weights may be used for.")] = None,
+    triton: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write a model repository for Triton.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="A student has fewer parameters; else the run's budget.")] = None,
     data_dir: DataDir = None,
     provider: ProviderOption = ProviderName.auto,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let CUDA round to 10 bits of mantissa.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the ONNX artifact and hold its outputs against PyTorch's."""
-    from toolkit import stages
+    from toolkit import artifacts
 
-    exported = stages.export(target, output, data_dir, provider.value)
+    options = artifacts.Options(
+        precision=precision.value,
+        max_drop=max_drop / 100,
+        opset=opset,
+        any_size=accept_any_size,
+        calibrated=calibrate,
+        views=tta.value if tta else None,
+        calibration_images=calibration_images,
+        tuning_epochs=fine_tune,
+        even_if_slower=even_if_slower,
+        tf32=tf32,
+        licence=licence,
+        budget=budget,
+        triton=triton,
+        force=force,
+    )
+    exported = artifacts.export(target, output, data_dir, provider.value, options)
     if as_json:
         _print_json(
             {
                 "artifact": str(exported.path),
                 "bytes": exported.path.stat().st_size,
+                "metadata": exported.metadata.model_dump(mode="json"),
                 "parity": exported.parity.model_dump(mode="json"),
                 "parity_report": str(exported.report),
+                "precisions": exported.rows,
+                "card": str(exported.card),
+                "triton": exported.triton and str(exported.triton),
             }
         )
         return
     _print_export(exported)
     print(f"next: toolkit serve {exported.path}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An ONNX file, whoever made it.")],
+    card: Annotated[bool, typer.Option("--card", help="A model card, in Markdown.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What an artifact says of itself, and what can be said of any other ONNX file."""
+    from export.inspection import describe, facts_of, file_facts, model_card
+
+    description = describe(file)
+    if as_json:
+        _print_json(description.model_dump(mode="json"))
+    elif card:
+        print(model_card(description), end="")
+    else:
+        facts = facts_of(description.metadata) if description.metadata else {}
+        facts |= file_facts(description)
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            print(f"{name:<{width}}  {value}")
+        if description.reason:
+            print(f"{description.reason}; serve, predict, validate and bench do not take it")
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="ONNX artifacts.")],
+    providers: Annotated[
+        list[ProviderName] | None, typer.Option("--provider", help="ONNX Runtime's provider; may be given again.")
+    ] = None,
+    batches: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Batch size; else 1, 8, 64 and 256.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant at each batch size.")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads, and cores; else all that there are.")] = None,
+    compile_torch: Annotated[
+        bool, typer.Option("--compile", help="torch.compile takes part too; it takes minutes to begin.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")] = Path(
+        "bench"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Latency and images a second of artifacts, beside PyTorch where they lie in their run directories."""
+    from toolkit import artifacts as stage
+    from toolkit import bench as timing
+    from toolkit.files import write_bytes, write_text
+
+    rows, used = stage.bench(
+        artifacts, [p.value for p in providers or [ProviderName.auto]], batches or (1, 8, 64, 256), rounds, threads,
+        compile_torch,
+    )  # fmt: skip
+    document = timing.document(rows, used)
+    write_text(output / "bench.json", json.dumps(document, indent=2))
+    write_bytes(output / "bench.png", timing.plot(rows))
+    if as_json:
+        _print_json(document)
+        return
+    print(f"{used} threads, {rounds} turns, all in one process; speed: to the first line of the batch size")
+    print(timing.table(rows))
+    print(f"bench     {output / 'bench.json'}, {output / 'bench.png'}")
 
 
 @app.command()
@@ -696,13 +817,37 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
 
 
 def _print_export(exported: Any) -> None:
-    parity = exported.parity
+    about, parity = exported.metadata, exported.parity
+    if len(exported.rows) > 1:
+        print(f"{'':<9} {'MB':>6} {'top-1':>7} {'drop':>6} {'agrees':>7} {'ms, batch 1 and 64':>19} {'speed':>6}")
+        for row in exported.rows:
+            times = " ".join(f"{value:.2f}" for value in row["milliseconds"].values())
+            print(
+                f"{row['precision']:<9} {row['bytes'] / 1e6:>6.1f} {row['top1']:>7.2%} {100 * row['drop']:>6.2f} "
+                f"{row['agreement']:>7.2%} {times:>19} {row['speed']:>6.2f}"
+            )
+        for row in exported.rows:
+            if row["refused"]:
+                print(f"{row['precision']} is not shipped: {row['refused']}")
+    print(f"artifact  {exported.path} ({exported.path.stat().st_size / 1e6:.1f} MB, {about.precision})")
+    if about.quantisation:
+        print(f"INT8      {about.quantisation}")
+    if about.views > 1:
+        print(f"accuracy  top-1 {about.accuracy:.2%} over {about.views} views, {about.plain_accuracy:.2%} on one")
+    if about.temperature:
+        applied = "applied" if about.calibrated else "not applied"
+        print(f"calibration  ECE {about.ece:.4f}; temperature {about.temperature:g} {applied}")
     worst = max(case.max_logit_difference for case in parity.cases)
-    print(f"artifact  {exported.path} ({exported.path.stat().st_size / 1e6:.1f} MB)")
+    same = (
+        "as PyTorch's" if parity.drop == 0 else f"PyTorch's {parity.top1_torch:.2%}, agreement {parity.agreement:.2%}"
+    )
     print(
         f"parity    {len(parity.cases)} batches, logits differ by at most {worst:.1e}; test top-1 "
-        f"{parity.top1_artifact:.2%} as PyTorch's (n = {parity.n:,}, {parity.provider})"
+        f"{parity.top1_artifact:.2%} {same} (n = {parity.n:,}, {parity.provider})"
     )
+    print(f"card      {exported.card}")
+    if exported.triton:
+        print(f"triton    {exported.triton}")
 
 
 def main() -> None:

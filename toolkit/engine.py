@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -31,6 +32,7 @@ from toolkit.objective import Objective
 from toolkit.optim import StochasticAverage, ascended, estimate_norms, lr_factor, make_average, make_optimizer, set_lr
 from toolkit.progress import Display, say
 from toolkit.recipe import BatchGrowth, Recipe
+from toolkit.rounding import Int8
 from toolkit.run import Run, load_tensors, save_tensors
 from toolkit.teacher_cache import TeacherCache
 
@@ -202,6 +204,8 @@ def _fit(
     torch.manual_seed(recipe.seed)
     model = new_model(recipe, data)
     model.prepare(data.train.images[:PREPARE_IMAGES].float() / 255)
+    if recipe.start_from is not None:
+        start_from(model, recipe.start_from)
     model = model.to(device).to(memory_format=layout)
     shared = distributed.share(model, device, recipe.sync_norm)
     if device.type == "cuda":
@@ -235,7 +239,7 @@ def _fit(
     taught = teacher
     if device.type == "cuda" and recipe.compile and objective.hooked:
         say("not compiled: the loss reads features within the nets")
-    elif device.type == "cuda" and recipe.compile:
+    elif device.type == "cuda" and recipe.compile and not recipe.int8:
         example, _ = augmenter.batch(torch.arange(min(at.batch_size, micro_batch), device=device))
         example = distributed.own_part(example).contiguous(memory_format=layout)
         shared = compiled(shared, example, dtype)
@@ -246,6 +250,8 @@ def _fit(
 
     replayed: Tensor | None = None  # the teacher's logits of this epoch's views, [N,K]
     side = augmenter.side  # of the images that the model sees in this epoch
+
+    rounding = Int8 if recipe.int8 else contextlib.nullcontext
 
     def backward(index: Tensor) -> Tensor:
         """Add up the gradients of these samples; their mean loss and the share that is right, float64 [2]."""
@@ -261,7 +267,8 @@ def _fit(
                         teacher_logits = taught(images)
                 else:
                     teacher_logits = None
-                logits = shared(resized(images, side))
+                with rounding():
+                    logits = shared(resized(images, side))
             loss = measured(logits, labels, teacher_logits) * (len(part) / len(index))
             loss.backward()
             correct = (logits.detach().argmax(1) == labels.argmax(1)).sum()
@@ -339,7 +346,8 @@ def _fit(
                         estimate_norms(kept, (images.contiguous(memory_format=layout) for images in views))
             val_loss = val_top1 = None
             if data.val is not None and ((epoch + 1) % recipe.eval_epochs == 0 or epoch + 1 == recipe.epochs):
-                val_loss, val_top1 = distributed.of_first(evaluate(kept, data.val, device, dtype), device)
+                with rounding():
+                    val_loss, val_top1 = distributed.of_first(evaluate(kept, data.val, device, dtype), device)
                 at.early_stop.update(val_loss if recipe.early_stop.metric == "val_loss" else -val_top1, epoch + 1)
                 patience = recipe.early_stop.patience
                 at.stopped = patience is not None and epoch + 1 - at.early_stop.epoch >= patience
@@ -404,6 +412,15 @@ def resized(images: Tensor, side: int) -> Tensor:
     if images.shape[-1] == side:
         return images
     return F.interpolate(images, size=side, mode="bilinear", antialias=True)
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Give a new model the weights of a run or a file. ``CheckpointError`` where they do not fit."""
+    tensors, _ = load_tensors(Run(path).checkpoint("best") if path.is_dir() else path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"the model cannot start from {path}: {textwrap.shorten(str(error), 300)}") from error
 
 
 def compiled(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:

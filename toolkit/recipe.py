@@ -350,6 +350,12 @@ class Recipe(Section):
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations on val")
     budget: int = Field(BUDGET, gt=0, description="a student has fewer parameters than this")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    start_from: Path | None = Field(
+        None, description="run directory or weights (.safetensors) to start from, in place of random ones"
+    )
+    int8: bool = Field(
+        False, description="train for INT8: inputs and weights of convs and products are rounded to 8 bits"
+    )
     deterministic: bool = Field(False, description="CUDA kernels that repeat to the last bit, and are slower")
     compile: bool = Field(True, description="torch.compile on CUDA; where it fails the run goes on without")
     sync_norm: bool = Field(False, description="BN statistics over all GPUs that share a step, not of each alone")

@@ -1,4 +1,4 @@
-"""The stages of the chain, each one call: ``train``, ``distill``, ``validate``, ``export``, ``pipeline``.
+"""The stages of the chain, each one call: ``train``, ``distill``, ``validate``, ``pipeline``; see also ``artifacts``.
 
 They find what they are not given (the newest run, the teacher's run), call the module that does the work, and
 return what happened. The command line prints it.
@@ -7,14 +7,13 @@ return what happened. The command line prints it.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,18 +24,17 @@ from toolkit import distributed, engine, recipe
 from toolkit.catalogue import build, mac_count, parameter_count
 from toolkit.classifier import Ensemble, TestTimeAugmentation, Views
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
-from toolkit.files import write_bytes, write_text
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe, Teacher
-from toolkit.run import RUNS, Run, default_path, environment, load_tensors, runs
+from toolkit.run import RUNS, Run, default_path, load_tensors, runs
 from toolkit.tracking import tensorboard
 
 if TYPE_CHECKING:
-    from export.parity import ParityReport
+    from serve.session import Provider
+    from toolkit.artifacts import Exported
     from toolkit.classifier import Classifier
     from toolkit.comparison import Row
 
-EXAMPLES = 8  # test images beside an artifact, for the page
 LOOKED_AT = 1000  # images on which a teacher is measured before it teaches
 
 
@@ -309,7 +307,7 @@ def validate(
     dataset: str | None = None,
     data_dir: Path | None = None,
     device: str = "auto",
-    provider: Literal["auto", "cuda", "cpu"] = "auto",
+    provider: Provider = "auto",
     tta: Views | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Measure a run directory, a file of weights or an artifact on the test set.
@@ -328,7 +326,7 @@ def validate(
     run = Run(target) if target.is_dir() else None
     weights = run.checkpoint("best") if run else target
     model, header = load_run(run) if run else load_model(weights)
-    data = load_data(_data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir))
+    data = load_data(data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir))
     _check_classes(header["classes"], data, weights)
     place = engine.pick_device(device)
     began = time.monotonic()
@@ -375,15 +373,15 @@ def validate(
 
 
 def _validate_artifact(
-    path: Path, dataset: str | None, data_dir: Path | None, provider: Literal["auto", "cuda", "cpu"]
+    path: Path, dataset: str | None, data_dir: Path | None, provider: Provider
 ) -> tuple[dict[str, Any], Path]:
     from serve.session import Session
     from toolkit import report
 
     session = Session(path, provider)
     about = session.metadata
-    run = _run_of(path)
-    config = _data_config(
+    run = run_of(path)
+    config = data_config(
         run.recipe.data if run else None, about.dataset, {"image_size": about.image_size}, dataset, data_dir
     )
     data = load_data(config)
@@ -444,7 +442,7 @@ def layer_table(model: Classifier, header: Mapping[str, Any]) -> str:
     return str(torchinfo.summary(model, (1, 3, size, size), device="cpu", verbose=0, depth=6))
 
 
-def _data_config(
+def data_config(
     of_run: Data | None, name: str, header: Mapping[str, Any], dataset: str | None, data_dir: Path | None
 ) -> Data:
     """Where the test images come from: the flags, else the run, else what the file says of its data set."""
@@ -484,7 +482,7 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
     return engine.predict(teacher, data.test.images, device, engine.pick_dtype("auto", device))
 
 
-def _run_of(artifact: Path) -> Run | None:
+def run_of(artifact: Path) -> Run | None:
     """The run directory that an artifact lies in, if it does."""
     folder = artifact.resolve().parent.parent
     return Run(folder) if (folder / "recipe.yaml").is_file() else None
@@ -526,88 +524,6 @@ def side_by_side(targets: Sequence[Path] | None, output: Path) -> Compared:
     return Compared([entry.row for entry in entries], left_out, page)
 
 
-# --- export ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Exported:
-    path: Path
-    parity: ParityReport
-    report: Path
-
-
-def export(
-    target: Path | None = None,
-    output: Path | None = None,
-    data_dir: Path | None = None,
-    provider: Literal["auto", "cuda", "cpu"] = "auto",
-) -> Exported:
-    """Write a finished run's model as an ONNX artifact, and hold it against PyTorch.
-
-    The session that is compared is the one that ``serve`` opens. An artifact that fails is removed, its
-    parity report kept, and ``ParityError`` raised.
-    """
-    from export import onnx_export, parity
-    from export.artifact import Metadata
-    from serve.session import Session
-
-    if target is None:
-        target = newest_run().path
-        say(f"exporting the newest run, {target}")
-    run = Run(target)
-    model, header = load_run(run)
-    metrics_file = run.report / "metrics.json"
-    metrics = json.loads(metrics_file.read_text()) if metrics_file.is_file() else {}
-    if metrics.get("dataset_digest") != header["dataset_digest"]:
-        say("measuring the model first: the artifact carries its accuracy")
-        metrics, _ = validate(target, data_dir=data_dir)
-    data = load_data(_data_config(run.recipe.data, header["dataset"], header, None, data_dir))
-    about = Metadata(
-        model=header["model"],
-        labels=tuple(header["classes"]),
-        image_size=header["image_size"],
-        parameters=parameter_count(model),
-        macs=mac_count(model, header["image_size"]),
-        recipe_digest=header["recipe_digest"],
-        dataset=header["dataset"],
-        dataset_digest=header["dataset_digest"],
-        accuracy=metrics["top1"],
-        ece=metrics["ece"],
-        teacher=header["teacher"],
-        versions=environment()["versions"],
-    )
-    path = output or run.artifact
-    # The gate comes before the name: what fails never stands where a good artifact stood.
-    candidate = path.with_name(f".{path.stem}.candidate.onnx")
-    try:
-        onnx_export.export(model, about, candidate)
-        session = Session(candidate, provider)
-        result = parity.check(session.run, model, data.test.images[:], data.test.labels, provider=session.provider)
-        parity_file = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
-        write_text(parity_file, result.model_dump_json(indent=2))
-        result.raise_if_failed()
-        candidate.replace(path)
-    finally:
-        candidate.unlink(missing_ok=True)
-    _write_examples(path.parent / "examples", data)
-    return Exported(path, result, parity_file)
-
-
-def _write_examples(folder: Path, data: datasets.DataSet) -> None:
-    """The first test image of each of the first classes, as PNG, for the page."""
-    import io
-
-    from PIL import Image
-
-    for index, name in enumerate(data.classes[:EXAMPLES]):
-        found = (data.test.labels == index).nonzero()
-        if len(found):
-            buffer = io.BytesIO()
-            Image.fromarray(to_nhwc(data.test.images[found[0]])[0]).save(buffer, "PNG")
-            safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-            write_bytes(folder / f"{index:02}-{safe}.png", buffer.getvalue())
-
-
 # --- the whole chain ---------------------------------------------------------------------------------------
 
 
@@ -643,7 +559,9 @@ def pipeline(
     metrics, _ = validate(student.path)
     if alone is not None:
         metrics["baseline_top1"] = validate(alone.path)[0]["top1"]
-    exported = export(student.path)
+    from toolkit import artifacts
+
+    exported = artifacts.export(student.path)
     return Chain(teacher, student, alone, metrics, exported, time.monotonic() - began)
 
 

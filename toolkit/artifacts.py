@@ -1,0 +1,489 @@
+"""The stages after training: ``export``, ``inspect`` and ``bench``, each one call."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from torch import nn
+
+from toolkit import data as datasets
+from toolkit import engine, stages
+from toolkit.catalogue import check_budget, mac_count, parameter_count
+from toolkit.classifier import Classifier, TestTimeAugmentation, Views
+from toolkit.errors import DataError, ParityError, UserError
+from toolkit.files import write_bytes, write_text
+from toolkit.machine import available_cores
+from toolkit.progress import say
+from toolkit.recipe import Recipe
+from toolkit.run import Run, environment
+
+if TYPE_CHECKING:
+    import onnx
+
+    from export.artifact import Metadata
+    from export.parity import ParityReport, Reference
+    from export.quantise import Scheme
+    from serve.session import Provider, Session
+    from toolkit.bench import Contestant, Row
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+EXAMPLES = 8  # test images beside an artifact, for the page
+FITTED_ON = 1000  # val images: the temperature is one number
+CHOSEN_ON = 2000  # val images for INT8's calibration method
+SPEED_BATCHES = (1, 64)
+SPEED_ROUNDS = 5
+FASTER = 1.05  # what counts as measured faster: less is noise
+TUNING_LR = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What an artifact is to be, and what it may cost.
+
+    ``max_drop``: top-1 on the test set, a fraction, that a lower precision may lose. ``calibrated``: divide the logits
+    by the temperature that was fitted on val. ``tuning_epochs``: of quantisation-aware fine-tuning before INT8.
+    ``even_if_slower``: ship a precision for another machine than this one. ``force``: replace files that exist.
+    """
+
+    precision: Precision | Literal["auto"] = "fp32"
+    max_drop: float = 0.002
+    opset: int = 20
+    any_size: bool = False
+    calibrated: bool = False
+    views: Views | None = None
+    calibration_images: int = 512
+    tuning_epochs: int = 0
+    even_if_slower: bool = False
+    tf32: bool = False
+    licence: str | None = None
+    budget: int | None = None
+    triton: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An artifact that was made and measured. ``speed`` is to fp32: the geometric mean over the batch sizes."""
+
+    graph: onnx.ModelProto
+    metadata: Metadata
+    session: Session
+    bytes: int
+    parity: ParityReport
+    milliseconds: dict[int, float]
+    speed: float = 1.0
+
+    def refused(self, options: Options) -> str | None:
+        """Why it is not shipped, or None."""
+        if self.parity.failures:
+            return self.parity.failures[0]
+        if self.metadata.precision != "fp32" and self.speed < FASTER and not options.even_if_slower:
+            return f"{self.speed:.2f} times as fast as fp32 here, at least {FASTER:g} is wanted (or --even-if-slower)"
+        return None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """``rows``: a line for each precision that was made; ``report`` holds them and ``parity``, of what is shipped."""
+
+    path: Path
+    metadata: Metadata
+    parity: ParityReport
+    rows: list[dict[str, Any]]
+    report: Path
+    card: Path
+    triton: Path | None
+
+
+def export(
+    target: Path | None = None,
+    output: Path | None = None,
+    data_dir: Path | None = None,
+    provider: Provider = "auto",
+    options: Options = Options(),
+) -> Exported:
+    """Write a finished run's model as an ONNX artifact, and hold it against PyTorch.
+
+    The session that is compared is opened as ``serve`` opens it. Where the precision that was asked for does not
+    pass, its parity report is kept, no artifact is written, and ``ParityError`` raised.
+    """
+    from export import inspection, onnx_export, parity, quantise, triton
+
+    if target is None:
+        target = stages.newest_run().path
+        say(f"exporting the newest run, {target}")
+    run = Run(target)
+    path = output or run.artifact
+    onnx_export.check_opset(options.opset)
+    if output is not None:
+        triton.check_free(output, options.force)
+    if options.triton is not None:
+        triton.check_free(options.triton / path.stem, options.force)
+    model, header = stages.load_run(run)
+    if header["role"] == "student":
+        check_budget(
+            header["model"], parameter_count(model), options.budget or run.recipe.budget, len(header["classes"])
+        )
+    data = stages.load_data(stages.data_config(run.recipe.data, header["dataset"], header, None, data_dir))
+    if wants(options, "int8"):
+        check_calibration_count(options.calibration_images, data)
+
+    network: nn.Module = TestTimeAugmentation(model, options.views) if options.views else model
+    temperature = fitted_temperature(network, data)
+    if options.calibrated and temperature is None:
+        raise DataError("--calibrate needs a validation split to fit the temperature on: data.val_size is 0")
+    about = describe(header, model, options, temperature)
+    reference = parity.Reference(
+        onnx_export.deployed(network, about), data.test.images[:], data.test.labels, any_size=options.any_size
+    )
+    plain = reference.expected[0] if options.views is None else engine.predict(model, data.test.images, CPU)
+    about = about.model_copy(update={"plain_accuracy": float((plain.argmax(1) == reference.labels).mean())})
+
+    measure = partial(measured, reference=reference, path=path, provider=provider, options=options)
+    graph = onnx_export.build(network, about, options.opset)
+    candidates = [measure(graph, about)]
+    report = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
+    _write_parity(report, candidates[0], candidates, options)
+    candidates[0].parity.raise_if_failed()
+    if wants(options, "fp16"):
+        candidates.append(measure(quantise.half(graph), about.model_copy(update={"precision": "fp16"})))
+    if wants(options, "int8"):
+        if options.tuning_epochs:
+            tuned = stages.load_run(fine_tuned(run, options.tuning_epochs))[0]
+            network = TestTimeAugmentation(tuned, options.views) if options.views else tuned
+            graph = onnx_export.build(network, about, options.opset)
+        scheme = quantise.scheme_for(gpu=candidates[0].session.provider != CPU_PROVIDER)
+        candidates.append(measure(*calibrated(graph, about, data, scheme, path, provider, options)))
+    if len(candidates) > 1:
+        candidates = raced(candidates)
+    passing = [one for one in candidates if one.refused(options) is None]
+    if options.precision == "auto":
+        chosen = max(passing, key=lambda one: one.speed)
+    else:
+        chosen = candidates[-1]
+    _write_parity(report, chosen, candidates, options)
+    if chosen not in passing:
+        raise ParityError(
+            f"{chosen.metadata.precision} is not shipped: {chosen.refused(options)}. The measurements are in {report}"
+        )
+    onnx_export.save(chosen.graph, chosen.metadata, path)
+    card = path.with_suffix(".md")
+    write_text(card, inspection.model_card(inspection.describe(path)))
+    _write_examples(path.parent / "examples", data)
+    repository = triton.write_repository(path, options.triton, options.force) if options.triton else None
+    rows = [_row(one, options) for one in candidates]
+    return Exported(path, chosen.metadata, chosen.parity, rows, report, card, repository)
+
+
+CPU, CPU_PROVIDER = torch.device("cpu"), "CPUExecutionProvider"
+
+
+def wants(options: Options, precision: Precision) -> bool:
+    return options.precision in (precision, "auto")
+
+
+def describe(header: Mapping[str, Any], model: Classifier, options: Options, temperature: float | None) -> Metadata:
+    """What is known of an artifact before it is measured."""
+    from export.artifact import Metadata
+
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        created = epoch and datetime.fromtimestamp(int(epoch), UTC).isoformat()
+    except ValueError as error:
+        raise UserError(f"SOURCE_DATE_EPOCH (={epoch!r}) must be a number of seconds since 1970") from error
+    return Metadata(
+        model=header["model"],
+        labels=tuple(header["classes"]),
+        image_size=header["image_size"],
+        any_size=options.any_size,
+        parameters=parameter_count(model),
+        macs=mac_count(model, header["image_size"]),
+        recipe_digest=header["recipe_digest"],
+        dataset=header["dataset"],
+        dataset_digest=header["dataset_digest"],
+        views=len(TestTimeAugmentation(model, options.views).weights) if options.views else 1,
+        temperature=temperature,
+        calibrated=options.calibrated,
+        teacher=header["teacher"],
+        licence=options.licence,
+        created=created or None,
+        versions=environment()["versions"],
+    )
+
+
+def fitted_temperature(network: nn.Module, data: datasets.DataSet) -> float | None:
+    """What logits are divided by for the least negative log-likelihood on val (Guo et al. 2017); None without val."""
+    if data.val is None:
+        return None
+    labels = data.val.labels[:FITTED_ON].numpy()
+    logits = engine.predict(network, data.val.images[:FITTED_ON], CPU).astype(np.float64)
+
+    def nll(log_temperature: float) -> float:
+        return float(-log_softmax(logits / math.exp(log_temperature), axis=1)[np.arange(len(labels)), labels].mean())
+
+    # Six digits: more would differ from machine to machine.
+    return float(f"{math.exp(minimize_scalar(nll, bounds=(-4, 4), method='bounded').x):.6g}")
+
+
+def measured(
+    graph: onnx.ModelProto,
+    about: Metadata,
+    reference: Reference,
+    path: Path,
+    provider: Provider,
+    options: Options,
+) -> Candidate:
+    """The graph in the session that would be deployed, and how it compares; its metadata say what it reaches."""
+    from export import parity
+    from toolkit import report
+
+    session, size = opened(graph, about, path, provider, options)
+    answers = reference.answers(session.run)
+    tolerance = parity.tolerance(about.precision, session.tf32, session.provider != CPU_PROVIDER, options.max_drop)
+    result = parity.compare(
+        session.run,
+        reference,
+        answers,
+        provider=session.provider,
+        precision=about.precision,
+        tf32=session.tf32,
+        tolerance=tolerance,
+    )
+    if not result.failures:
+        metrics = report.measure(answers[0], reference.labels, about.labels)
+        update = {"accuracy": metrics["top1"], "ece": metrics["ece"], "test_images": metrics["n"]}
+        about = about.model_copy(update=update)
+    return Candidate(graph, about, session, size, result, {})
+
+
+def opened(
+    graph: onnx.ModelProto, about: Metadata, path: Path, provider: Provider, options: Options
+) -> tuple[Session, int]:
+    """A graph as the server would open it, and its bytes; nothing is left on disk."""
+    from export import onnx_export
+    from serve.session import Session
+
+    candidate = path.with_name(f".{path.stem}.candidate.onnx")
+    try:
+        onnx_export.save(graph, about, candidate)
+        return Session(candidate, provider, tf32=options.tf32), candidate.stat().st_size
+    finally:
+        candidate.unlink(missing_ok=True)
+
+
+def check_calibration_count(count: int, data: datasets.DataSet) -> None:
+    from export.quantise import FEWEST
+
+    if not FEWEST <= count <= len(data.train):
+        raise DataError(
+            f"--calibration-images {count} cannot be: {data.name} has {len(data.train):,} training images, and at "
+            f"least {FEWEST} are needed"
+        )
+
+
+def calibrated(
+    graph: onnx.ModelProto,
+    about: Metadata,
+    data: datasets.DataSet,
+    scheme: Scheme,
+    path: Path,
+    provider: Provider,
+    options: Options,
+) -> tuple[onnx.ModelProto, Metadata]:
+    """The graph in INT8 by the calibration method that answers val best, and metadata that say which that was.
+
+    Without a validation split the methods are compared on training images that calibrated nothing.
+    """
+    from export import quantise
+
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    index, rest = order.split([options.calibration_images, len(order) - options.calibration_images])
+    images = stages.to_nhwc(data.train.images[index.sort().values])
+    quantise.check_calibration(images, about.image_size)
+    rest = rest[:CHOSEN_ON].sort().values
+    chosen_on = data.val or datasets.Split(data.train.images[rest], data.train.labels[rest])
+    seen, labels = stages.to_nhwc(chosen_on.images[:CHOSEN_ON]), chosen_on.labels[:CHOSEN_ON].numpy()
+    tried = []
+    for method in quantise.METHODS:
+        quantised = quantise.int8(graph, images, method, scheme)
+        logits = opened(quantised, about, path, provider, options)[0].run_batches(seen, 64)[0]
+        top1 = float((logits.argmax(1) == labels).mean())
+        nll = float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
+        say(f"INT8 calibrated by {method}: {'val' if data.val else 'training'} top-1 {top1:.2%}, NLL {nll:.4f}")
+        tried.append((top1, -nll, method, quantised))
+    _, _, method, best = max(tried, key=lambda one: one[:2])
+    tuned = f", after {options.tuning_epochs} epochs of fine-tuning" if options.tuning_epochs else ""
+    words = f"{scheme.name} QDQ, per channel, {method} on {options.calibration_images} training images{tuned}"
+    return best, about.model_copy(update={"precision": "int8", "quantisation": words})
+
+
+def fine_tuned(run: Run, epochs: int) -> Run:
+    """A short run of the one training loop from this run's weights, in which convs and products round as INT8 does.
+
+    Loss, teacher, data and augmentation are those of the run. It lies in the folder ``int8`` of the run directory,
+    and is found again there.
+    """
+    own = run.recipe.model_dump()
+    changes = {
+        "start_from": run.path,
+        "int8": True,
+        "epochs": epochs,
+        "optimizer": {"name": "sgd", "lr": TUNING_LR, "weight_decay": own["optimizer"]["weight_decay"]},
+        "schedule": {"name": "cosine"},
+    }
+    # What belongs to the length of the whole training is left at its defaults.
+    dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select")
+    wanted = Recipe.model_validate({key: value for key, value in own.items() if key not in dropped} | changes)
+    return stages.distill(wanted, run.path / "int8", resume=True)
+
+
+def raced(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with their times; they take turns, fp32 among them."""
+    from dataclasses import replace
+
+    from toolkit.bench import alternate
+
+    size = candidates[0].metadata.image_size
+    times: list[dict[int, float]] = [{} for _ in candidates]
+    for batch in SPEED_BATCHES:
+        images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+        calls: dict[str, Callable[[], object]] = {
+            str(index): partial(one.session.run, images) for index, one in enumerate(candidates)
+        }
+        for index, seconds in alternate(calls, SPEED_ROUNDS).items():
+            times[int(index)][batch] = 1000 * statistics.median(seconds)
+    return [
+        replace(
+            one,
+            milliseconds=own,
+            speed=statistics.geometric_mean([times[0][batch] / own[batch] for batch in SPEED_BATCHES]),
+        )
+        for one, own in zip(candidates, times, strict=True)
+    ]
+
+
+def _row(one: Candidate, options: Options) -> dict[str, Any]:
+    return {
+        "precision": one.metadata.precision,
+        "quantisation": one.metadata.quantisation,
+        "bytes": one.bytes,
+        "top1": one.parity.top1_artifact,
+        "drop": one.parity.drop,
+        "agreement": one.parity.agreement,
+        "milliseconds": one.milliseconds,
+        "speed": one.speed,
+        "refused": one.refused(options),
+    }
+
+
+def _write_parity(path: Path, one: Candidate, candidates: Sequence[Candidate], options: Options) -> None:
+    """The report on ``one``, and a line for each candidate."""
+    document = json.loads(one.parity.model_dump_json()) | {"precisions": [_row(each, options) for each in candidates]}
+    write_text(path, json.dumps(document, indent=2))
+
+
+def _write_examples(folder: Path, data: datasets.DataSet) -> None:
+    """The first test image of each of the first classes, as PNG, for the page."""
+    for index, name in enumerate(data.classes[:EXAMPLES]):
+        found = (data.test.labels == index).nonzero()
+        if len(found):
+            buffer = io.BytesIO()
+            Image.fromarray(stages.to_nhwc(data.test.images[found[0]])[0]).save(buffer, "PNG")
+            safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+            write_bytes(folder / f"{index:02}-{safe}.png", buffer.getvalue())
+
+
+# --- speed -------------------------------------------------------------------------------------------------
+
+
+def bench(
+    paths: Sequence[Path],
+    providers: Sequence[Provider] = ("auto",),
+    batches: Sequence[int] = (1, 8, 64, 256),
+    rounds: int = 10,
+    threads: int | None = None,
+    compiled: bool = False,
+) -> tuple[list[Row], int]:
+    """Time artifacts on providers, and the PyTorch models of the runs that they lie in; the rows and the threads.
+
+    All artifacts see the same random images, and must take images of the same size.
+    """
+    from serve.session import Session
+    from toolkit import bench as timing
+
+    threads = threads or available_cores()
+    with timing.pinned(threads):
+        sessions = {
+            (path, provider): Session(path, provider, threads)
+            for path in dict.fromkeys(paths)
+            for provider in dict.fromkeys(providers)
+        }
+        sizes = {session.metadata.image_size for session in sessions.values()}
+        if len(sizes) > 1:
+            raise UserError(f"the artifacts take images of different sizes: {', '.join(map(str, sorted(sizes)))}")
+        contestants = _pytorch([sessions[path, providers[0]] for path in paths], paths, compiled)
+        for (path, _), session in sessions.items():
+            about = session.metadata
+            where = session.provider.removesuffix("ExecutionProvider")
+            name = f"{path if len(paths) > 1 else path.name} {about.precision} on {where}"
+            contestants.append(
+                timing.Contestant(name, session.provider, about.precision, session.run, _operations(about))
+            )
+        return timing.race(contestants, sizes.pop(), batches, rounds), threads
+
+
+def _operations(about: Metadata) -> int | None:
+    """Of one image; a multiply-accumulate is two."""
+    return about.macs and 2 * about.macs * about.views
+
+
+def _pytorch(sessions: Sequence[Session], paths: Sequence[Path], compiled: bool) -> list[Contestant]:
+    """The models of the runs that the artifacts lie in, each once: eager in both layouts, and compiled."""
+    from export import onnx_export
+    from toolkit.bench import Contestant
+
+    contestants = []
+    known = set()
+    for session, path in zip(sessions, paths, strict=True):
+        run, about = stages.run_of(path), session.metadata
+        if run is None:
+            say(f"PyTorch is left out for {path}: it does not lie in a run directory")
+            continue
+        if (run.path, about.views) in known:
+            continue
+        known.add((run.path, about.views))
+        model: nn.Module = stages.load_run(run)[0]
+        if about.views > 1:
+            model = TestTimeAugmentation(model, "flip" if about.views == 2 else "flip_and_shift")
+        device = torch.device("cpu" if session.provider == CPU_PROVIDER else "cuda")
+        eager = onnx_export.deployed(model, about).to(device)
+        channels_last = onnx_export.deployed(model, about).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        modules = {"eager": eager, "eager, channels_last": channels_last}
+        if compiled:
+            modules["compiled"] = torch.compile(onnx_export.deployed(model, about).to(device), dynamic=False)
+        for way, module in modules.items():
+            name = f"{about.model} PyTorch {way}"
+            run_module = partial(_call, module, device)
+            contestants.append(Contestant(name, str(device), "fp32", run_module, _operations(about)))
+    return contestants
+
+
+def _call(module: nn.Module, device: torch.device, images: np.ndarray) -> list[np.ndarray]:
+    with torch.inference_mode():
+        return [output.cpu().numpy() for output in module(torch.from_numpy(images).to(device))]
