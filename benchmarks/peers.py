@@ -26,7 +26,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from toolkit import data, engine, recipe
+from toolkit import compute, data, engine, recipe
 from toolkit.catalogue import build
 from toolkit.run import Run
 
@@ -40,7 +40,7 @@ SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
 def nets(student: str) -> tuple[nn.Module, nn.Module]:
     """An untrained student and teacher, in the memory format that all take."""
-    device = engine.pick_device("auto")
+    device = compute.pick_device("auto")
     pair = (build(student, "student", 10, MEAN, STD), build(TEACHER, "teacher", 10, MEAN, STD))
     for net in pair:
         # What timm asks a net for; ours normalise inside.
@@ -78,7 +78,7 @@ def torchdistill(student: str, images: int, data_dir: Path) -> float:
     from torch.utils.data import RandomSampler
     from torchdistill.core.distillation import get_distillation_box
 
-    device = engine.pick_device("auto")
+    device = compute.pick_device("auto")
     paths = {f"{who}_module_{key}": value for who in ("student", "teacher") for key, value in LOGITS.items()}
     distillation = {"key": "KDLoss", "kwargs": {**paths, "temperature": 4.0, "alpha": 0.5}}
     config = {
@@ -115,7 +115,7 @@ def timm(student: str, images: int, data_dir: Path) -> float:
     from timm.optim import create_optimizer_v2
     from timm.task import LogitDistillationTask
 
-    device = engine.pick_device("auto")
+    device = compute.pick_device("auto")
     small, large = nets(student)
     loader = create_loader(
         training_set(images, data_dir), (3, 32, 32), BATCH, is_training=True, color_jitter=0.0, num_workers=2,
@@ -148,7 +148,7 @@ def training_set(images: int, data_dir: Path) -> CIFAR10:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    dtype = engine.pick_dtype("auto", device)
+    dtype = compute.pick_dtype("auto", device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

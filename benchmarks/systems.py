@@ -28,8 +28,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from toolkit import compute, engine, recipe, stages
 from toolkit import data as datasets
-from toolkit import engine, recipe, stages
 from toolkit.catalogue import info
 from toolkit.data import DataSet, Split
 from toolkit.errors import DivergedError, Interrupted, UserError
@@ -117,16 +117,16 @@ def train(name: str, wanted: Recipe, data: DataSet, folder: Path) -> list[str]:
 
 def measure(run: Run, data: DataSet) -> float:
     """Top-1 on the test images."""
-    device = engine.pick_device(run.recipe.device)
+    device = compute.pick_device(run.recipe.device)
     logits = engine.predict(stages.load_run(run)[0].to(device), data.test.images, device)
     return float((logits.argmax(1) == data.test.labels.numpy()).mean())
 
 
 def page(rows: Sequence[Sequence[str]], data: DataSet, epochs: int) -> str:
     """The caption, which says the rule, and the table, in Markdown."""
-    device = engine.pick_device("auto")
+    device = compute.pick_device("auto")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    precision = str(engine.pick_dtype("auto", device)).removeprefix("torch.")
+    precision = str(compute.pick_dtype("auto", device)).removeprefix("torch.")
     caption = (
         f"Each system from its shipped recipe, shortened: {len(data.train):,} of CIFAR-10's training images (the same "
         f"for all, as many of each class), {epochs} epochs of them (half of it where a plain copy doubles an epoch), "

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from toolkit import data, engine, recipe
+from toolkit import compute, data, engine, recipe
 from toolkit.catalogue import builder
 from toolkit.run import Run
 
@@ -43,7 +43,7 @@ NETS: dict[str, dict[str, Any]] = {
 
 def stock(net: str, images: int, data_dir: Path) -> float:
     """Images a second of one epoch."""
-    device = engine.pick_device("auto")
+    device = compute.pick_device("auto")
     torch.backends.cudnn.benchmark = True
     transform = transforms.Compose(
         [
@@ -101,8 +101,8 @@ def ours(net: str, images: int, data_dir: Path) -> tuple[float, str]:
 
 def bare(net: str, images: int, data_dir: Path) -> float:
     """Images a second of forward, backward and step on one batch, as fast as the device does them."""
-    device = engine.pick_device("auto")
-    dtype = engine.pick_dtype("auto", device)
+    device = compute.pick_device("auto")
+    dtype = compute.pick_dtype("auto", device)
     if device.type == "cpu":
         engine.keep_freed_memory()
     arguments = dict(NETS[net])

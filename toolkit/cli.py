@@ -109,6 +109,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="CUDA kernels that repeat to the last bit, and are slower.")
 ]
+NoProbe = Annotated[
+    bool, typer.Option("--no-probe", help="Do not time precision and memory format first: bf16 where it is fast.")
+]
 Extend = Annotated[bool, typer.Option("--extend", help="Go on with a run for more --epochs than it began with.")]
 Keep = Annotated[int | None, typer.Option("--keep", help="Newest training states that are kept.")]
 Log = Annotated[LogName | None, typer.Option("--log", help="Also write the metrics for TensorBoard.")]
@@ -155,6 +158,8 @@ def _overrides(ctx: typer.Context) -> dict[str, Any]:
         for flag, path in FIELDS.items()
         if (value := ctx.params.get(flag)) is not None and value is not False
     }
+    if ctx.params.get("no_probe"):
+        given["probe"] = False
     return given | parse_settings(ctx.params["settings"] or [])
 
 
@@ -196,6 +201,7 @@ def train(
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
+    no_probe: NoProbe = False,
     run_dir: RunDir = None,
     resume: Resume = False,
     extend: Extend = False,
@@ -237,6 +243,7 @@ def distill(
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
+    no_probe: NoProbe = False,
     run_dir: RunDir = None,
     budget: Budget = None,
     resume: Resume = False,
@@ -315,6 +322,7 @@ def compare(
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
+    no_probe: NoProbe = False,
     budget: Budget = None,
     keep: Keep = None,
     settings: Settings = None,
@@ -363,6 +371,7 @@ def pipeline(
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
+    no_probe: NoProbe = False,
     run_dir: Annotated[Path | None, typer.Option(help="Folder for the run directories; else runs/.")] = None,
     budget: Budget = None,
     resume: Resume = False,
@@ -638,30 +647,30 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant at each batch size.")] = 10,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads, and cores; else all that there are.")] = None,
-    compile_torch: Annotated[
-        bool, typer.Option("--compile", help="torch.compile takes part too; it takes minutes to begin.")
-    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Whether torch.compile takes part: minutes to begin.")
+    ] = True,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")] = Path(
         "bench"
     ),
     as_json: AsJson = False,
 ) -> None:
     """Latency and images a second of artifacts, beside PyTorch where they lie in their run directories."""
-    from toolkit import artifacts as stage
     from toolkit import bench as timing
     from toolkit.files import write_bytes, write_text
 
-    rows, used = stage.bench(
-        artifacts, [p.value for p in providers or [ProviderName.auto]], batches or (1, 8, 64, 256), rounds, threads,
-        compile_torch,
-    )  # fmt: skip
+    names: Any = [provider.value for provider in providers or [ProviderName.auto]]
+    rows, used = timing.bench(artifacts, names, batches or (1, 8, 64, 256), rounds, threads, compiled)
     document = timing.document(rows, used)
     write_text(output / "bench.json", json.dumps(document, indent=2))
     write_bytes(output / "bench.png", timing.plot(rows))
     if as_json:
         _print_json(document)
         return
-    print(f"{used} threads, {rounds} turns, all in one process; speed: to the first line of the batch size")
+    print(
+        f"{used} threads, {rounds} turns, all in one process; peak: of a large matrix product, in GOP/s; speed: to the "
+        "first line of the batch size"
+    )
     print(timing.table(rows))
     print(f"bench     {output / 'bench.json'}, {output / 'bench.png'}")
 

@@ -71,7 +71,7 @@ class Plan:
         return [(method, seed) for seed in self.seeds for method in self.methods]
 
     def recipe(self, method: str, seed: int) -> Recipe:
-        return self.methods[method].model_copy(update={"seed": seed})
+        return self.methods[method].model_copy(update={"seed": seed, "probe": False})
 
     def path(self, method: str, seed: int) -> Path:
         return self.output / f"{method}-{seed}"
@@ -227,11 +227,11 @@ def _estimate(
     plan: Plan, waiting: Sequence[tuple[str, int]], data: DataSet, teacher: nn.Module
 ) -> dict[tuple[str, int], float]:
     """Seconds that each of these runs still takes, judged by a few images on this machine."""
-    from toolkit import engine
+    from toolkit import compute, engine
 
     base = plan.baseline
-    learning = engine.seconds_an_image(engine.new_model(base, data), base, backward=True)
-    teaching = engine.seconds_an_image(teacher, base, backward=False)
+    learning = compute.seconds_an_image(engine.new_model(base, data), base, backward=True)
+    teaching = compute.seconds_an_image(teacher, base, backward=False)
     found = {}
     for method, seed in waiting:
         recipe, path = plan.recipe(method, seed), plan.path(method, seed)
@@ -269,11 +269,11 @@ def _clock(seconds: float) -> str:
 def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> Comparison:
     import torch
 
-    from toolkit import engine, report, stages
+    from toolkit import compute, engine, report, stages
 
-    device, test = engine.pick_device(plan.baseline.device), data.test
+    device, test = compute.pick_device(plan.baseline.device), data.test
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
-    answers = engine.predict(teacher, test.images, device, engine.pick_dtype("auto", device))
+    answers = engine.predict(teacher, test.images, device, compute.pick_dtype("auto", device))
     student = engine.new_model(plan.baseline, data)
     student_macs = cache(partial(mac_count, student))
     teacher_macs = mac_count(teacher, plan.baseline.data.image_size)

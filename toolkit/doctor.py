@@ -14,7 +14,7 @@ def examine(data_dir: Path | None = None) -> dict[str, Any]:
     import onnxruntime
     import torch
 
-    from toolkit.engine import pick_dtype
+    from toolkit.compute import pick_dtype
     from toolkit.machine import available_cores, total_memory
     from toolkit.run import environment, runs
 

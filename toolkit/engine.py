@@ -25,6 +25,7 @@ from toolkit import distributed
 from toolkit.augment import Augmenter
 from toolkit.catalogue import build, check_budget, parameter_count
 from toolkit.classifier import Classifier
+from toolkit.compute import chosen, pick_device
 from toolkit.data import DataSet, Split, StoredImages
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RecipeError
 from toolkit.machine import available_cores, keep_freed_memory, peak_memory
@@ -39,36 +40,9 @@ from toolkit.teacher_cache import TeacherCache
 EVAL_BATCH = 500
 PREPARE_IMAGES = 5000
 NORM_IMAGES = 5000  # training images that BN's statistics are measured anew on
-PROBE_IMAGES = 64
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
 READ_SECONDS = 0.5  # the loss is read from the device this often: each reading waits for the device
 READ_STEPS = 10  # or, where several processes must agree, this often
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to a device that is there, or ``DeviceError``."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise DeviceError(f"--device {name} was asked for, but PyTorch finds {found} CUDA devices here")
-    return device
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of convs and products; ``auto`` takes bf16 where the hardware computes in it."""
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
-def memory_format(recipe: Recipe) -> torch.memory_format:
-    return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
 def new_model(recipe: Recipe, data: DataSet) -> Classifier:
@@ -108,25 +82,6 @@ def evaluate(model: nn.Module, split: Split, device: torch.device, dtype: torch.
     logits = torch.from_numpy(predict(model, split.images, device, dtype))
     top1 = (logits.argmax(1) == split.labels).float().mean().item()
     return F.cross_entropy(logits, split.labels).item(), top1
-
-
-def seconds_an_image(model: nn.Module, recipe: Recipe, backward: bool) -> float:
-    """Seconds that a step takes for each image on the recipe's device, judged by one of 64; forward alone, or both."""
-    device = pick_device(recipe.device)
-    dtype, layout = pick_dtype(recipe.precision, device), memory_format(recipe)
-    model = model.to(device).to(memory_format=layout).train(backward)
-    images = torch.rand(PROBE_IMAGES, 3, recipe.data.image_size, recipe.data.image_size, device=device)
-    images = images.contiguous(memory_format=layout)
-    for _ in range(2):  # the first also prepares the kernels
-        began = time.monotonic()
-        with torch.set_grad_enabled(backward), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images)
-        if backward:
-            logits.float().sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - began
-    return seconds / len(images)
 
 
 @dataclass
@@ -195,8 +150,7 @@ def _fit(
     teacher: nn.Module | None,
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
-    layout, first = memory_format(recipe), distributed.RANK == 0
-    dtype = pick_dtype(recipe.precision, device)
+    first = distributed.RANK == 0
     if device.type == "cpu":
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -206,6 +160,7 @@ def _fit(
     model.prepare(data.train.images[:PREPARE_IMAGES].float() / 255)
     if recipe.start_from is not None:
         start_from(model, recipe.start_from)
+    dtype, layout = numbers = chosen(model, recipe, device, run)
     model = model.to(device).to(memory_format=layout)
     shared = distributed.share(model, device, recipe.sync_norm)
     if device.type == "cuda":
@@ -259,7 +214,7 @@ def _fit(
         for part in index.split(micro_batch):
             images, labels = augmenter.batch(part)
             images = images.contiguous(memory_format=layout)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with numbers.autocast(device):
                 if replayed is not None:
                     teacher_logits = replayed[part]
                 elif taught is not None:
@@ -342,7 +297,7 @@ def _fit(
                 average.end_epoch(model, epoch + 1)
                 if epoch >= average.start:
                     views = (augmenter.batch(part)[0] for part in order[:NORM_IMAGES].split(EVAL_BATCH))
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    with numbers.autocast(device):
                         estimate_norms(kept, (images.contiguous(memory_format=layout) for images in views))
             val_loss = val_top1 = None
             if data.val is not None and ((epoch + 1) % recipe.eval_epochs == 0 or epoch + 1 == recipe.epochs):
@@ -398,6 +353,7 @@ def _fit(
         "val_top1": at.best_top1 if at.best_top1 >= 0 else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": str(dtype).removeprefix("torch."),
+        "memory_format": str(layout).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "peak_memory_bytes": peak_memory(),
     }

@@ -359,7 +359,8 @@ class Recipe(Section):
     deterministic: bool = Field(False, description="CUDA kernels that repeat to the last bit, and are slower")
     compile: bool = Field(True, description="torch.compile on CUDA; where it fails the run goes on without")
     sync_norm: bool = Field(False, description="BN statistics over all GPUs that share a step, not of each alone")
-    channels_last: bool = Field(True, description="memory format of the images and weights")
+    channels_last: bool | None = Field(None, description="memory format of the images and weights; unset: the faster")
+    probe: bool = Field(True, description="on a CPU, time a few steps for what precision and channels_last leave open")
     checkpoint_minutes: float = Field(10, gt=0, description="most minutes of work that a kill can lose")
     keep_checkpoints: int = Field(2, ge=1, description="newest training states that are kept")
     seed: int = 0

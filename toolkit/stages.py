@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from toolkit import compute, distributed, engine, recipe
 from toolkit import data as datasets
-from toolkit import distributed, engine, recipe
 from toolkit.catalogue import build, mac_count, parameter_count
 from toolkit.classifier import Ensemble, TestTimeAugmentation, Views
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
@@ -99,9 +99,9 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
     count = min(len(split), LOOKED_AT)
     index = torch.linspace(0, len(split) - 1, count).long()
     some = datasets.Split(split.images[index], split.labels[index])
-    device = distributed.own_device(engine.pick_device(wanted.device))
-    teacher = teacher.to(device).to(memory_format=engine.memory_format(wanted))
-    _, top1 = engine.evaluate(teacher, some, device, engine.pick_dtype(wanted.precision, device))
+    device = distributed.own_device(compute.pick_device(wanted.device))
+    teacher = teacher.to(device).to(memory_format=compute.usual(wanted, device).layout)
+    _, top1 = engine.evaluate(teacher, some, device, compute.pick_dtype(wanted.precision, device))
     chance = data.train.labels.bincount().max().item() / len(data.train)
     said = f"{top1:.1%} of {count:,} {name} images right, a guess {chance:.1%}"
     if top1 < chance + max(0.1 * (1 - chance), 3 * (chance * (1 - chance) / count) ** 0.5):
@@ -120,7 +120,7 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
 def check(wanted: Recipe) -> datasets.DataSet:
     """Raise what is wrong with data, device or model (a student's size above all) before anything is made."""
     data = load_data(wanted.data)
-    engine.pick_device(wanted.device)
+    compute.pick_device(wanted.device)
     engine.new_model(wanted, data)
     return data
 
@@ -139,7 +139,7 @@ def _fit(
 ) -> Run:
     path = run_dir or default_path(wanted)
     fresh = not (path / "recipe.yaml").exists()
-    with distributed.joined(distributed.own_device(engine.pick_device(wanted.device))):
+    with distributed.joined(distributed.own_device(compute.pick_device(wanted.device))):
         if distributed.RANK == 0:
             run = Run.start(path, wanted, resume, extend)
             if measured is not None:
@@ -328,7 +328,7 @@ def validate(
     model, header = load_run(run) if run else load_model(weights)
     data = load_data(data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir))
     _check_classes(header["classes"], data, weights)
-    place = engine.pick_device(device)
+    place = compute.pick_device(device)
     began = time.monotonic()
     logits = engine.predict(model.to(place), data.test.images, place)
     seconds = time.monotonic() - began
@@ -479,7 +479,7 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
         say(f"the comparison with the teacher is left out: {error}")
         return None
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
-    return engine.predict(teacher, data.test.images, device, engine.pick_dtype("auto", device))
+    return engine.predict(teacher, data.test.images, device, compute.pick_dtype("auto", device))
 
 
 def run_of(artifact: Path) -> Run | None:

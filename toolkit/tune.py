@@ -70,7 +70,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     Raises ``SearchError`` where the directory holds another search, or an unfinished one without ``resume``;
     ``Interrupted`` after Ctrl-C or SIGTERM.
     """
-    from toolkit import engine, stages
+    from toolkit import compute, stages
 
     started = (output / "search.yaml").is_file()
     if started and not resume:
@@ -80,7 +80,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     base = plan.base
     gpus = resources.gpus
     if gpus is None:
-        gpus = 1 if engine.pick_device(base.device).type == "cuda" else 0
+        gpus = 1 if compute.pick_device(base.device).type == "cuda" else 0
     if not gpus and base.device.startswith("cuda"):
         raise SearchError(f"--device {base.device} was asked for, but a trial gets no GPU: give --gpus-per-trial")
     ray = _ray(resources.address)
@@ -170,13 +170,13 @@ def _probe(base: Recipe, data: DataSet, cpus: int) -> float:
     """Seconds of training for one multiply-accumulate of one epoch, from a step of the base recipe's model here."""
     import torch
 
-    from toolkit import engine
+    from toolkit import compute, engine
     from toolkit.catalogue import mac_count
 
     model, threads = engine.new_model(base, data), torch.get_num_threads()
     torch.set_num_threads(cpus)
     try:
-        seconds = engine.seconds_an_image(model, base, backward=True)
+        seconds = compute.seconds_an_image(model, base, backward=True)
     finally:
         torch.set_num_threads(threads)
     return seconds * len(data.train) / mac_count(model, data.train.images.shape[-1])
@@ -476,7 +476,7 @@ def _trainable(config: dict[str, Any]) -> None:
 
 
 def _job(search: Search, trial: Trial, cpus: int, gpus: float) -> Job:
-    recipe = search.recipe(trial.values)
+    recipe = search.recipe(trial.values).model_copy(update={"probe": False})  # the same for all
     if not gpus:  # Ray hides no GPU from a trial that asked for none
         recipe = recipe.model_copy(update={"device": "cpu"})
     return Job(
