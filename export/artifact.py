@@ -98,7 +98,7 @@ def read_metadata(proto: onnx.ModelProto, name: str) -> Metadata:
     """The metadata of a model, or an ``ArtifactError`` where it is not an artifact of this toolkit."""
     properties = {item.key: item.value for item in proto.metadata_props}
     if not proto.graph.node or "format" not in properties:
-        raise ArtifactError(f"{name} is not an artifact of this toolkit: it carries no metadata of ours")
+        raise ArtifactError(f"{name} is not an artifact of this toolkit: {_foreign(proto)}")
     try:
         metadata = Metadata.model_validate({key: json.loads(value) for key, value in properties.items()})
     except (ValidationError, json.JSONDecodeError) as error:
@@ -119,6 +119,28 @@ def read_metadata(proto: onnx.ModelProto, name: str) -> Metadata:
 def read(path: Path) -> Metadata:
     """The metadata of the artifact at ``path``. Raises ``ArtifactError``."""
     return parse(read_bytes(path), str(path))
+
+
+def producer(proto: onnx.ModelProto) -> str:
+    return f"{proto.producer_name} {proto.producer_version}".strip() or "an unknown tool"
+
+
+def type_of(value: onnx.ValueInfoProto) -> str:
+    """``uint8 [batch, 32, 32, 3]``."""
+    tensor = value.type.tensor_type
+    sizes = (d.dim_param or (str(d.dim_value) if d.HasField("dim_value") else "?") for d in tensor.shape.dim)
+    return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{', '.join(sizes)}]"
+
+
+def _foreign(proto: onnx.ModelProto) -> str:
+    """What can be said of another tool's file, in some words."""
+    if not proto.graph.node:
+        return "it holds no graph"
+    inputs, outputs = (
+        ", ".join(f"{value.name} {type_of(value)}" for value in values[:3]) + (" ..." if len(values) > 3 else "")
+        for values in (proto.graph.input, proto.graph.output)
+    )
+    return f"{producer(proto)} made it, it takes {inputs} and gives {outputs}"
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[str | int | None, ...]:

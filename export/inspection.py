@@ -7,10 +7,9 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
-from export.artifact import Metadata, load, read_bytes, read_metadata
+from export.artifact import Metadata, load, producer, read_bytes, read_metadata, type_of
 from toolkit.errors import ArtifactError
 
 
@@ -47,23 +46,16 @@ def describe(path: Path) -> Description:
         file=path.name,
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        producer=f"{proto.producer_name} {proto.producer_version}".strip() or "unknown",
+        producer=producer(proto),
         opset={item.domain or "ai.onnx": item.version for item in proto.opset_import},
-        inputs={value.name: _type(value) for value in proto.graph.input},
-        outputs={value.name: _type(value) for value in proto.graph.output},
+        inputs={value.name: type_of(value) for value in proto.graph.input},
+        outputs={value.name: type_of(value) for value in proto.graph.output},
         weights=sum(math.prod(tensor.dims) for tensor in proto.graph.initializer),
         operators=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
         properties={} if metadata else {item.key: item.value for item in proto.metadata_props},
         metadata=metadata,
         reason=reason,
     )
-
-
-def _type(value: onnx.ValueInfoProto) -> str:
-    """``uint8 [batch, 32, 32, 3]``."""
-    tensor = value.type.tensor_type
-    sizes = (d.dim_param or (str(d.dim_value) if d.HasField("dim_value") else "?") for d in tensor.shape.dim)
-    return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{', '.join(sizes)}]"
 
 
 def model_card(description: Description) -> str:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, computed_field
+from scipy.special import softmax
 from torch import Tensor, nn
 
 from export.onnx_export import Deployed, fp32_copy
@@ -43,6 +44,7 @@ class Tolerance(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
     logits: float = Field(1e-4, description="times the larger of 1 and the image's largest logit")
     probabilities: float = 1e-4
+    softmax: float = Field(1e-5, description="of the probabilities from the softmax of the artifact's own logits")
     resized: float = Field(1e-2, description="in place of both where the graph resizes: one pixel in 3,000 is off by 1")
     drop: float = Field(0, description="of top-1 on the test set, a fraction")
     agreement: float = Field(0, description="least share of test images with PyTorch's answer")
@@ -79,6 +81,7 @@ class Case(BaseModel):
     max_scaled_difference: float  # in the logits, each image's divided by max(1, its largest logit)
     max_probability_difference: float
     mean_probability_difference: float
+    max_softmax_difference: float  # of the artifact's probabilities from the softmax of its own logits
     tolerance: Tolerance
 
     @computed_field  # type: ignore[prop-decorator]
@@ -88,6 +91,7 @@ class Case(BaseModel):
         return (
             self.max_scaled_difference <= self.tolerance.logits
             and self.max_probability_difference <= self.tolerance.probabilities
+            and self.max_softmax_difference <= self.tolerance.softmax
         )
 
 
@@ -117,7 +121,8 @@ class ParityReport(BaseModel):
         wrong = [
             f"{case.images} images, batch {case.batch}: logits differ by {case.max_logit_difference:.2g}, scaled "
             f"{case.max_scaled_difference:.2g} (at most {case.tolerance.logits:.2g}), probabilities by "
-            f"{case.max_probability_difference:.2g} (at most {case.tolerance.probabilities:.2g})"
+            f"{case.max_probability_difference:.2g} (at most {case.tolerance.probabilities:.2g}), from the softmax by "
+            f"{case.max_softmax_difference:.2g} (at most {case.tolerance.softmax:.2g})"
             for case in self.cases
             if not case.ok
         ]
@@ -161,9 +166,9 @@ class Reference:
     """What PyTorch gives, once, for any number of artifacts to be compared with.
 
     ``deployed`` maps uint8 ``[N,S,S,3]`` to probabilities and logits (see ``onnx_export.deployed``), and is brought
-    into channels_last; ``images`` uint8
-    ``[N,3,S,S]`` and ``labels`` int64 ``[N]`` are the test set. Each of ``batches`` will go through an artifact in one
-    call. With ``any_size`` there are images of other sizes too, which PyTorch sees as ``preprocess.fit`` makes them.
+    into channels_last; ``images`` uint8 ``[N,3,S,S]`` and ``labels`` int64 ``[N]`` are the test set. Each of
+    ``batches`` will go through an artifact in one call. With ``any_size`` there are images of other sizes too, which
+    PyTorch sees as ``preprocess.fit`` makes them.
     """
 
     def __init__(
@@ -191,8 +196,8 @@ class Reference:
             self.kinds.append(Kind(name, kind, SIZE_BATCHES, pytorch(square)))
 
     def answers(self, run: Run) -> tuple[Array, Array]:
-        """Logits and probabilities of the test set, which goes through ``run`` in chunks."""
-        return _in_chunks(run, self.test)
+        """Logits and probabilities of the test set, which goes through ``run`` in chunks. Raises ``ParityError``."""
+        return _in_chunks(lambda chunk: _answer(run, chunk), self.test)
 
 
 def compare(
@@ -209,7 +214,8 @@ def compare(
 
     ``run`` takes uint8 ``[N,S,S,3]`` and gives logits and probabilities, float32 ``[N,K]``; give it the session
     that will serve, and ``provider``, ``precision`` and ``tf32`` as that session states them. ``answers`` are its
-    own on the test set, where they are known (see ``Reference.answers``).
+    own on the test set, where they are known (see ``Reference.answers``). Raises ``ParityError`` for a session that
+    cannot run a batch or gives another shape; differences are in the report.
     """
     actual = answers or reference.answers(run)
     cases = [_compare("test", len(reference.test), reference.expected, actual, tolerance)]
@@ -221,7 +227,7 @@ def compare(
         )  # fmt: skip
         for n in kind.batches:
             expected = (kind.expected[0][:n], kind.expected[1][:n])
-            cases.append(_compare(kind.name, n, expected, run(kind.images[:n]), held))
+            cases.append(_compare(kind.name, n, expected, _answer(run, kind.images[:n]), held))
     best = [logits.argmax(1) for logits in (reference.expected[0], actual[0])]
     return ParityReport(
         provider=provider,
@@ -298,6 +304,15 @@ def _torch(deployed: nn.Module, images: Images) -> tuple[Array, Array]:
     return logits.numpy(), probabilities.numpy()
 
 
+def _answer(run: Run, images: Images) -> tuple[Array, Array]:
+    """What the artifact gives; one that cannot take the batch is no better than one that is wrong."""
+    try:
+        return run(images)
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        reason = " ".join(str(error).split())
+        raise ParityError(f"the artifact cannot run a batch of {len(images)} images: {reason}") from error
+
+
 def _in_chunks(run: Run, images: Images) -> tuple[Array, Array]:
     parts = [run(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
@@ -322,5 +337,6 @@ def _compare(
         max_scaled_difference=float((logits / scale).max()),
         max_probability_difference=float(probabilities.max()),
         mean_probability_difference=float(probabilities.mean()),
+        max_softmax_difference=float(np.abs(softmax(actual[0], axis=1) - actual[1]).max()),
         tolerance=tolerance,
     )

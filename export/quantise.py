@@ -22,7 +22,7 @@ from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
-from export.artifact import IMAGE
+from export.artifact import IMAGE, type_of
 from toolkit.errors import DataError
 
 METHODS = ("MinMax", "Percentile", "Entropy")
@@ -111,22 +111,21 @@ def _cast(name: str, result: str, kind: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [name], [result], f"cast_{result}", to=kind)
 
 
-def check_calibration(images: NDArray[np.uint8], size: int) -> None:
-    """Raise ``DataError`` unless ``images`` are at least 64 of uint8 ``[N,size,size,3]``."""
-    if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
-        raise DataError(
-            f"calibration images must be uint8 [N,{size},{size},3], as the artifact takes them, not {images.dtype} "
-            f"{list(images.shape)}"
-        )
-    if len(images) < FEWEST:
-        raise DataError(f"{len(images)} calibration images are too few: INT8 needs at least {FEWEST}")
-
-
 def int8(proto: onnx.ModelProto, images: NDArray[np.uint8], method: str, scheme: Scheme) -> onnx.ModelProto:
     """The graph in INT8; ``images`` uint8 ``[N,S,S,3]`` are training images, of which whole batches of 32 are used.
 
-    ``method`` is one of ``METHODS``. The same input gives the same bytes.
+    ``method`` is one of ``METHODS``. The same input gives the same bytes. Raises ``DataError`` for images of another
+    type or size than the graph takes, and for fewer than 64.
     """
+    sides = [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim[1:3]]  # 0 for any size
+    fits = images.ndim == 4 and images.shape[3] == 3
+    if images.dtype != np.uint8 or not fits or (sides != [0, 0] and list(images.shape[1:3]) != sides):
+        raise DataError(
+            f"calibration images must be as the artifact takes them, {type_of(proto.graph.input[0])}, not "
+            f"{images.dtype} {list(images.shape)}"
+        )
+    if len(images) < FEWEST:
+        raise DataError(f"{len(images)} calibration images are too few: INT8 needs at least {FEWEST}")
     source = copy.deepcopy(proto)
     add_pre_process_metadata(source)  # constants are folded already
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

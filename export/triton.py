@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from export.artifact import IMAGE, LOGITS, PROBABILITIES, Metadata, read
-from toolkit.errors import UserError
-from toolkit.files import write_atomic, write_text
+from toolkit.files import check_free, write_atomic, write_text
 
 MAX_BATCH = 256
 LABELS = "labels.txt"
@@ -44,9 +43,3 @@ def write_repository(artifact: Path, folder: Path, force: bool = False) -> Path:
     write_text(model / LABELS, "".join(f"{' '.join(label.split())}\n" for label in about.labels))
     write_text(model / "config.pbtxt", config(about, name))
     return model
-
-
-def check_free(path: Path, force: bool) -> None:
-    """Raise ``UserError`` where ``path`` exists, unless ``force``."""
-    if path.exists() and not force:
-        raise UserError(f"{path} exists: add --force to replace it, or choose another path")

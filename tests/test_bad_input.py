@@ -416,5 +416,5 @@ def test_an_export_to_a_full_disk_leaves_the_artifact_that_was_there(
     place = disk("200k")
     (place / "student.onnx").write_text("what was there")
     before = files(place)
-    refused(toolkit("export", "--output", place / "student.onnx"), "the disk is full", place)
+    refused(toolkit("export", "--force", "--output", place / "student.onnx"), "the disk is full", place)
     assert files(place) == before

@@ -5,19 +5,22 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from scipy.special import softmax
 from small_net import LABELS, SIZE, small_artifact, small_images, small_metadata, small_net
 from torchvision.transforms.v2 import functional as tv
 
 from export import artifact, parity
-from export.onnx_export import export
+from export.onnx_export import OPSETS, export
 from export.preprocess import fit
 from serve.session import Session
 from toolkit.errors import ArtifactError, ParityError, UserError
@@ -140,6 +143,20 @@ def test_a_missing_artifact_is_named(tmp_path: Path) -> None:
         artifact.read(tmp_path)
 
 
+def test_every_opset_is_the_one_asked_for_or_an_error(tmp_path: Path, path: Path) -> None:
+    images = small_images(3).permute(0, 2, 3, 1).numpy()
+    expected = Session(path, "cpu").run(images)[0]
+    about = small_metadata().model_copy(update={"any_size": True})
+    for opset in (OPSETS[0], OPSETS[-1]):
+        export(small_net(), about, tmp_path / "a.onnx", opset)
+        (written,) = onnx.load(tmp_path / "a.onnx").opset_import
+        assert (written.domain, written.version) == ("", opset)
+        np.testing.assert_allclose(Session(tmp_path / "a.onnx", "cpu").run(images)[0], expected, atol=1e-4)
+    for opset in (7, OPSETS[0] - 1, OPSETS[-1] + 1):
+        with pytest.raises(ArtifactError, match=f"--opset {opset} cannot be written: choose one of 18 to"):
+            export(small_net(), about, tmp_path / "b.onnx", opset)
+
+
 # --- parity
 
 
@@ -212,6 +229,44 @@ def test_a_damaged_graph_fails(
         report.raise_if_failed()
 
 
+def _without_softmax(proto: onnx.ModelProto) -> None:
+    node = next(node for node in proto.graph.node if node.op_type == "Softmax")
+    node.op_type = "Identity"
+    del node.attribute[:]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_dropped_softmax_fails(precision: Any, path: Path, labels: torch.Tensor, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(_changed(path.read_bytes(), _without_softmax))
+    tolerance = parity.tolerance(precision, tf32=False, gpu=False)
+    session = Session(bad, "cpu")
+    report = parity.check(session.run, small_net(), small_images(300), labels, provider="cpu", tolerance=tolerance)
+    assert "from the softmax by" in report.failures[0]
+
+
+def test_a_batch_frozen_to_1_fails(path: Path, labels: torch.Tensor, tmp_path: Path) -> None:
+    def declared(proto: onnx.ModelProto) -> None:
+        for value in (*proto.graph.input, *proto.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+
+    def within(proto: onnx.ModelProto) -> None:
+        shape = np.array([1, SIZE, SIZE, 3])
+        proto.graph.initializer.append(numpy_helper.from_array(shape, "frozen"))
+        for node in proto.graph.node:
+            node.input[:] = ["first" if name == artifact.IMAGE else name for name in node.input]
+        proto.graph.node.insert(0, onnx.helper.make_node("Reshape", [artifact.IMAGE, "frozen"], ["first"]))
+
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(_changed(path.read_bytes(), declared))
+    with pytest.raises(ArtifactError, match="wrong inputs or outputs"):
+        Session(bad, "cpu")
+    bad.write_bytes(_changed(path.read_bytes(), within))
+    session = Session(bad, "cpu")  # a batch of 1 runs
+    with pytest.raises(ParityError, match="cannot run a batch of"):
+        parity.check(session.run, small_net(), small_images(300), labels, provider="cpu")
+
+
 def test_wrong_answers_of_the_session_fail(path: Path, labels: torch.Tensor) -> None:
     session, images = Session(path, "cpu"), small_images(300)
 
@@ -239,25 +294,41 @@ def test_wrong_answers_of_the_session_fail(path: Path, labels: torch.Tensor) -> 
 
 def test_top1_alone_can_fail(path: Path, labels: torch.Tensor) -> None:
     """Differences far under a loose tolerance still may not cost a single test image."""
-    session = Session(path, "cpu")
+    session, images = Session(path, "cpu"), small_images(300)
+    unlucky = images[:2].permute(0, 2, 3, 1).numpy()
 
-    def one_wrong(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logits, probabilities = session.run(batch)
-        logits[0] = np.roll(logits[0], 1)
-        return logits, probabilities
+    def two_wrong(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, _ = session.run(batch)
+        for image in unlucky:
+            found = (batch == image).all((1, 2, 3))
+            logits[found] = np.roll(logits[found], 1, axis=1)
+        return logits, softmax(logits, axis=1)
 
-    report = parity.check(
-        one_wrong,
-        small_net(),
-        small_images(300),
-        labels,
-        provider="cpu",
-        tolerance=parity.Tolerance(logits=1e9, probabilities=1),
-    )
+    loose = parity.Tolerance(logits=1e9, probabilities=1)
+    report = parity.check(two_wrong, small_net(), images, labels, provider="cpu", tolerance=loose)
     assert all(case.ok for case in report.cases)
     assert report.failures == [
         "test top-1: 99.3333% in the artifact, 100.0000% in PyTorch (n = 300, agreement 99.3333%)"
     ]
+
+
+def test_a_lower_precision_may_lose_what_was_allowed(path: Path, labels: torch.Tensor) -> None:
+    report = parity.check(Session(path, "cpu").run, small_net(), small_images(300), labels, provider="cpu")
+    lost = {"precision": "int8", "top1_torch": 0.9, "top1_artifact": 0.898, "agreement": 0.99}
+
+    def failures(**changes: float) -> list[str]:
+        tolerance = parity.tolerance("int8", tf32=False, gpu=False, drop=0.002)
+        return report.model_copy(update=lost | changes | {"tolerance": tolerance}).failures
+
+    assert failures() == []
+    assert failures(top1_artifact=0.95) == []  # better is no failure
+    assert failures(top1_artifact=0.8979)[0].startswith("test top-1: 89.7900% in the artifact")
+    assert failures(agreement=0.9899)[0].startswith("the artifact gives PyTorch's answer for 98.99%")
+
+
+def test_the_report_tells_the_level_that_sessions_are_opened_at() -> None:
+    assert ort.SessionOptions().graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    assert parity.ParityReport.model_fields["optimisation"].default == "all"
 
 
 # --- preprocessing

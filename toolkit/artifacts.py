@@ -1,4 +1,4 @@
-"""The stages after training: ``export``, ``inspect`` and ``bench``, each one call."""
+"""The stage ``export``: a finished run becomes the file that ships, or the proof that it does not."""
 
 from __future__ import annotations
 
@@ -7,39 +7,35 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import onnx
 import torch
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import nn
 
+from export import inspection, onnx_export, parity, quantise, triton
+from export.artifact import Metadata
+from serve.session import CPU as CPU_PROVIDER
+from serve.session import Provider, Session
 from toolkit import data as datasets
-from toolkit import engine, stages
+from toolkit import engine, report, stages
+from toolkit.bench import alternate
 from toolkit.catalogue import check_budget, mac_count, parameter_count
 from toolkit.classifier import Classifier, TestTimeAugmentation, Views
 from toolkit.errors import DataError, ParityError, UserError
-from toolkit.files import write_bytes, write_text
-from toolkit.machine import available_cores
+from toolkit.files import check_free, write_bytes, write_text
 from toolkit.progress import say
-from toolkit.recipe import Recipe
+from toolkit.recipe import Data, Recipe
 from toolkit.run import Run, environment
-
-if TYPE_CHECKING:
-    import onnx
-
-    from export.artifact import Metadata
-    from export.parity import ParityReport, Reference
-    from export.quantise import Scheme
-    from serve.session import Provider, Session
-    from toolkit.bench import Contestant, Row
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -50,6 +46,7 @@ SPEED_BATCHES = (1, 64)
 SPEED_ROUNDS = 5
 FASTER = 1.05  # what counts as measured faster: less is noise
 TUNING_LR = 0.01
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +82,15 @@ class Candidate:
     metadata: Metadata
     session: Session
     bytes: int
-    parity: ParityReport
+    parity: parity.ParityReport
     milliseconds: dict[int, float]
     speed: float = 1.0
 
     def refused(self, options: Options) -> str | None:
         """Why it is not shipped, or None."""
         if self.parity.failures:
-            return self.parity.failures[0]
+            tunable = self.metadata.precision == "int8" and not options.tuning_epochs
+            return self.parity.failures[0] + (" (--fine-tune 1 may win that back)" if tunable else "")
         if self.metadata.precision != "fp32" and self.speed < FASTER and not options.even_if_slower:
             return f"{self.speed:.2f} times as fast as fp32 here, at least {FASTER:g} is wanted (or --even-if-slower)"
         return None
@@ -104,7 +102,7 @@ class Exported:
 
     path: Path
     metadata: Metadata
-    parity: ParityReport
+    parity: parity.ParityReport
     rows: list[dict[str, Any]]
     report: Path
     card: Path
@@ -121,30 +119,34 @@ def export(
     """Write a finished run's model as an ONNX artifact, and hold it against PyTorch.
 
     The session that is compared is opened as ``serve`` opens it. Where the precision that was asked for does not
-    pass, its parity report is kept, no artifact is written, and ``ParityError`` raised.
+    pass, its parity report is kept, no artifact is written, and ``ParityError`` raised. Without ``output`` the run's
+    own artifact is replaced.
     """
-    from export import inspection, onnx_export, parity, quantise, triton
-
     if target is None:
         target = stages.newest_run().path
         say(f"exporting the newest run, {target}")
     run = Run(target)
     path = output or run.artifact
+    card = path.with_suffix(".md")
+    parity_report = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
     onnx_export.check_opset(options.opset)
-    if output is not None:
-        triton.check_free(output, options.force)
+    if path.suffix != ".onnx":
+        raise UserError(f"--output {path} must end in .onnx")
+    for file in (path, card, parity_report) if output else ():
+        check_free(file, options.force)
     if options.triton is not None:
-        triton.check_free(options.triton / path.stem, options.force)
+        check_free(options.triton / path.stem, options.force)
     model, header = stages.load_run(run)
     if header["role"] == "student":
         check_budget(
             header["model"], parameter_count(model), options.budget or run.recipe.budget, len(header["classes"])
         )
-    data = stages.load_data(stages.data_config(run.recipe.data, header["dataset"], header, None, data_dir))
+    images = stages.data_config(run.recipe.data, header["dataset"], header, None, data_dir)
+    data = stages.load_data(images)
     if wants(options, "int8"):
         check_calibration_count(options.calibration_images, data)
 
-    network: nn.Module = TestTimeAugmentation(model, options.views) if options.views else model
+    network = seen(model, options)
     temperature = fitted_temperature(network, data)
     if options.calibrated and temperature is None:
         raise DataError("--calibrate needs a validation split to fit the temperature on: data.val_size is 0")
@@ -158,18 +160,16 @@ def export(
     measure = partial(measured, reference=reference, path=path, provider=provider, options=options)
     graph = onnx_export.build(network, about, options.opset)
     candidates = [measure(graph, about)]
-    report = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
-    _write_parity(report, candidates[0], candidates, options)
+    _write_parity(parity_report, candidates[0], candidates, options)
     candidates[0].parity.raise_if_failed()
     if wants(options, "fp16"):
         candidates.append(measure(quantise.half(graph), about.model_copy(update={"precision": "fp16"})))
     if wants(options, "int8"):
         if options.tuning_epochs:
-            tuned = stages.load_run(fine_tuned(run, options.tuning_epochs))[0]
-            network = TestTimeAugmentation(tuned, options.views) if options.views else tuned
-            graph = onnx_export.build(network, about, options.opset)
+            tuned = stages.load_run(fine_tuned(run, images, options.tuning_epochs))[0]
+            graph = onnx_export.build(seen(tuned, options), about, options.opset)
         scheme = quantise.scheme_for(gpu=candidates[0].session.provider != CPU_PROVIDER)
-        candidates.append(measure(*calibrated(graph, about, data, scheme, path, provider, options)))
+        candidates.append(measure(*best_int8(graph, about, data, scheme, path, provider, options)))
     if len(candidates) > 1:
         candidates = raced(candidates)
     passing = [one for one in candidates if one.refused(options) is None]
@@ -177,31 +177,31 @@ def export(
         chosen = max(passing, key=lambda one: one.speed)
     else:
         chosen = candidates[-1]
-    _write_parity(report, chosen, candidates, options)
+    _write_parity(parity_report, chosen, candidates, options)
     if chosen not in passing:
         raise ParityError(
-            f"{chosen.metadata.precision} is not shipped: {chosen.refused(options)}. The measurements are in {report}"
+            f"{chosen.metadata.precision} is not shipped: {chosen.refused(options)}. The measurements are in "
+            f"{parity_report}"
         )
     onnx_export.save(chosen.graph, chosen.metadata, path)
-    card = path.with_suffix(".md")
     write_text(card, inspection.model_card(inspection.describe(path)))
     _write_examples(path.parent / "examples", data)
     repository = triton.write_repository(path, options.triton, options.force) if options.triton else None
     rows = [_row(one, options) for one in candidates]
-    return Exported(path, chosen.metadata, chosen.parity, rows, report, card, repository)
-
-
-CPU, CPU_PROVIDER = torch.device("cpu"), "CPUExecutionProvider"
+    return Exported(path, chosen.metadata, chosen.parity, rows, parity_report, card, repository)
 
 
 def wants(options: Options, precision: Precision) -> bool:
     return options.precision in (precision, "auto")
 
 
+def seen(model: Classifier, options: Options) -> nn.Module:
+    """What is exported of the model: itself, or its mean over the views that were asked for."""
+    return TestTimeAugmentation(model, options.views) if options.views else model
+
+
 def describe(header: Mapping[str, Any], model: Classifier, options: Options, temperature: float | None) -> Metadata:
     """What is known of an artifact before it is measured."""
-    from export.artifact import Metadata
-
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         created = epoch and datetime.fromtimestamp(int(epoch), UTC).isoformat()
@@ -244,15 +244,12 @@ def fitted_temperature(network: nn.Module, data: datasets.DataSet) -> float | No
 def measured(
     graph: onnx.ModelProto,
     about: Metadata,
-    reference: Reference,
+    reference: parity.Reference,
     path: Path,
     provider: Provider,
     options: Options,
 ) -> Candidate:
     """The graph in the session that would be deployed, and how it compares; its metadata say what it reaches."""
-    from export import parity
-    from toolkit import report
-
     session, size = opened(graph, about, path, provider, options)
     answers = reference.answers(session.run)
     tolerance = parity.tolerance(about.precision, session.tf32, session.provider != CPU_PROVIDER, options.max_drop)
@@ -276,9 +273,6 @@ def opened(
     graph: onnx.ModelProto, about: Metadata, path: Path, provider: Provider, options: Options
 ) -> tuple[Session, int]:
     """A graph as the server would open it, and its bytes; nothing is left on disk."""
-    from export import onnx_export
-    from serve.session import Session
-
     candidate = path.with_name(f".{path.stem}.candidate.onnx")
     try:
         onnx_export.save(graph, about, candidate)
@@ -288,20 +282,20 @@ def opened(
 
 
 def check_calibration_count(count: int, data: datasets.DataSet) -> None:
-    from export.quantise import FEWEST
-
-    if not FEWEST <= count <= len(data.train):
+    # Without a validation split some images must be left to choose the calibration method by.
+    most = len(data.train) - (quantise.FEWEST if data.val is None else 0)
+    if not quantise.FEWEST <= count <= most:
         raise DataError(
-            f"--calibration-images {count} cannot be: {data.name} has {len(data.train):,} training images, and at "
-            f"least {FEWEST} are needed"
+            f"--calibration-images {count} must be between {quantise.FEWEST} and {most:,}: {data.name} has "
+            f"{len(data.train):,} training images"
         )
 
 
-def calibrated(
+def best_int8(
     graph: onnx.ModelProto,
     about: Metadata,
     data: datasets.DataSet,
-    scheme: Scheme,
+    scheme: quantise.Scheme,
     path: Path,
     provider: Provider,
     options: Options,
@@ -310,19 +304,18 @@ def calibrated(
 
     Without a validation split the methods are compared on training images that calibrated nothing.
     """
-    from export import quantise
-
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
     index, rest = order.split([options.calibration_images, len(order) - options.calibration_images])
     images = stages.to_nhwc(data.train.images[index.sort().values])
-    quantise.check_calibration(images, about.image_size)
-    rest = rest[:CHOSEN_ON].sort().values
-    chosen_on = data.val or datasets.Split(data.train.images[rest], data.train.labels[rest])
-    seen, labels = stages.to_nhwc(chosen_on.images[:CHOSEN_ON]), chosen_on.labels[:CHOSEN_ON].numpy()
+    chosen_on = data.val
+    if chosen_on is None:
+        rest = rest[:CHOSEN_ON].sort().values
+        chosen_on = datasets.Split(data.train.images[rest], data.train.labels[rest])
+    shown, labels = stages.to_nhwc(chosen_on.images[:CHOSEN_ON]), chosen_on.labels[:CHOSEN_ON].numpy()
     tried = []
     for method in quantise.METHODS:
         quantised = quantise.int8(graph, images, method, scheme)
-        logits = opened(quantised, about, path, provider, options)[0].run_batches(seen, 64)[0]
+        logits = opened(quantised, about, path, provider, options)[0].run_batches(shown, 64)[0]
         top1 = float((logits.argmax(1) == labels).mean())
         nll = float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
         say(f"INT8 calibrated by {method}: {'val' if data.val else 'training'} top-1 {top1:.2%}, NLL {nll:.4f}")
@@ -333,41 +326,38 @@ def calibrated(
     return best, about.model_copy(update={"precision": "int8", "quantisation": words})
 
 
-def fine_tuned(run: Run, epochs: int) -> Run:
+def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
     """A short run of the one training loop from this run's weights, in which convs and products round as INT8 does.
 
-    Loss, teacher, data and augmentation are those of the run. It lies in the folder ``int8`` of the run directory,
-    and is found again there.
+    Loss, teacher, data and augmentation are those of the run. It lies within the run directory, and is found again
+    there.
     """
     own = run.recipe.model_dump()
     changes = {
+        "data": images,
         "start_from": run.path,
         "int8": True,
         "epochs": epochs,
         "optimizer": {"name": "sgd", "lr": TUNING_LR, "weight_decay": own["optimizer"]["weight_decay"]},
         "schedule": {"name": "cosine"},
+        "probe": False,
     }
     # What belongs to the length of the whole training is left at its defaults.
     dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select")
     wanted = Recipe.model_validate({key: value for key, value in own.items() if key not in dropped} | changes)
-    return stages.distill(wanted, run.path / "int8", resume=True)
+    # The digest tells apart what was trained on since.
+    return stages.distill(wanted, run.path / f"int8-{epochs}-{run.recipe.digest()[:8]}", resume=True)
 
 
 def raced(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates with their times; they take turns, fp32 among them."""
-    from dataclasses import replace
-
-    from toolkit.bench import alternate
-
     size = candidates[0].metadata.image_size
     times: list[dict[int, float]] = [{} for _ in candidates]
     for batch in SPEED_BATCHES:
         images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-        calls: dict[str, Callable[[], object]] = {
-            str(index): partial(one.session.run, images) for index, one in enumerate(candidates)
-        }
-        for index, seconds in alternate(calls, SPEED_ROUNDS).items():
-            times[int(index)][batch] = 1000 * statistics.median(seconds)
+        calls = [partial(one.session.run, images) for one in candidates]
+        for own, seconds in zip(times, alternate(calls, SPEED_ROUNDS), strict=True):
+            own[batch] = 1000 * statistics.median(seconds)
     return [
         replace(
             one,
@@ -407,83 +397,3 @@ def _write_examples(folder: Path, data: datasets.DataSet) -> None:
             Image.fromarray(stages.to_nhwc(data.test.images[found[0]])[0]).save(buffer, "PNG")
             safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
             write_bytes(folder / f"{index:02}-{safe}.png", buffer.getvalue())
-
-
-# --- speed -------------------------------------------------------------------------------------------------
-
-
-def bench(
-    paths: Sequence[Path],
-    providers: Sequence[Provider] = ("auto",),
-    batches: Sequence[int] = (1, 8, 64, 256),
-    rounds: int = 10,
-    threads: int | None = None,
-    compiled: bool = False,
-) -> tuple[list[Row], int]:
-    """Time artifacts on providers, and the PyTorch models of the runs that they lie in; the rows and the threads.
-
-    All artifacts see the same random images, and must take images of the same size.
-    """
-    from serve.session import Session
-    from toolkit import bench as timing
-
-    threads = threads or available_cores()
-    with timing.pinned(threads):
-        sessions = {
-            (path, provider): Session(path, provider, threads)
-            for path in dict.fromkeys(paths)
-            for provider in dict.fromkeys(providers)
-        }
-        sizes = {session.metadata.image_size for session in sessions.values()}
-        if len(sizes) > 1:
-            raise UserError(f"the artifacts take images of different sizes: {', '.join(map(str, sorted(sizes)))}")
-        contestants = _pytorch([sessions[path, providers[0]] for path in paths], paths, compiled)
-        for (path, _), session in sessions.items():
-            about = session.metadata
-            where = session.provider.removesuffix("ExecutionProvider")
-            name = f"{path if len(paths) > 1 else path.name} {about.precision} on {where}"
-            contestants.append(
-                timing.Contestant(name, session.provider, about.precision, session.run, _operations(about))
-            )
-        return timing.race(contestants, sizes.pop(), batches, rounds), threads
-
-
-def _operations(about: Metadata) -> int | None:
-    """Of one image; a multiply-accumulate is two."""
-    return about.macs and 2 * about.macs * about.views
-
-
-def _pytorch(sessions: Sequence[Session], paths: Sequence[Path], compiled: bool) -> list[Contestant]:
-    """The models of the runs that the artifacts lie in, each once: eager in both layouts, and compiled."""
-    from export import onnx_export
-    from toolkit.bench import Contestant
-
-    contestants = []
-    known = set()
-    for session, path in zip(sessions, paths, strict=True):
-        run, about = stages.run_of(path), session.metadata
-        if run is None:
-            say(f"PyTorch is left out for {path}: it does not lie in a run directory")
-            continue
-        if (run.path, about.views) in known:
-            continue
-        known.add((run.path, about.views))
-        model: nn.Module = stages.load_run(run)[0]
-        if about.views > 1:
-            model = TestTimeAugmentation(model, "flip" if about.views == 2 else "flip_and_shift")
-        device = torch.device("cpu" if session.provider == CPU_PROVIDER else "cuda")
-        eager = onnx_export.deployed(model, about).to(device)
-        channels_last = onnx_export.deployed(model, about).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        modules = {"eager": eager, "eager, channels_last": channels_last}
-        if compiled:
-            modules["compiled"] = torch.compile(onnx_export.deployed(model, about).to(device), dynamic=False)
-        for way, module in modules.items():
-            name = f"{about.model} PyTorch {way}"
-            run_module = partial(_call, module, device)
-            contestants.append(Contestant(name, str(device), "fp32", run_module, _operations(about)))
-    return contestants
-
-
-def _call(module: nn.Module, device: torch.device, images: np.ndarray) -> list[np.ndarray]:
-    with torch.inference_mode():
-        return [output.cpu().numpy() for output in module(torch.from_numpy(images).to(device))]

@@ -1,4 +1,4 @@
-"""Speed, fairly: all contestants take turns in one process, with the same threads, on the same images."""
+"""The stage ``bench``, speed fairly: all take turns in one process, with the same threads, on the same images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,31 +17,123 @@ import onnx.parser
 import onnxruntime as ort
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
+from export import onnx_export
+from export.artifact import Metadata
+from serve.session import CPU, Provider, Session
+from toolkit import stages
+from toolkit.classifier import TestTimeAugmentation
+from toolkit.errors import UserError
+from toolkit.machine import available_cores
+from toolkit.progress import say
 from toolkit.report import BLUE, FAINT, GREEN, GRID, INK, VERMILLION, as_image
 
 TURN_SECONDS = 0.2  # of one contestant before the next; a single call may take longer
 WARM_CALLS = 3
 PEAK_SIDE = 1536  # of the square matrices whose product is the peak
 
-Call = Callable[[], object]
+
+@dataclass(frozen=True)
+class Contestant:
+    """``run`` takes uint8 images ``[N,S,S,3]``; ``operations`` are those of one image, 2 a multiply-accumulate."""
+
+    name: str
+    precision: str
+    gpu: bool
+    run: Callable[[np.ndarray], object]
+    operations: int | None
 
 
-def alternate(calls: Mapping[str, Call], rounds: int, turn_seconds: float = TURN_SECONDS) -> dict[str, list[float]]:
-    """Seconds of single calls. In each round all take a turn, in the opposite order of the round before."""
-    for call in calls.values():
+@dataclass(frozen=True)
+class Row:
+    """One contestant at one batch size. ``peak``: operations a second of a large matrix product, where it ran."""
+
+    name: str
+    precision: str
+    batch: int
+    calls: int
+    p50_ms: float
+    p99_ms: float
+    images_per_second: float
+    operations_per_second: float | None
+    peak: float
+
+
+def bench(
+    paths: Sequence[Path],
+    providers: Sequence[Provider] = ("auto",),
+    batches: Sequence[int] = (1, 8, 64, 256),
+    rounds: int = 10,
+    threads: int | None = None,
+    compiled: bool = True,
+) -> tuple[list[Row], int]:
+    """Time artifacts on providers, and the PyTorch models of the runs that they lie in; the rows and the threads.
+
+    All see the same random images. Raises ``UserError`` for artifacts of different image sizes.
+    """
+    threads = threads or available_cores()
+    with pinned(threads):
+        sessions = {
+            (path, provider): Session(path, provider, threads)
+            for path in dict.fromkeys(paths)
+            for provider in dict.fromkeys(providers)
+        }
+        sizes = {session.metadata.image_size for session in sessions.values()}
+        if len(sizes) > 1:
+            raise UserError(f"the artifacts take images of different sizes: {', '.join(map(str, sorted(sizes)))}")
+        contestants = _pytorch({path: sessions[path, providers[0]] for path in paths}, compiled)
+        stems = [path.stem for path in dict.fromkeys(paths)]
+        for (path, _), session in sessions.items():
+            about = session.metadata
+            name = f"{path.stem if stems.count(path.stem) == 1 else path} {about.precision} on {_where(session)}"
+            contestants.append(
+                Contestant(name, about.precision, session.provider != CPU, session.run, _operations(about))
+            )
+        return race(contestants, sizes.pop(), batches, rounds), threads
+
+
+def race(contestants: Sequence[Contestant], size: int, batches: Sequence[int], rounds: int) -> list[Row]:
+    """Time all contestants at each batch size, on random images of this size."""
+    rng = np.random.default_rng(0)
+    peaks = {key: peak(*key) for key in {(one.precision, one.gpu) for one in contestants}}
+    rows = []
+    for batch in batches:
+        images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+        times = alternate([partial(one.run, images) for one in contestants], rounds)
+        for one, seconds in zip(contestants, times, strict=True):
+            median = statistics.median(seconds)
+            rows.append(
+                Row(
+                    name=one.name,
+                    precision=one.precision,
+                    batch=batch,
+                    calls=len(seconds),
+                    p50_ms=1000 * median,
+                    p99_ms=1000 * float(np.percentile(seconds, 99)),
+                    images_per_second=batch / median,
+                    operations_per_second=one.operations and one.operations * batch / median,
+                    peak=peaks[one.precision, one.gpu],
+                )
+            )
+    return rows
+
+
+def alternate(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of single calls, a list for each. In each round all take a turn, in the opposite order of the last."""
+    for call in calls:
         for _ in range(WARM_CALLS):
             call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    seconds: list[list[float]] = [[] for _ in calls]
+    order = list(zip(calls, seconds, strict=True))
     for _ in range(rounds):
-        for name in order:
-            ends = time.perf_counter() + turn_seconds
+        for call, own in order:
+            ends = time.perf_counter() + TURN_SECONDS
             while True:
                 began = time.perf_counter()
-                calls[name]()
+                call()
                 now = time.perf_counter()
-                seconds[name].append(now - began)
+                own.append(now - began)
                 if now >= ends:
                     break
         order.reverse()
@@ -63,69 +156,66 @@ def pinned(threads: int) -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """``run`` takes uint8 images ``[N,S,S,3]``; ``operations`` are those of one image, 2 a multiply-accumulate."""
-
-    name: str
-    provider: str
-    precision: str
-    run: Callable[[np.ndarray], object]
-    operations: int | None
+def _where(session: Session) -> str:
+    return session.provider.removesuffix("ExecutionProvider")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contestant at one batch size. ``peak_share``: of the operations a second of a large matrix product."""
-
-    name: str
-    provider: str
-    precision: str
-    batch: int
-    calls: int
-    p50_ms: float
-    p99_ms: float
-    images_per_second: float
-    operations_per_second: float | None
-    peak_share: float | None
+def _operations(about: Metadata) -> int | None:
+    """Of one image; a multiply-accumulate is two."""
+    return about.macs and 2 * about.macs * about.views
 
 
-def race(contestants: Sequence[Contestant], size: int, batches: Sequence[int], rounds: int) -> list[Row]:
-    """Time all contestants at each batch size, on random images of this size."""
-    rng = np.random.default_rng(0)
-    peaks = {key: peak(*key) for key in {(c.precision, c.provider) for c in contestants}}
-    rows = []
-    for batch in batches:
-        images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-        seconds = alternate({one.name: partial(one.run, images) for one in contestants}, rounds)
-        for one in contestants:
-            median = statistics.median(seconds[one.name])
-            rate = batch / median
-            done = one.operations and one.operations * rate
-            rows.append(
-                Row(
-                    name=one.name,
-                    provider=one.provider,
-                    precision=one.precision,
-                    batch=batch,
-                    calls=len(seconds[one.name]),
-                    p50_ms=1000 * median,
-                    p99_ms=1000 * float(np.percentile(seconds[one.name], 99)),
-                    images_per_second=rate,
-                    operations_per_second=done,
-                    peak_share=done and done / peaks[one.precision, one.provider],
-                )
-            )
-    return rows
+def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
+    """The models of the runs that the artifacts lie in, each once: eager in both layouts, and compiled."""
+    models = {}
+    for path, session in sessions.items():
+        run = stages.run_of(path)
+        if run is None:
+            say(f"PyTorch is left out for {path}: it does not lie in a run directory")
+        else:
+            models[run.path, session.metadata.views] = run, session
+    contestants = []
+    for run, session in models.values():
+        about, gpu = session.metadata, session.provider != CPU
+        model: nn.Module = stages.load_run(run)[0]
+        if about.views > 1:
+            model = TestTimeAugmentation(model, "flip" if about.views == 2 else "flip_and_shift")
+        device = torch.device("cuda" if gpu else "cpu")
+        plain = onnx_export.deployed(model, about).to(device)
+        channels_last = onnx_export.deployed(model, about).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ways: dict[str, Callable[..., Any]] = {"eager": plain, "eager, channels_last": channels_last}
+        if compiled:
+            try:
+                ways["compiled"] = _compiled(plain, about, device)
+            except Exception as error:  # whatever the compiler throws; most often there is no C++ compiler
+                say(f"torch.compile is left out: {' '.join(str(error).split())[:200]}")
+        name = about.model if len(models) == 1 else f"{about.model} of {run.path.name}"
+        for way, module in ways.items():
+            run_module = partial(_call, module, device)
+            contestants.append(Contestant(f"{name} PyTorch {way}", "fp32", gpu, run_module, _operations(about)))
+    return contestants
 
 
-def peak(precision: str, provider: str) -> float:
-    """Operations a second of the fastest of several large matrix products in this precision, where this provider runs.
+def _compiled(module: nn.Module, about: Metadata, device: torch.device) -> Callable[..., Any]:
+    """The module compiled; for each batch size anew, as it is first seen."""
+    say("torch.compile takes up to a minute for each batch size (--no-compile leaves it out)")
+    torch._dynamo.config.recompile_limit = 256  # beyond it PyTorch would go on in eager mode without a word
+    compiled = torch.compile(module, dynamic=False)
+    _call(compiled, device, np.zeros((1, about.image_size, about.image_size, 3), np.uint8))
+    return compiled
+
+
+def _call(module: Callable[..., Any], device: torch.device, images: np.ndarray) -> list[np.ndarray]:
+    with torch.inference_mode():
+        return [output.cpu().numpy() for output in module(torch.from_numpy(images).to(device))]
+
+
+def peak(precision: str, gpu: bool) -> float:
+    """Operations a second of the fastest of several large matrix products in this precision.
 
     On the CPU fp16 is computed in fp32, and INT8's product is ONNX Runtime's own.
     """
     side, operations = PEAK_SIDE, 2 * PEAK_SIDE**3
-    gpu = not provider.startswith(("CPU", "cpu"))
     if precision == "int8" and not gpu:
         text = f"""<ir_version: 10, opset_import: ["" : 20]>
         product (uint8[{side}, {side}] a, int8[{side}, {side}] b) => (int32[{side}, {side}] c)
@@ -133,7 +223,7 @@ def peak(precision: str, provider: str) -> float:
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         model = onnx.parser.parse_model(text).SerializeToString()
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=[CPU])
         matrices = {"a": np.ones((side, side), np.uint8), "b": np.ones((side, side), np.int8)}
 
         def multiply() -> object:
@@ -149,7 +239,7 @@ def peak(precision: str, provider: str) -> float:
                 torch.cuda.synchronize()
             return product
 
-    return operations / min(alternate({"product": multiply}, 3)["product"])
+    return operations / min(alternate([multiply], 3)[0])
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -157,22 +247,23 @@ def table(rows: Sequence[Row]) -> str:
     first = {row.batch: row for row in reversed(rows)}
     wide = max(len(row.name) for row in rows)
     lines = [
-        f"{'':<{wide}} {'batch':>5} {'p50 ms':>9} {'p99 ms':>9} {'images/s':>10} {'GOP/s':>8} {'of peak':>7} "
+        f"{'':<{wide}} {'batch':>5} {'p50 ms':>9} {'p99 ms':>9} {'images/s':>10} {'GOP/s':>8} {'peak':>8} {'of it':>6} "
         f"{'speed':>6}"
     ]
     for row in rows:
         done = "" if row.operations_per_second is None else f"{row.operations_per_second / 1e9:,.0f}"
-        share = "" if row.peak_share is None else f"{row.peak_share:.0%}"
+        share = "" if row.operations_per_second is None else f"{row.operations_per_second / row.peak:.0%}"
         lines.append(
             f"{row.name:<{wide}} {row.batch:>5} {row.p50_ms:>9.2f} {row.p99_ms:>9.2f} {row.images_per_second:>10,.0f} "
-            f"{done:>8} {share:>7} {row.images_per_second / first[row.batch].images_per_second:>6.2f}"
+            f"{done:>8} {row.peak / 1e9:>8,.0f} {share:>6} "
+            f"{row.images_per_second / first[row.batch].images_per_second:>6.2f}"
         )
     return "\n".join(lines)
 
 
 def plot(rows: Sequence[Row]) -> bytes:
     """A PNG: latency and images a second over the batch size."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     latency, rate = figure.subplots(1, 2)
     names = list(dict.fromkeys(row.name for row in rows))
     colours = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK, FAINT)
@@ -195,7 +286,7 @@ def plot(rows: Sequence[Row]) -> bytes:
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    rate.legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(*rate.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
     return as_image(figure)
 
 

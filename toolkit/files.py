@@ -70,3 +70,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     write_atomic(path, lambda temporary: temporary.write_bytes(content))
+
+
+def check_free(path: Path, force: bool) -> None:
+    """Raise ``UserError`` where ``path`` exists, unless ``force``."""
+    if path.exists() and not force:
+        raise UserError(f"{path} exists: add --force to replace it, or choose another path")

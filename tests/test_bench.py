@@ -1,0 +1,80 @@
+"""`toolkit bench`."""
+
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Chain, Toolkit
+from PIL import Image
+from small_net import small_artifact
+from test_bad_input import refused
+
+from toolkit import bench
+
+QUICK = ("--batch", 1, "--batch", 3, "--rounds", 1, "--provider", "cpu", "--threads", 1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "TURN_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "PEAK_SIDE", 256)
+
+
+def test_artifacts_beside_pytorch(toolkit: Toolkit, chain: Chain) -> None:
+    cores = os.sched_getaffinity(0)
+    result = toolkit("bench", chain.artifact, *QUICK, "--no-compile")
+    assert result.exit_code == 0, result.output
+    document = json.loads(Path("bench/bench.json").read_text())
+    names = ["resnet9 PyTorch eager", "resnet9 PyTorch eager, channels_last", "student fp32 on CPU"]
+    assert [(row["name"], row["batch"]) for row in document["rows"]] == [(n, b) for b in (1, 3) for n in names]
+    for row in document["rows"]:
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
+        assert row["peak"] > 1e9
+        assert row["operations_per_second"] > 1e6
+    for name in names:
+        assert name in result.stdout
+    assert Path("bench/bench.png").read_bytes().startswith(b"\x89PNG")
+    assert os.sched_getaffinity(0) == cores
+    assert json.loads(toolkit("bench", chain.artifact, *QUICK, "--no-compile", "--json").stdout)["threads"] == 1
+
+
+def test_without_a_compiler_the_others_are_timed(
+    toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\nanywhere")
+
+    monkeypatch.setattr(torch, "compile", failing)
+    result = toolkit("bench", chain.artifact, *QUICK)
+    assert "torch.compile is left out: no C++ compiler anywhere" in result.stderr
+    assert "student fp32 on CPU" in result.stdout
+
+
+def test_artifacts_that_cannot_be_compared(toolkit: Toolkit, chain: Chain) -> None:
+    small = small_artifact(Path("small.onnx"))
+    refused(toolkit("bench", small, chain.artifact), "different sizes: 16, 32", lines=3)
+    refused(toolkit("bench", "none.onnx"), "none.onnx", "No such file")
+    result = toolkit("bench", small, *QUICK)
+    assert "PyTorch is left out for small.onnx: it does not lie in a run directory" in result.stderr
+    assert result.exit_code == 0
+
+
+def test_turns_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "TURN_SECONDS", 0)
+    called: list[str] = []
+    times = bench.alternate([lambda: called.append("a"), lambda: called.append("b")], rounds=2)
+    assert called[2 * bench.WARM_CALLS :] == ["a", "b", "b", "a"]
+    assert Counter(map(len, times)) == {2: 2}
+
+
+def test_the_plot_of_many_contestants() -> None:
+    rows = [
+        bench.Row(f"net {i}", "fp32", b, 9, 1.0 + i, 2.0 + i, 1e3 / b, None, 1e12) for b in (1, 8) for i in range(9)
+    ]
+    assert Image.open(io.BytesIO(bench.plot(rows))).format == "PNG"
+    assert "net 8" in bench.table(rows)
