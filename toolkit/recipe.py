@@ -328,6 +328,9 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     epochs: int = Field(200, ge=1, description="passes over the training split")
+    minutes: float | None = Field(
+        None, gt=0, description="minutes that training may take here; epochs follow from what an epoch takes"
+    )
     batch_size: int = Field(128, ge=2, description="images a step")
     batch_growth: BatchGrowth = BatchGrowth()
     micro_batch: int | None = Field(
@@ -452,8 +455,12 @@ def shipped() -> list[str]:
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """The tree of a shipped recipe (by name) or of a file (by path)."""
-    return read_tree(source, RECIPES, "recipe", RecipeError)
+    """The tree of a shipped recipe (by name) or of a file (by path); a stage may be another recipe's name."""
+    tree = read_tree(source, RECIPES, "recipe", RecipeError)
+    for stage in STAGES:
+        if isinstance(tree.get(stage), str):
+            tree[stage] = {key: value for key, value in read(tree[stage]).items() if key != "name"}
+    return tree
 
 
 def read_tree(source: str | Path, folder: Path, what: str, wrong: type[UserError]) -> dict[str, Any]:
@@ -528,6 +535,8 @@ def resolve(
         node, name = tree.get(key), given.get(f"{key}.name")
         if isinstance(node, dict) and name not in (None, node.get("name")):
             tree[key] = {}  # what the recipe says of one model does not hold for another
+    if "epochs" in given and "minutes" not in given:
+        tree.pop("minutes", None)
     for path, value in given.items():
         _set(tree, path, value)
     if stage == "train":  # a file for both stages names the student too

@@ -23,6 +23,7 @@ from toolkit import compute, distributed, engine, recipe
 from toolkit import data as datasets
 from toolkit.catalogue import build, mac_count, parameter_count
 from toolkit.classifier import Ensemble, TestTimeAugmentation, Views
+from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe, Teacher
@@ -138,6 +139,7 @@ def _fit(
     measured: Mapping[str, Any] | None = None,
 ) -> Run:
     path = run_dir or default_path(wanted)
+    wanted = with_epochs(wanted, path, data, teacher)
     fresh = not (path / "recipe.yaml").exists()
     with distributed.joined(distributed.own_device(compute.pick_device(wanted.device))):
         if distributed.RANK == 0:

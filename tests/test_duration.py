@@ -1,0 +1,83 @@
+"""Epochs from minutes."""
+
+import pytest
+import torch
+from test_engine import TREE
+
+from toolkit import duration, stages
+from toolkit.data import DataSet, Split
+from toolkit.errors import RecipeError
+from toolkit.recipe import resolve
+from toolkit.run import Run
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (400, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    split = Split(images, torch.arange(400) % 10)
+    return DataSet("noise", [str(k) for k in range(10)], split, split, split, (0.5,) * 3, (0.25,) * 3, "d")
+
+
+def recipe_of(**changes):
+    student = {"name": "resnet9", "widths": [8, 8, 8]}
+    alone = {"loss.ce_weight": 1, "loss.kd_weight": 0, "schedule.warmup_epochs": 0, "data.image_size": 16}
+    return resolve(TREE | {"student": student}, "distill", alone | changes)
+
+
+def test_the_epochs_are_those_that_the_run_began_with(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(duration, "TIMED_STEPS", 2)
+    timed = duration.with_epochs(recipe_of(minutes=1), tmp_path / "run", data, None)
+    assert timed.minutes is None
+    assert timed.epochs > 2
+    Run.start(tmp_path / "run", timed, False)
+    assert duration.with_epochs(recipe_of(minutes=99), tmp_path / "run", data, None) == timed
+
+
+def test_the_estimate_by_a_clock_that_is_known(tmp_path, data, monkeypatch):
+    """400 images take 4 s, val 1 s, the first views of the teacher 2 s an epoch; starting 10 s."""
+    clock = [0.0]
+
+    def fit(recipe, some, run, teacher, on_epoch):
+        assert recipe.epochs == 2
+        assert len(some.train) == 100
+        clock[0] += 10
+        for _ in range(recipe.epochs):
+            clock[0] += 0.5 + 1 + 1
+            on_epoch({"images_per_second": 100.0, "seconds": 1.0})
+        return {"teacher_seconds": 1.0}
+
+    monkeypatch.setattr(duration, "MARGIN", 1)
+    monkeypatch.setattr(duration.engine, "fit", fit)
+    monkeypatch.setattr(duration.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(duration, "TIMED_STEPS", 2)
+    timed = duration.with_epochs(recipe_of(minutes=2, cached_epochs=3), tmp_path, data, None)
+    spent = 10 + 2 * 2.5
+    starting = 10 + 2.5 - 1
+    assert timed.epochs == int((120 - spent - starting - 3 * 2) / (4 + 1))
+
+
+def test_too_short_a_time_is_told(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(duration, "TIMED_STEPS", 2)
+    with pytest.raises(RecipeError, match=r"minutes \(=0\.0001\) is too short for this recipe here: an epoch takes"):
+        duration.with_epochs(recipe_of(minutes=0.0001), tmp_path, data, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_that_are_asked_for_win():
+    assert resolve("cifar10-gpu", "distill", {"epochs": 7}).minutes is None
+    assert resolve("cifar10-gpu", "distill").minutes
+
+
+def test_the_chain_of_the_gpu_recipe_in_small(tmp_path, monkeypatch):
+    """The whole of ``toolkit pipeline --recipe cifar10-gpu`` on the digits, with smaller nets and two epochs."""
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "data.dataset": "digits", "data.image_size": 16, "data.val_size": 0.1, "device": "cpu", "probe": False,
+        "teacher.depth": 10, "teacher.width": 1, "distill.student.stem": 4, "distill.student.widths": [4, 4, 8],
+        "train.augment.cutout": 0, "train.augment.policy": "none", "batch_size": 64, "schedule.warmup_epochs": 0, "distill.cached_epochs": 2,
+    }  # fmt: skip
+    monkeypatch.setattr(stages, "with_epochs", lambda recipe, *_: recipe.model_copy(update={"epochs": 12}))
+    chain = stages.pipeline("cifar10-gpu", small, tmp_path / "chain")
+    assert chain.student.recipe.augment.mixup == 1
+    assert 0 <= chain.metrics["top1"] <= 1

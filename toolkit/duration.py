@@ -1,0 +1,67 @@
+"""How many epochs fit into the minutes that a recipe gives: for a machine that is lent for a while."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from toolkit import distributed, engine
+from toolkit.data import DataSet, Split
+from toolkit.errors import RecipeError
+from toolkit.progress import say
+from toolkit.recipe import Recipe
+from toolkit.run import Run
+
+TIMED_STEPS = 20  # in each of two short epochs; the second is timed
+MARGIN = 1.03  # a run that ends early has lost less than one that is cut off
+
+
+def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | None) -> Recipe:
+    """The recipe with ``epochs`` in place of ``minutes``: as its run at ``path`` began, else as timed here.
+
+    Two short epochs of the one training loop are timed in a directory that is thrown away; the time that this
+    takes, compiling included, counts. Raises ``RecipeError`` where not one epoch fits.
+    """
+    if recipe.minutes is None:
+        return recipe
+    if (path / "recipe.yaml").is_file():
+        return recipe.model_copy(update={"minutes": None, "epochs": Run(path).recipe.epochs})
+    if distributed.SIZE > 1:
+        raise RecipeError(f"minutes (={recipe.minutes:g}) is for one process: set epochs for several")
+    began = time.monotonic()
+    ends: list[float] = []
+    rows: list[dict[str, Any]] = []
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        ends.append(time.monotonic())
+        rows.append(row)
+
+    images = data.train.images[: TIMED_STEPS * recipe.batch_size]
+    some = dataclasses.replace(data, train=Split(images, data.train.labels[: len(images)]))
+    schedule = recipe.schedule.model_copy(update={"warmup_epochs": 0})
+    short = recipe.model_copy(update={"minutes": None, "epochs": 2, "eval_epochs": 1, "schedule": schedule})
+    say("timing two short epochs")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.start(Path(folder) / "run", short, False)
+        summary = engine.fit(short, some, run, teacher, on_epoch)
+    whole = len(data.train) // recipe.batch_size * recipe.batch_size
+    training = whole / rows[1]["images_per_second"]
+    beside = max(ends[1] - ends[0] - rows[1]["seconds"], 0)  # val and the checkpoint
+    teaching = summary["teacher_seconds"] / 2 * len(data.train) / len(images)  # of one epoch's views, once each
+    starting = max(ends[0] - began - rows[0]["seconds"], 0)
+    beside -= min(beside, summary["teacher_seconds"] / 2)
+    left = 60 * recipe.minutes - (time.monotonic() - began) - starting
+    left -= MARGIN * teaching * min(recipe.cached_epochs, recipe.epochs)
+    epochs = int(left / (MARGIN * (training + beside)))
+    if epochs < max(1, recipe.schedule.warmup_epochs):
+        raise RecipeError(
+            f"minutes (={recipe.minutes:g}) is too short for this recipe here: an epoch takes "
+            f"{training + beside:.0f} s, starting {starting:.0f} s"
+        )
+    say(f"{epochs} epochs of {training + beside:.1f} s fit into {recipe.minutes:g} minutes")
+    return recipe.model_copy(update={"minutes": None, "epochs": epochs})
