@@ -66,6 +66,7 @@ class Classification(BaseModel):
 
     model: str = Field(description="name of the artifact that answered")
     provider: str = Field(description="ONNX Runtime's execution provider")
+    calibrated: bool = Field(description="whether the probabilities were calibrated on validation images")
     milliseconds: float = Field(description="from the whole body to the answer: decoding, waiting and the model")
     images: list[Classified]
 
@@ -137,6 +138,7 @@ def build(
         content = {
             "model": name or names[0],
             "provider": answers[0].provider,
+            "calibrated": answers[0].calibrated,
             "milliseconds": (time.perf_counter() - began) * 1000,
             "images": [
                 {"classes": [{"label": label, "probability": p} for label, p in answer.best(top_k)]}

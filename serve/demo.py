@@ -223,7 +223,7 @@ def _looked(engine: Engine, pixels: NDArray[np.uint8], name: str, deadline: floa
     seen = fit(pixels, engine.metadata(name).image_size)
     asked = [engine.submit(image, name, deadline) for image in explain.covered(seen)]
     opinions = [views.Opinion(name, future.result()) for future in asked]
-    found = explain.attention(np.stack([opinion.probabilities for opinion in opinions]), seen.shape[0])
+    found = explain.attention(np.stack([opinion.answer.probabilities for opinion in opinions]), seen.shape[0])
     return views.looked(opinions[0], seen, explain.overlay(fit(pixels, SHOWN), found.heat), found)
 
 

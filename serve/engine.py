@@ -45,16 +45,20 @@ class Closed(UserError):
 class Answer:
     """What an artifact says of one image; it carries the metadata of the very artifact that answered.
 
-    ``logits`` and ``probabilities`` are float32 ``[K]``; ``batch_size`` is how many images ran together;
-    ``milliseconds`` run from ``submit`` to the answer: resizing, waiting and the model.
+    ``probabilities`` are float32 ``[K]``, as ``Session.classify`` gives them; ``batch_size`` is how many images ran
+    together; ``milliseconds`` run from ``submit`` to the answer: resizing, waiting and the model.
     """
 
     metadata: Metadata
     provider: str
-    logits: Array
     probabilities: Array
     batch_size: int
     milliseconds: float
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a temperature that was fitted on validation images made the probabilities."""
+        return self.metadata.temperature is not None
 
     def best(self, top_k: int = 5) -> list[tuple[str, float]]:
         """The ``top_k`` most probable labels with their probabilities, best first; fewer where there are fewer."""
@@ -286,7 +290,7 @@ class _Model:
             images = np.zeros((shape, size, size, 3), np.uint8)
             for index, item in enumerate(items):
                 images[index] = item.image
-            logits, probabilities = session.run(images)
+            probabilities = session.classify(images)
         except Exception as error:  # the others' images must still be answered
             logger.exception("the artifact %s failed", self.name)
             for item in items:
@@ -296,14 +300,7 @@ class _Model:
         now = time.perf_counter()
         for index, item in enumerate(items):
             item.future.set_result(
-                Answer(
-                    session.metadata,
-                    session.provider,
-                    logits[index],
-                    probabilities[index],
-                    count,
-                    (now - item.began) * 1000,
-                )
+                Answer(session.metadata, session.provider, probabilities[index], count, (now - item.began) * 1000)
             )
 
     def _sizes(self, session: Session) -> Iterator[int]:

@@ -82,6 +82,19 @@ class Session:
             )
         return self._call(self._session, images)
 
+    def classify(self, images: NDArray[np.uint8]) -> Array:
+        """Probabilities ``[N,K]`` of images as ``run`` takes them, calibrated wherever a temperature was fitted.
+
+        That is what people and programs are told; ``run`` gives what the graph itself says, for parity.
+        """
+        logits, probabilities = self.run(images)
+        about = self.metadata
+        if about.temperature is None or about.calibrated:
+            return probabilities
+        scaled = logits / about.temperature
+        shares = np.exp(scaled - scaled.max(1, keepdims=True))
+        return np.asarray(shares / shares.sum(1, keepdims=True))
+
     def run_batches(self, images: NDArray[np.uint8], batch_size: int = 256) -> tuple[Array, Array]:
         """``run`` for any number of images, ``batch_size`` at a time, so that memory stays small."""
         parts = [self.run(images[i : i + batch_size]) for i in range(0, max(1, len(images)), batch_size)]
@@ -90,7 +103,7 @@ class Session:
     def predict(self, image: NDArray[np.uint8], top_k: int = 5) -> Prediction:
         """The ``top_k`` best classes (fewer where there are fewer) of a uint8 image ``[H,W,3]`` of any size."""
         start = time.perf_counter()
-        probabilities = self.run(fit(image, self.metadata.image_size)[None])[1][0]
+        probabilities = self.classify(fit(image, self.metadata.image_size)[None])[0]
         milliseconds = (time.perf_counter() - start) * 1000
         best = np.argsort(-probabilities, kind="stable")[:top_k]
         return Prediction(
@@ -116,6 +129,8 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        # Threads that spin while they wait would take the cores from decoding, HTTP and other processes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if provider != CPU and not self.metadata.any_size:  # sizes are computed on the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         session = ort.InferenceSession(data, options, providers=[(provider, provider_options)], enable_fallback=0)

@@ -16,7 +16,6 @@ from PIL import Image
 from export.artifact import Metadata
 from serve.engine import Answer
 from serve.explain import Attention
-from serve.session import Array
 
 TOP_K = 5
 
@@ -29,33 +28,12 @@ class Opinion:
     answer: Answer
 
     @property
-    def calibrated(self) -> bool:
-        return self.answer.metadata.temperature is not None
-
-    @property
-    def probabilities(self) -> Array:
-        """float32 ``[K]``: calibrated where the artifact says how, else as the graph gave them."""
-        about = self.answer.metadata
-        if about.temperature is None or about.calibrated:
-            return self.answer.probabilities
-        logits = self.answer.logits / about.temperature
-        shares = np.exp(logits - logits.max())
-        return np.asarray(shares / shares.sum())
-
-    def best(self, top_k: int = TOP_K) -> list[tuple[str, float]]:
-        """The ``top_k`` most probable labels with their probabilities, best first; fewer where there are fewer."""
-        probabilities = self.probabilities.tolist()
-        return [
-            (label, probabilities[self.answer.metadata.labels.index(label)]) for label, _ in self.answer.best(top_k)
-        ]
-
-    @property
     def label(self) -> str:
-        return self.best(1)[0][0]
+        return self.answer.best(1)[0][0]
 
     @property
     def confidence(self) -> float:
-        return self.best(1)[0][1]
+        return self.answer.best(1)[0][1]
 
 
 @dataclass(frozen=True)
@@ -93,7 +71,7 @@ def _answer(opinion: Opinion, threshold: float, *, named: bool) -> str:
         f'<tr><th scope="row">{escape(name)}</th>'
         f'<td class="bar" aria-hidden="true"><span style="width:{share:.2%}"></span></td>'
         f"<td>{_percent(share)}</td></tr>"
-        for name, share in opinion.best()
+        for name, share in answer.best(TOP_K)
     )
     return (
         f"<article {_sureness(opinion, threshold)}>{heading}"
@@ -101,12 +79,14 @@ def _answer(opinion: Opinion, threshold: float, *, named: bool) -> str:
         f'<p class="verdict if-unsure">I am not sure</p><p class="hint if-unsure">The best guess is {label}.</p>'
         f'<table class="bars"><caption class="sr">The most probable classes of {escape(opinion.name)}</caption>'
         f'<tbody>{rows}</tbody></table><p class="speed"><b>{answer.milliseconds:.1f} ms</b> on '
-        f"{escape(answer.provider)}, confidence {'' if opinion.calibrated else 'not '}calibrated</p></article>"
+        f"{escape(answer.provider)}, confidence {'' if answer.calibrated else 'not '}calibrated</p></article>"
     )
 
 
 def _agreement(one: Opinion, other: Opinion) -> str:
-    first, second = (dict(zip(o.answer.metadata.labels, o.probabilities.tolist(), strict=True)) for o in (one, other))
+    first, second = (
+        dict(zip(o.answer.metadata.labels, o.answer.probabilities.tolist(), strict=True)) for o in (one, other)
+    )
     overlap = sum(min(share, second.get(label, 0.0)) for label, share in first.items())
     if one.label == other.label:
         kind, said = "agree", f"Both put <b>{escape(one.label)}</b> first"

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a way to call it, and one small run of the whole chain."""
+"""What tests share: a way to call the command line, one small run of the whole chain, one running server."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from served import Served, encoded, serving
 from typer.testing import CliRunner
 
 from toolkit.cli import app
@@ -65,6 +66,23 @@ def chain(pipeline: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     shutil.copytree(pipeline.folder, folder)
     monkeypatch.chdir(folder)
     return Chain(folder, pipeline.teacher, pipeline.student, pipeline.artifact, pipeline.example, pipeline.output)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A running server with a small artifact under two names, ``student`` and ``copy``, and one example, ``ramp``."""
+    from small_net import small_artifact, small_images  # torch
+
+    folder = tmp_path_factory.mktemp("server")
+    path = small_artifact(folder / "student.onnx")
+    (folder / "examples").mkdir()
+    (folder / "examples" / "ramp.png").write_bytes(encoded(small_images(1)[0].permute(1, 2, 0).numpy()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        with serving(path, f"copy={path}") as server:
+            server.artifact = path
+            yield server
+    assert not list((folder / "uploads").rglob("holiday.png"))  # what people upload is not kept
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ class Served:
     url: str
     process: subprocess.Popen[str]
     said: str = ""
+    artifact: Path = Path()
 
     def client(self, **options: object) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)

@@ -1,5 +1,7 @@
 """The HTTP API of a running server: what it answers, what it refuses and how it says so."""
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,24 +11,21 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from served import Served, encoded, serving
-from small_net import LABELS, small_artifact, small_images
+from served import Served, encoded
+from small_net import LABELS, small_images
+from starlette.types import ASGIApp
 
+from serve.api import build
+from serve.engine import Engine
 from serve.session import Session
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 PNG = encoded(PIXELS)
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_artifact(tmp_path_factory.mktemp("api") / "student.onnx")
-
-
-@pytest.fixture(scope="module")
-def server(path: Path) -> Iterator[Served]:
-    with serving(path, f"copy={path}") as server:
-        yield server
+@pytest.fixture
+def path(server: Served) -> Path:
+    return server.artifact
 
 
 @pytest.fixture
@@ -52,6 +51,7 @@ def test_an_image_gets_the_answer_of_the_session(http: httpx.Client, path: Path)
     assert got == {
         "model": "student",
         "provider": "CPUExecutionProvider",
+        "calibrated": False,
         "images": [{"classes": _best(path, PIXELS, 5)}],
     }
     asked = http.post("v1/predict", params={"top_k": 2, "model": "copy"}, content=PNG).json()
@@ -143,6 +143,28 @@ def test_docs_describe_the_api(http: httpx.Client) -> None:
     assert "openapi.json" in http.get("docs").text
     paths = http.get("openapi.json").json()["paths"]
     assert paths.keys() == {"/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics"}
+
+
+def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full queue, a deadline, a bug, an end: in this process, where the model can be held up."""
+    held = threading.Event()
+
+    async def ask(app: ASGIApp, count: int) -> list[tuple[int, str, str | None]]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            answers = await asyncio.gather(*(http.post("v1/predict", content=PNG) for _ in range(count)))
+        return [(a.status_code, a.json().get("error"), a.headers.get("retry-after")) for a in answers]
+
+    with Engine({"student": path}, "cpu", max_queue=2) as engine:
+        app = build(engine, deadline=0.3)
+        assert asyncio.run(ask(app, 1)) == [(200, None, None)]
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "run", lambda *_: held.wait(30))
+            found = asyncio.run(ask(app, 4))
+            assert sorted(found) == [(429, "queue_full", "1")] * 2 + [(504, "deadline", None)] * 2
+            held.set()  # what the model gives now is no answer
+            assert asyncio.run(ask(app, 1)) == [(500, "internal", None)]
+        assert asyncio.run(ask(app, 1)) == [(200, None, None)]
+    assert asyncio.run(ask(app, 1)) == [(503, "stopping", "1")]
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,12 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from served import Served, encoded, serving
-from small_net import small_artifact
+from served import Served, encoded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 GOOD = encoded(PIXELS)
 JPEG = encoded(PIXELS, "JPEG")
 MB = 2**20
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(small_artifact(tmp_path_factory.mktemp("hostile") / "student.onnx")) as server:
-        yield server
 
 
 @pytest.fixture

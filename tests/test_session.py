@@ -77,6 +77,21 @@ def test_predict_orders_the_classes(session: Session, images: np.ndarray) -> Non
     assert json.loads(everything.model_dump_json())["labels"] == list(everything.labels)
 
 
+def test_people_are_told_calibrated_probabilities(
+    session: Session, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, probabilities = session.run(images)
+    np.testing.assert_array_equal(session.classify(images), probabilities)  # no temperature is known
+    fitted = session.metadata.model_copy(update={"temperature": 2.0})
+    monkeypatch.setattr(session, "metadata", fitted)
+    shares = np.exp(logits / 2)
+    shares /= shares.sum(1, keepdims=True)
+    np.testing.assert_allclose(session.classify(images), shares, rtol=1e-4)
+    assert session.predict(images[0]).probabilities[0] == pytest.approx(shares[0].max(), rel=1e-4)
+    monkeypatch.setattr(session, "metadata", fitted.model_copy(update={"calibrated": True}))  # the graph does it
+    np.testing.assert_array_equal(session.classify(images), session.run(images)[1])
+
+
 def test_threads_may_share_a_session(session: Session, images: np.ndarray) -> None:
     expected = [session.predict(image).labels for image in images]
     with ThreadPoolExecutor(8) as pool:
