@@ -43,13 +43,19 @@ class Augmenter:
     ``images`` is uint8 [N,3,S,S] and ``labels`` int64 [N], both on the device where batches are wanted; a
     padded copy of the images is kept there, unless they stay in a file. An epoch has ``count`` samples: sample i
     shows image i, and with ``plain_copy`` there are 2N of them, of which N+i is image i as it is. Raises
-    ``RecipeError`` where the padding does not fit the images. Starts in epoch 0.
+    ``RecipeError`` where the padding does not fit the images. ``balanced``: see ``order``. Starts in epoch 0.
     """
 
     def __init__(
-        self, images: Tensor | StoredImages, labels: Tensor, num_classes: int, config: recipe.Augment, seed: int
+        self,
+        images: Tensor | StoredImages,
+        labels: Tensor,
+        num_classes: int,
+        config: recipe.Augment,
+        seed: int,
+        balanced: bool = False,
     ) -> None:
-        self.config, self.seed, self.device = config, seed, labels.device
+        self.config, self.seed, self.device, self.balanced = config, seed, labels.device, balanced
         self.originals, _, self.side, _ = images.shape
         self.count = 2 * self.originals if config.plain_copy else self.originals
         self.padded_side = self.side + 2 * config.crop_padding
@@ -71,9 +77,10 @@ class Augmenter:
         self.table = {name: torch.from_numpy(rows).to(self.device) for name, rows in self._draw(epoch).items()}
 
     def order(self, epoch: int) -> Tensor:
-        """The order of the samples in this epoch: a permutation, int64 [count]."""
-        permutation = generator(self.seed, epoch, "order").permutation(self.count)
-        return torch.from_numpy(permutation).to(self.device)
+        """The order of the samples in this epoch, int64 [count]: a permutation, or ``balanced`` over the classes."""
+        random = generator(self.seed, epoch, "order")
+        order = balanced_order(random, self.labels.cpu().numpy()) if self.balanced else random.permutation(self.count)
+        return torch.from_numpy(order).to(self.device)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The samples ``index`` (int64 [B]) as this epoch shows them.
@@ -218,6 +225,20 @@ class Augmenter:
         y = (self.axis >= top) & (self.axis < bottom)
         x = (self.axis >= left) & (self.axis < right)
         return (y[:, :, None] & x[:, None, :])[:, None]
+
+
+def balanced_order(random: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    """As many samples as there are labels, int64 [N]: the same number of each class, to one, in random order.
+
+    Of a large class some are left out, those of a small one come several times (as this epoch shows them).
+    """
+    classes = random.permutation(np.unique(labels))
+    wanted = len(labels) // len(classes) + (np.arange(len(classes)) < len(labels) % len(classes))
+    drawn = []
+    for label, count in zip(classes, wanted, strict=True):
+        members = np.flatnonzero(labels == label)
+        drawn += [random.permutation(members)[: count - start] for start in range(0, count, len(members))]
+    return random.permutation(np.concatenate(drawn))
 
 
 def pad(images: Tensor, padding: int, mode: str) -> Tensor:

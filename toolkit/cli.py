@@ -72,6 +72,12 @@ class PrecisionName(StrEnum):
     auto = "auto"
 
 
+class BalanceName(StrEnum):
+    none = "none"
+    weights = "weights"
+    sampling = "sampling"
+
+
 class SamplerName(StrEnum):
     random = "random"
     grid = "grid"
@@ -99,6 +105,14 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder of the data set; else
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable images of a folder out.")]
+SkipLeaks = Annotated[bool, typer.Option("--skip-leaks", help="Leave training images out that are in val or test too.")]
+GroupBy = Annotated[
+    str | None,
+    typer.Option("--group-by", metavar="PATTERN", help="Images whose paths match alike stay on one side of a split."),
+]
+BalanceOption = Annotated[
+    BalanceName | None, typer.Option("--balance", help="For classes of unequal size: weights in the loss, or sampling.")
+]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; else runs/NAME-DIGEST.")]
 DataMemory = Annotated[
@@ -138,6 +152,9 @@ FIELDS = {
     "image_size": "data.image_size",
     "offline": "data.offline",
     "skip_broken": "data.skip_broken",
+    "skip_leaks": "data.skip_leaks",
+    "group_by": "data.group_by",
+    "balance": "balance",
     "device": "device",
     "budget": "budget",
     "deterministic": "deterministic",
@@ -154,7 +171,7 @@ def _overrides(ctx: typer.Context) -> dict[str, Any]:
     from toolkit.recipe import parse_settings
 
     given = {
-        path: str(value) if isinstance(value, Path) else value
+        path: str(value) if isinstance(value, Path | StrEnum) else value
         for flag, path in FIELDS.items()
         if (value := ctx.params.get(flag)) is not None and value is not False
     }
@@ -198,6 +215,9 @@ def train(
     image_size: ImageSize = None,
     offline: Offline = False,
     skip_broken: SkipBroken = False,
+    skip_leaks: SkipLeaks = False,
+    group_by: GroupBy = None,
+    balance: BalanceOption = None,
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
@@ -240,6 +260,9 @@ def distill(
     image_size: ImageSize = None,
     offline: Offline = False,
     skip_broken: SkipBroken = False,
+    skip_leaks: SkipLeaks = False,
+    group_by: GroupBy = None,
+    balance: BalanceOption = None,
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
@@ -319,6 +342,9 @@ def compare(
     image_size: ImageSize = None,
     offline: Offline = False,
     skip_broken: SkipBroken = False,
+    skip_leaks: SkipLeaks = False,
+    group_by: GroupBy = None,
+    balance: BalanceOption = None,
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
@@ -368,6 +394,9 @@ def pipeline(
     image_size: ImageSize = None,
     offline: Offline = False,
     skip_broken: SkipBroken = False,
+    skip_leaks: SkipLeaks = False,
+    group_by: GroupBy = None,
+    balance: BalanceOption = None,
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
@@ -436,6 +465,9 @@ def tune(
     image_size: ImageSize = None,
     offline: Offline = False,
     skip_broken: SkipBroken = False,
+    skip_leaks: SkipLeaks = False,
+    group_by: GroupBy = None,
+    balance: BalanceOption = None,
     device: Device = None,
     budget: Budget = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
@@ -745,6 +777,31 @@ def predict(
     for path, answer in answers:
         best = ", ".join(f"{n} {p:.1%}" for n, p in zip(answer.labels, answer.probabilities, strict=True))
         print(f"{path}: {best}  ({answer.milliseconds:.1f} ms, {session.provider})")
+
+
+data_commands = typer.Typer(no_args_is_help=True, help="Look at images before they are trained on.")
+app.add_typer(data_commands, name="data")
+
+
+@data_commands.command("check")
+def data_check(
+    path: Annotated[Path, typer.Argument(help="Folder of images, or a CSV file of paths and labels.")],
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="The images have no classes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Classes, sizes, broken files, copies and near copies, leaks across parts; suggests image size and recipe.
+
+    Exit code 1 where something should be put right first.
+    """
+    from toolkit import data_check as checking
+
+    report = checking.check(path, unlabelled)
+    if as_json:
+        _print_json(checking.document(report))
+    else:
+        print("\n".join(checking.show(report)))
+    if report.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

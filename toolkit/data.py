@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -24,15 +25,15 @@ from torch import Tensor
 
 from export import preprocess
 from serve.decode import read_image
-from toolkit import recipe
+from toolkit import folders, recipe
 from toolkit.errors import DataError, ImageError
 from toolkit.files import write_atomic
+from toolkit.folders import listed
 from toolkit.machine import available_cores, total_memory
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-VAL_FOLDERS = ("val", "valid", "validation")
 TEST_FRACTION = 0.2  # where a data set brings no test images of its own
 DECODED_AT_ONCE = 256  # images of a folder
+DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 
@@ -61,10 +62,20 @@ class StoredImages:
 
 @dataclass(frozen=True)
 class Split:
-    """``images`` uint8 [N,3,S,S] and ``labels`` int64 [N]."""
+    """``images`` uint8 [N,3,S,S] and ``labels`` int64 [N].
+
+    ``groups`` int64 [N], where files are known: images of one number (copies, or one group of ``data.group_by``) are
+    kept on one side of a split.
+    """
 
     images: Tensor | StoredImages
     labels: Tensor
+    groups: np.ndarray | None = None
+
+    def select(self, index: Tensor) -> Split:
+        """The images at ``index``; where they lie in a file they stay there."""
+        images = self.images.select(index) if isinstance(self.images, StoredImages) else self.images[index]
+        return Split(images, self.labels[index], None if self.groups is None else self.groups[index.numpy()])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,7 +108,7 @@ def load(config: recipe.Data) -> DataSet:
         root = Path(path) if path else config.data_dir
         if root is None:
             raise DataError("the data set is a folder, but which? Give --dataset folder:PATH, or --data-dir PATH")
-        name = f"folder:{root.expanduser().resolve().name}"
+        name = f"folder:{root.expanduser().resolve().stem}"
         classes, parts, broken = _folder(root.expanduser(), config)
     else:
         name = kind
@@ -162,7 +173,7 @@ def _cifar_root(name: str, kind: Any, config: recipe.Data) -> Path:
             return root
     if config.offline:
         raise DataError(
-            f"{name} is not in {_listed(roots)}, and downloading is off: leave out --offline, or give the "
+            f"{name} is not in {listed(roots)}, and downloading is off: leave out --offline, or give the "
             f"folder that holds {kind.base_folder} with --data-dir or $TOOLKIT_DATA"
         )
     _cifar_unpack(name, kind, roots[0], download=True)
@@ -221,79 +232,48 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _folder(root: Path, config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split], tuple[str, ...]]:
-    """Class folders in ``root``/train (and test, and val), or in ``root`` itself.
+    """The images that ``folders.find`` finds.
 
     Without test images a fifth of the training images is held out. Returns classes, parts, and the files that
     could not be read and were left out.
     """
-    if not root.is_dir():
-        raise DataError(f"there is no folder {root}")
-    folders = {"train": root}
-    inside = {folder.name.lower(): folder for folder in _subfolders(root)}
-    if "train" in inside and _subfolders(inside["train"]):  # else it is a class, beside "bus" and "car"
-        val = next((name for name in VAL_FOLDERS if name in inside), "")
-        named = {"train": "train", "val": val, "test": "test"}
-        folders = {part: inside[name] for part, name in named.items() if name in inside}
-
-    classes = tuple(folder.name for folder in _subfolders(folders["train"]))
-    files = {part: _image_files(folder, classes, folders["train"]) for part, folder in folders.items()}
-    if not files["train"]:
-        raise DataError(
-            f"no images in {folders['train']}: a folder for each class is wanted there, "
-            "with PNG, JPEG, WebP, GIF or BMP files in it"
-        )
-    if len(classes) < 2:
-        raise DataError(f"only one class in {folders['train']} ({classes[0]}): at least two are needed")
-
-    parts, broken = {}, []
-    total = sum(len(found) for found in files.values())
+    listing = folders.find(root, config.unlabelled)
+    total = sum(len(found) for found in listing.files.values())
     limit = config.memory * 2**30 if config.memory else total_memory() / 2
-    for part, found in files.items():
-        parts[part], unreadable = _read(found, config.image_size, limit * len(found) / total)
-        broken += [str(path.relative_to(root)) for path in unreadable]
+    parts, names, digests, broken = {}, {}, {}, []
+    for part, found in listing.files.items():
+        parts[part], digest = _read(found, config.image_size, limit * len(found) / total)
+        good = (digest != 0).any(axis=1)
+        digests[part] = digest[good]
+        names[part] = [listing.name(path) for (path, _), fine in zip(found, good, strict=True) if fine]
+        broken += [listing.name(path) for (path, _), fine in zip(found, good, strict=True) if not fine]
     if broken and not config.skip_broken:
         raise DataError(
-            f"{len(broken)} of {total} images in {root} cannot be read: {_listed(broken)}; "
+            f"{len(broken)} of {total} images in {root} cannot be read: {listed(broken)}; "
             "repair them, or leave them out with --skip-broken"
         )
+    parts = _grouped(parts, names, digests, config)
     for part, split in parts.items():
-        missing = _missing(split, classes)
+        missing = _missing(split, listing.classes)
         # Validation without a rare class is poor but possible.
         if missing and (part != "val" or not len(split)):
-            raise DataError(f"no readable images in {folders[part]} for {_listed(missing)}")
+            raise DataError(f"no readable images in {listing.places[part]} for {listed(missing)}")
     if "test" not in parts:
-        held = max(len(classes), round(TEST_FRACTION * len(parts["train"])))
-        parts["train"], parts["test"] = _hold_out(parts["train"], held, config.split_seed, classes)
-        if missing := _missing(parts["test"], classes):
+        held = max(len(listing.classes), round(TEST_FRACTION * len(parts["train"])))
+        parts["train"], parts["test"] = _hold_out(parts["train"], held, config.split_seed, listing.classes)
+        if missing := _missing(parts["test"], listing.classes):
             raise DataError(
-                f"too few images of {_listed(missing)} in {folders['train']} to hold out "
+                f"too few images of {listed(missing)} in {listing.places['train']} to hold out "
                 f"{TEST_FRACTION:.0%} of each class for the test: add some, or make folders train and test"
             )
-    return classes, parts, tuple(broken)
+    return listing.classes, parts, tuple(broken)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[Split, np.ndarray]:
+    """The images that can be read, at the size that the server would make of them.
 
-
-def _image_files(folder: Path, classes: Sequence[str], train: Path) -> list[tuple[Path, int]]:
-    """Each image file with the number of its class."""
-    found = [path.name for path in _subfolders(folder)]
-    if odd := sorted(set(found) ^ set(classes)):
-        raise DataError(f"{train} and {folder} do not hold the same classes: only one of them has {_listed(odd)}")
-    return [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-
-
-def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[Split, list[Path]]:
-    """The images, at the size that the server would make of them, and the files that cannot be read.
-
-    They are decoded once and kept in a file. Where they take more than ``limit`` bytes they stay there.
+    They are decoded once and kept in a file. Where they take more than ``limit`` bytes they stay there. Also returns
+    a digest of each file's pixels, uint8 [N,16], which is 0 where it cannot be read.
     """
 
     def read(path: Path) -> Tensor | None:
@@ -302,9 +282,8 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
         except ImageError:
             return None
 
-    readable = np.zeros(len(files), dtype=bool)
-
     def decode(temporary: Path) -> None:
+        digests = np.zeros((len(files), DIGEST_BYTES), dtype=np.uint8)
         array = npy.open_memmap(temporary, "w+", np.uint8, (len(files), 3, side, side))
         if hasattr(os, "posix_fallocate"):  # a disk that is too small is told now, not as a fault in mapped memory
             with temporary.open("r+b") as file:
@@ -313,32 +292,98 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
             for start in range(0, len(files), DECODED_AT_ONCE):
                 some = [path for path, _ in files[start : start + DECODED_AT_ONCE]]
                 for row, image in enumerate(pool.map(read, some), start):
-                    readable[row] = image is not None
                     if image is not None:
                         array[row] = image
+                        pixels = hashlib.blake2b(array[row].data, digest_size=DIGEST_BYTES)
+                        digests[row] = np.frombuffer(pixels.digest(), np.uint8)
         array.flush()
-        write_atomic(goods, lambda temporary: temporary.write_bytes(readable.tobytes()))
+        write_atomic(known, lambda temporary: temporary.write_bytes(digests.tobytes()))
 
     path = cache_folder() / f"{_files_digest(files, side)}.npy"
-    goods = path.with_suffix(".readable")
-    if not path.is_file():
+    known = path.with_suffix(".digests")
+    if not (path.is_file() and known.is_file()):
         write_atomic(path, decode)
     array = np.load(path, mmap_mode="r")
-    readable = np.frombuffer(goods.read_bytes(), dtype=bool)
-    rows, labels = torch.from_numpy(readable.nonzero()[0]), torch.tensor([label for _, label in files])
-    broken = [path for (path, _), good in zip(files, readable, strict=True) if not good]
+    digests = np.frombuffer(known.read_bytes(), dtype=np.uint8).reshape(len(files), DIGEST_BYTES)
+    rows = torch.from_numpy(np.flatnonzero((digests != 0).any(axis=1)))
+    labels = torch.tensor([label for _, label in files])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # nobody writes to it
         stored = StoredImages(torch.from_numpy(array), rows)
     # The augmentation holds a padded copy beside the images.
     images = stored if 2.5 * array.nbytes > limit else stored[:]
-    return Split(images, labels[rows]), broken
+    return Split(images, labels[rows]), digests
+
+
+def _grouped(
+    parts: dict[str, Split], names: dict[str, list[str]], digests: dict[str, np.ndarray], config: recipe.Data
+) -> dict[str, Split]:
+    """The parts with their groups, after a look at what two of them have in common."""
+    every = [name for part in parts for name in names[part]]
+    _, groups = np.unique(np.concatenate(list(digests.values())), axis=0, return_inverse=True)
+    if config.group_by is not None:
+        groups = _named_groups(every, groups, config.group_by)
+    ends = np.cumsum([len(parts[part]) for part in parts])
+    parts = {
+        part: Split(split.images, split.labels, own)
+        for (part, split), own in zip(parts.items(), np.split(groups, ends[:-1]), strict=True)
+    }
+    for part, others in (("train", ("test", "val")), ("val", ("test",))):
+        for other in others:
+            if part in parts and other in parts:
+                parts[part] = _without_leaks(parts, names, part, other, config)
+    return parts
+
+
+def _named_groups(names: Sequence[str], copies: np.ndarray, pattern: str) -> np.ndarray:
+    """A number for each file: by what the pattern finds in its path, and of its copies."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    found = [re.search(pattern, name) for name in names]
+    if without := [name for name, match in zip(names, found, strict=True) if match is None]:
+        raise DataError(
+            f"--group-by {pattern!r} finds nothing in {len(without)} of {len(names)} paths: {listed(without)}"
+        )
+    keys = [(match[1] if match.re.groups else None) or match[0] for match in found if match]
+    _, named = np.unique(keys, return_inverse=True)
+    count = int(named.max()) + 1
+    if count < 2:
+        raise DataError(f"--group-by {pattern!r} makes one group of all {len(names)} images: {keys[0]!r}")
+    # Files are edges between names and copies: what hangs together is one group.
+    edges = coo_array((np.ones(len(named)), (named, copies + count)), shape=(count + len(names),) * 2)
+    return connected_components(edges, directed=False)[1][named]
+
+
+def _without_leaks(
+    parts: dict[str, Split], names: dict[str, list[str]], part: str, other: str, config: recipe.Data
+) -> Split:
+    """``part`` without the groups that are in ``other`` too. Raises ``DataError`` unless that was asked for."""
+    mine, theirs = parts[part].groups, parts[other].groups
+    assert mine is not None
+    assert theirs is not None
+    shared = np.isin(mine, theirs)
+    if not shared.any():
+        return parts[part]
+    if not config.skip_leaks:
+        first = {group: names[other][place] for place, group in reversed(list(enumerate(theirs)))}
+        pairs = [f"{names[part][place]} as {first[mine[place]]}" for place in np.flatnonzero(shared)]
+        what = "images" if config.group_by is None else f"images or groups ({config.group_by!r})"
+        raise DataError(
+            f"the split leaks: {shared.sum()} of {len(mine)} {part} {what} are in {other} too: {listed(pairs, 3)}; "
+            f"remove them, or leave them out of {part} with --skip-leaks"
+        )
+    names[part] = [name for name, leaks in zip(names[part], shared, strict=True) if not leaks]
+    return parts[part].select(torch.from_numpy(np.flatnonzero(~shared)))
 
 
 def _files_digest(files: Sequence[tuple[Path, int]], side: int) -> str:
     digest = hashlib.sha256(str(side).encode())
     for path, _ in files:
-        facts = path.stat()
+        try:
+            facts = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} was there a moment ago: {error.strerror}") from error
         digest.update(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
@@ -389,11 +434,17 @@ def _hold_out(whole: Split, count: int, seed: int, classes: Sequence[str]) -> tu
             f"too few images to split {count} of {len(whole)} off: each class needs one on either side, "
             f"and {classes[few]!r} has {int(per_class[few])} in all; add images"
         )
-    held = stratified(whole.labels.numpy(), count, seed)
-    first, second = (
-        Split(_select(whole.images, index), whole.labels[index])
-        for index in (torch.from_numpy(np.flatnonzero(part)) for part in (~held, held))
-    )
+    if whole.groups is None or len(np.unique(whole.groups)) == len(whole):
+        held = stratified(whole.labels.numpy(), count, seed)
+    else:
+        held = stratified_groups(whole.labels.numpy(), whole.groups, count, seed)
+        for side, kept in (("the rest", ~held), ("what is held out", held)):
+            if missing := _missing(whole.select(torch.from_numpy(np.flatnonzero(kept))), classes):
+                raise DataError(
+                    f"no images of {listed(missing)} in {side}, where {count} of {len(whole)} images are split off and "
+                    f"groups stay together: these are {len(np.unique(whole.groups))} groups, too few or too large"
+                )
+    first, second = (whole.select(torch.from_numpy(np.flatnonzero(part))) for part in (~held, held))
     return first, second
 
 
@@ -414,8 +465,20 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return held
 
 
-def _select(images: Tensor | StoredImages, index: Tensor) -> Tensor | StoredImages:
-    return images.select(index) if isinstance(images, StoredImages) else images[index]
+def stratified_groups(labels: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """``stratified`` where images of one group (int64 [N]) stay together: as near to each class's share as that goes.
+
+    The largest groups come first, equal ones in random order; each is taken if that brings the counts nearer.
+    """
+    _, groups = np.unique(groups, return_inverse=True)
+    table = np.zeros((groups.max() + 1, labels.max() + 1))
+    np.add.at(table, (groups, labels), 1)
+    order = np.random.RandomState(seed).permutation(len(table))
+    lacking, taken = table.sum(0) * (count / len(labels)), np.zeros(len(table), dtype=bool)
+    for group in order[np.argsort(-table[order].sum(1), kind="stable")]:
+        if np.abs(lacking - table[group]).sum() < np.abs(lacking).sum():
+            lacking, taken[group] = lacking - table[group], True
+    return taken[groups]
 
 
 def _missing(split: Split, classes: Sequence[str]) -> list[str]:
@@ -447,9 +510,3 @@ def _digest(classes: Sequence[str], parts: dict[str, Split]) -> str:
             digest.update(images.contiguous().numpy().data)
         digest.update(split.labels.numpy().data)
     return digest.hexdigest()
-
-
-def _listed(items: Sequence[object], most: int = 5) -> str:
-    """The first items, and how many more there are."""
-    text = ", ".join(str(item) for item in items[:most])
-    return text if len(items) <= most else f"{text} and {len(items) - most} more"

@@ -176,7 +176,10 @@ def _fit(
             cache = TeacherCache(run.path.parent / "teacher-logits", recipe, data, teacher, dtype)
     average = make_average(model, recipe)
     kept = average.module if average is not None else model
-    objective = Objective(recipe, model, teacher).to(device)  # after the copy: its hooks are for the trained weights
+    weights = class_weights(data.train.labels, len(data.classes)) if recipe.balance == "weights" else None
+    objective = Objective(recipe, model, teacher, weights).to(
+        device
+    )  # after the copy: its hooks are for the trained weights
     optimizer = make_optimizer(recipe.optimizer, model, dtype)
     measured: nn.Module = objective
     if trained := list(objective.parameters()):  # not a part of the model: neither averaged nor kept
@@ -184,7 +187,9 @@ def _fit(
         measured = distributed.share(objective, device, recipe.sync_norm)
 
     images = data.train.images if isinstance(data.train.images, StoredImages) else data.train.images.to(device)
-    augmenter = Augmenter(images, data.train.labels.to(device), len(data.classes), recipe.augment, recipe.seed)
+    balanced = recipe.balance == "sampling"
+    labels = data.train.labels.to(device)
+    augmenter = Augmenter(images, labels, len(data.classes), recipe.augment, recipe.seed, balanced)
     micro_batch = recipe.micro_batch or augmenter.count
     state = Checkpoint(run, model, objective, optimizer, average)
     header = describe(recipe, data)
@@ -361,6 +366,12 @@ def _fit(
         run.finish(summary)
     distributed.wait()
     return summary
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """What makes each class weigh the same, and the mean over the images 1: N / (K n) for n of N images, [K]."""
+    counts = labels.bincount(minlength=num_classes).clamp(min=1)
+    return len(labels) / (num_classes * counts.float())
 
 
 def resized(images: Tensor, side: int) -> Tensor:

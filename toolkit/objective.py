@@ -18,11 +18,16 @@ class Objective(nn.Module):
     Methods on features read those of the last forward passes of ``student`` and ``teacher``, by hooks that are set
     here, after one dry pass of both has told which modules there are: a ``RecipeError`` says what does not fit.
     What such a method trains (FitNets' regressors) are the parameters of this module. ``progress``, the fraction of
-    the run that is done, decides what weights and temperature are.
+    the run that is done, decides what weights and temperature are. ``class_weights`` [K] multiply the labels' terms.
     """
 
-    def __init__(self, recipe: Recipe, student: nn.Module, teacher: nn.Module | None) -> None:
+    class_weights: Tensor | None
+
+    def __init__(
+        self, recipe: Recipe, student: nn.Module, teacher: nn.Module | None, class_weights: Tensor | None = None
+    ) -> None:
         super().__init__()
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.config, self.progress = recipe.loss, 0.0
         self.methods = {} if teacher is None else recipe.loss.methods or {"soft_targets": Method()}
         self.terms = nn.ModuleDict()
@@ -58,7 +63,7 @@ class Objective(nn.Module):
         if self.config.ce_weight:
             smoothing = self.config.label_smoothing
             weight = at(self.config.ce_weight, self.progress)
-            loss = loss + weight * F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            loss = loss + weight * F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
         if teacher_logits is None:
             return loss
         weight, temperature = at(self.config.kd_weight, self.progress), at(self.config.temperature, self.progress)

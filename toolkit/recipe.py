@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,6 +28,7 @@ from pydantic import (
     SerializeAsAny,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -72,6 +74,22 @@ class Data(Section):
         None, gt=0, description="GiB that a folder's decoded images may take; beyond it they stay on disk. null: half"
     )
     skip_broken: bool = Field(False, description="leave unreadable images of a folder out")
+    skip_leaks: bool = Field(False, description="leave training images out that are in val or test too")
+    group_by: str | None = Field(
+        None,
+        description="regular expression: images of a folder in whose paths it finds the same (its first group, if it "
+        "has one) stay on one side of a split",
+    )
+    unlabelled: bool = Field(False, description="a folder's images have no classes: the teacher's answers are taken")
+
+    @field_validator("group_by")
+    @classmethod
+    def _a_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return pattern
 
     @model_validator(mode="before")
     @classmethod
@@ -333,6 +351,11 @@ class Recipe(Section):
     )
     batch_size: int = Field(128, ge=2, description="images a step")
     batch_growth: BatchGrowth = BatchGrowth()
+    balance: Literal["none", "weights", "sampling"] = Field(
+        "none",
+        description="for classes of unequal size. weights: each class weighs the same in the cross entropy; sampling: "
+        "an epoch shows as many images of each class, those of small classes several times",
+    )
     micro_batch: int | None = Field(
         None, ge=2, description="most images in memory at once: larger batches add up their gradients; null: all"
     )

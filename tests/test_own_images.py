@@ -1,0 +1,242 @@
+"""Folders and tables as people have them, what is looked at before training, and classes of unequal size."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from conftest import Toolkit
+from PIL import Image
+
+from toolkit import data_check, folders, recipe
+from toolkit.augment import balanced_order
+from toolkit.data import DataSet, StoredImages, load, stratified_groups
+from toolkit.engine import class_weights
+from toolkit.errors import DataError, RecipeError
+from toolkit.objective import Objective
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import own_images
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tutorial's pictures, 6 of each of its 8 classes."""
+    folder = tmp_path_factory.mktemp("drawn")
+    own_images.make_images(folder, 6)
+    return folder
+
+
+def draw(path: Path, mode: str = "RGB", **options: object) -> None:
+    """Another picture for another path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(crc32(bytes(path))).integers(0, 256, (4, 5, bands), np.uint8)
+    image = Image.fromarray(pixels.squeeze(), mode if mode != "RGB" else None).resize(
+        (50, 40), Image.Resampling.BICUBIC
+    )
+    image.save(path, **options)
+
+
+def load_folder(path: Path, **config: object) -> DataSet:
+    return load(recipe.Data.model_validate({"dataset": f"folder:{path}", "val_size": 0} | config))
+
+
+# --- layouts -----------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "parts above": "{part}/{name}/{i}.png",
+    "parts in other words": "{odd}/{name}/{i}.png",
+    "parts within the classes": "{name}/{part}/{i}.png",
+    "folders below the classes": "{part}/{name}/2024/may/{i}.png",
+    "unpacked into a folder": "photos/photos-v2/{part}/{name}/{i}.png",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path: Path, layout: str) -> None:
+    odd = {"train": "Training_Set", "val": "Valid", "test": "TEST2017"}
+    for part, count in (("train", 4), ("val", 2), ("test", 3)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                draw(tmp_path / LAYOUTS[layout].format(part=part, odd=odd[part], name=name, i=i))
+    data = load_folder(tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert data.val is not None
+    assert [part.labels.bincount().tolist() for part in (data.train, data.val, data.test)] == [[4, 4], [2, 2], [3, 3]]
+
+
+def test_kinds_of_images_people_have(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for i, (mode, suffix) in enumerate((("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("RGB", "webp"))):
+            draw(tmp_path / name / f"{i}.{suffix}", mode)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # held upright
+        draw(tmp_path / name / "upright.jpg", exif=exif)
+    data = load_folder(tmp_path, image_size=24)
+    assert sorted([*data.train.labels.tolist(), *data.test.labels.tolist()]) == [0] * 5 + [1] * 5
+
+
+TABLE = "Filename;Label;Split\n" + "".join(
+    f"{i}.png;{('10', '9')[i % 2]};{('train', 'train', 'Test')[i % 3]}\n" for i in range(12)
+)
+
+
+def test_a_table_of_paths_and_labels(tmp_path: Path) -> None:
+    for i in range(12):
+        draw(tmp_path / f"{i}.png")
+    (tmp_path / "labels.csv").write_text(TABLE)
+    data = load_folder(tmp_path / "labels.csv")
+    assert (data.name, data.classes) == ("folder:labels", ("9", "10"))  # numbers in their own order
+    assert data.test.labels.tolist() == [1, 0, 1, 0]
+    assert len(data.train) == 8
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("", "names no images"),
+        ("a,b\n1,2\n", "has the columns a, b; it needs path (or file, filename, filepath, image"),
+        ("path,label\n0.png,cat\n1.png\n2.png,\n", "2 of 3 rows lack a path or a label (lines 3, 4)"),
+        ("path,label\n0.png,cat\n8.png,dog\n9.png,dog\n", "2 of 3 files are not in"),
+        ("path,label\n0.png,cat\n1.png,dog\n0.png,dog\n", "1 files have more than one label: 0.png"),
+        ("path,label,split\n0.png,cat,train\n1.png,dog,later\n", "'later' is none of train, val and test"),
+        ("path,label\n0.png,cat\n1.png,cat\n", "only one class in"),
+    ],
+)
+def test_tables_that_cannot_be(tmp_path: Path, table: str, words: str) -> None:
+    for i in range(3):
+        draw(tmp_path / f"{i}.png")
+    (tmp_path / "labels.csv").write_text(table)
+    with pytest.raises(DataError) as error:
+        folders.find(tmp_path / "labels.csv")
+    assert words in str(error.value)
+
+
+# --- splits ------------------------------------------------------------------------------------------------
+
+
+def pixels(images: torch.Tensor | StoredImages) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images[:]}
+
+
+def test_groups_and_copies_stay_on_one_side(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for person in range(10):
+            for i in range(4):
+                draw(tmp_path / name / f"p{person}_{i}.png")
+    data = load_folder(tmp_path, group_by=r"(\w+/p\d+)_", val_size=0.2)
+    assert data.val is not None
+    assert [part.labels.bincount().tolist() for part in (data.test, data.val)] == [[8, 8], [8, 8]]
+    groups = [set(part.groups.tolist()) for part in (data.train, data.val, data.test) if part.groups is not None]
+    assert [len(group) for group in groups] == [12, 4, 4]
+    assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
+
+    for i in range(8):  # without a pattern, copies are the groups
+        (tmp_path / "cat" / f"again{i}.png").write_bytes((tmp_path / f"cat/p{i}_0.png").read_bytes())
+    data = load_folder(tmp_path)
+    assert not pixels(data.train.images) & pixels(data.test.images)
+    assert len(data.train) + len(data.test) == 88
+
+    with pytest.raises(DataError, match=r"finds nothing in 80 of 88 paths: cat/p0_0.png"):
+        load_folder(tmp_path, group_by="again")
+    with pytest.raises(DataError, match="makes one group of all 88 images"):
+        load_folder(tmp_path, group_by="png")
+    with pytest.raises(DataError, match="no images of cat in what is held out"):
+        load_folder(tmp_path, group_by=r"(cat)|p\d")
+    with pytest.raises(RecipeError, match="is not a regular expression"):
+        recipe.validate({"student": {"name": "resnet9"}, "data": {"group_by": "(x"}})
+
+
+def test_stratified_groups_is_near_the_shares() -> None:
+    random = np.random.default_rng(0)
+    groups = random.integers(0, 200, 3000)
+    labels = random.choice(3, 3000, p=(0.7, 0.2, 0.1))
+    held = stratified_groups(labels, groups, 600, 0)
+    assert not set(groups[held]) & set(groups[~held])
+    assert np.bincount(labels[held]) == pytest.approx(0.2 * np.bincount(labels), abs=10)
+
+
+def test_a_split_that_leaks_is_refused_or_cleaned(tmp_path: Path) -> None:
+    for part, count in (("train", 6), ("test", 3)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                draw(tmp_path / part / name / f"{i}.png")
+    (tmp_path / "test/dog/again.png").write_bytes((tmp_path / "train/dog/2.png").read_bytes())
+    with pytest.raises(DataError) as error:
+        load_folder(tmp_path)
+    assert "the split leaks: 1 of 12 train images are in test too: train/dog/2.png as test/dog/again.png" in str(
+        error.value
+    )
+    assert len(load_folder(tmp_path, skip_leaks=True).train) == 11
+
+
+def test_files_that_vanish_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(6):
+        draw(tmp_path / "ab"[i % 2] / f"{i}.png")
+    find = folders.find
+
+    def slow(*arguments: object) -> folders.Listing:
+        found = find(*arguments)  # type: ignore[arg-type]
+        (tmp_path / "a/2.png").unlink()
+        return found
+
+    monkeypatch.setattr(folders, "find", slow)
+    with pytest.raises(DataError, match=r"a/2.png was there a moment ago"):
+        load_folder(tmp_path)
+
+
+# --- data check --------------------------------------------------------------------------------------------
+
+
+def test_data_check_finds_what_is_wrong(drawn: Path, tmp_path: Path, toolkit: Toolkit) -> None:
+    for part, some in (("train", range(5)), ("test", [5])):
+        for shape in ("star", "moon"):
+            for i in some:
+                (tmp_path / part / shape).mkdir(parents=True, exist_ok=True)
+                (tmp_path / part / shape / f"{i}.jpg").write_bytes((drawn / shape / f"000{i}.jpg").read_bytes())
+    clean = data_check.check(tmp_path)
+    assert clean.classes == {"moon": {"train": 5, "test": 1}, "star": {"train": 5, "test": 1}}
+    assert (clean.problems, clean.near, clean.copies) == ([], [], [])
+
+    star = tmp_path / "train/star/0.jpg"
+    (tmp_path / "train/moon/wrong.jpg").write_bytes(star.read_bytes())
+    with Image.open(star) as image:
+        image.resize((image.width // 2, image.height // 2)).save(tmp_path / "test/star/smaller.png")
+    (tmp_path / "train/star/cut.jpg").write_bytes(star.read_bytes()[:-900])
+    result = toolkit("data", "check", tmp_path, "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert list(found["broken"]) == ["train/star/cut.jpg"]
+    assert found["copies"] == found["contradictions"] == [["train/moon/wrong.jpg", "train/star/0.jpg"]]
+    assert ["train/star/0.jpg", "test/star/smaller.png"] in found["near"]
+    assert ["train/star/0.jpg", "test/star/smaller.png"] in found["leaks"]
+    text = toolkit("data", "check", tmp_path).stdout
+    assert "problem: 1 of 15 images are broken: train/star/cut.jpg" in text
+    assert "the split leaks" in text
+    assert "--recipe fine-tune" in text
+    assert toolkit("data", "check", tmp_path / "nothing").exit_code == 1
+
+
+# --- classes of unequal size -------------------------------------------------------------------------------
+
+
+def test_balance() -> None:
+    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
+    order = balanced_order(np.random.default_rng(0), labels.numpy())
+    assert np.bincount(labels[order]).tolist() in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
+    assert len(set(order[labels[order] == 0])) >= 33  # none twice where there are enough
+
+    weights = class_weights(labels, 3)
+    assert weights[labels].mean() == pytest.approx(1)
+    assert (weights * labels.bincount()).tolist() == pytest.approx([100 / 3] * 3)
+    wanted = recipe.validate({"student": {"name": "resnet9"}, "balance": "weights"})
+    logits, one_hot = torch.randn(100, 3), torch.nn.functional.one_hot(labels, 3).float()
+    loss = Objective(wanted, torch.nn.Identity(), None, weights)(logits, one_hot, None)
+    by_class = [torch.nn.functional.cross_entropy(logits[labels == k], labels[labels == k]) for k in range(3)]
+    torch.testing.assert_close(loss, sum(by_class, torch.zeros(())) / 3)

@@ -1,0 +1,206 @@
+"""What is in a folder of images, and what is wrong with it, before anything is trained on it. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from serve.decode import decode
+from toolkit.errors import ImageError
+from toolkit.folders import find, listed
+from toolkit.machine import available_cores
+
+SIZES = (32, 48, 64, 96, 128, 160, 192, 224)  # that are suggested: what students are made for
+REACHED = 0.9  # share of the images that are at least as large as the suggested size
+FEW = 2000  # training images: with fewer a trained student is the better start
+IMBALANCED = 3  # largest class over smallest: from here on balance is suggested
+LOOK = 16  # side of the grey thumbnails that near duplicates are found by
+NEAR_BITS, NEAR_LEVELS = 4, 4.0  # of 64 bits of the difference hash, and mean difference of the thumbnails (of 255)
+FLAT = 4.0  # standard deviation of a thumbnail: below it there is nothing to compare
+ROWS = 512  # of the table of distances at a time
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Look:
+    """One file: what is wrong with it, or its size, digest, difference hash and thumbnail uint8 [16,16]."""
+
+    error: str | None = None
+    size: tuple[int, int] = (0, 0)
+    format: str = ""
+    digest: bytes = b""
+    hash: int = 0
+    thumbnail: NDArray[np.uint8] | None = None
+
+
+@dataclass
+class Report:
+    """``classes``: name to its images in each part. Pairs of names: ``copies`` are the same bytes, ``near`` look the
+    same; ``leaks`` those of either that lie in two parts; ``contradictions`` those of two classes."""
+
+    images: int
+    classes: dict[str, dict[str, int]]
+    imbalance: float
+    sizes: dict[str, int]
+    formats: dict[str, int]
+    broken: dict[str, str]
+    copies: list[tuple[str, str]]
+    near: list[tuple[str, str]]
+    leaks: list[tuple[str, str]]
+    contradictions: list[tuple[str, str]]
+    image_size: int = 0
+    recipe: str = ""
+    command: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+def check(root: Path, unlabelled: bool = False) -> Report:
+    """Look at every image of ``root`` (as ``folders.find`` takes it). Raises ``DataError`` where there is nothing."""
+    listing = find(root, unlabelled)
+    files = [(path, part, label) for part, found in listing.files.items() for path, label in found]
+    names = [listing.name(path) for path, _, _ in files]
+    with ThreadPoolExecutor(available_cores()) as pool:  # Pillow lets go of the GIL
+        looks = list(pool.map(look, (path for path, _, _ in files), names))
+    good = [i for i, one in enumerate(looks) if one.error is None]
+
+    counts = {name: dict.fromkeys(listing.files, 0) for name in listing.classes}
+    for i in good:
+        counts[listing.classes[files[i][2]]][files[i][1]] += 1
+    totals = [sum(parts.values()) for parts in counts.values()]
+    short = sorted(min(looks[i].size) for i in good)
+    shares = {"smallest": 0.0, "tenth": 1 - REACHED, "median": 0.5, "largest": 1.0}  # the tenth: 10% are smaller
+    sides = {name: short[round(share * (len(short) - 1))] for name, share in shares.items()} if short else {}
+    copies = list(same_bytes(looks, good))
+    near = [pair for pair in look_alikes(looks, good) if looks[pair[0]].digest != looks[pair[1]].digest]
+
+    def named(pairs: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
+        return [(names[a], names[b]) for a, b in pairs]
+
+    report = Report(
+        images=len(files),
+        classes={} if unlabelled else counts,
+        imbalance=max(totals) / max(1, min(totals)),
+        sizes=sides,
+        formats=dict(Counter(looks[i].format for i in good).most_common()),
+        broken={names[i]: str(one.error) for i, one in enumerate(looks) if one.error is not None},
+        copies=named(copies),
+        near=named(near),
+        leaks=named([(a, b) for a, b in (*copies, *near) if files[a][1] != files[b][1]]),
+        contradictions=named([(a, b) for a, b in copies if files[a][2] != files[b][2]]),
+    )
+    report.problems = problems(report)
+    suggest(report, root, sum(parts.get("train", 0) for parts in counts.values()), unlabelled)
+    return report
+
+
+def look(path: Path, name: str) -> Look:
+    """Decode one file, as training and serving do; a JPEG at a lower resolution."""
+    try:
+        data = path.read_bytes()
+        pixels = decode(data, name, side=4 * LOOK)
+    except OSError as error:
+        return Look(error=f"{name} cannot be read: {error.strerror}")
+    except ImageError as error:
+        return Look(error=str(error))
+    with Image.open(BytesIO(data)) as image:
+        size, format = image.size, image.format or ""
+    grey = Image.fromarray(pixels).convert("L")
+    steps = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(int)
+    bits = np.packbits(steps[:, 1:] > steps[:, :-1])
+    thumbnail = np.asarray(grey.resize((LOOK, LOOK), Image.Resampling.BOX))
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return Look(None, size, format, digest, int.from_bytes(bits.tobytes(), "big"), thumbnail)
+
+
+def same_bytes(looks: Sequence[Look], good: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Each file whose bytes an earlier one has, after that one."""
+    first: dict[bytes, int] = {}
+    for i in good:
+        before = first.setdefault(looks[i].digest, i)
+        if before != i:
+            yield before, i
+
+
+def look_alikes(looks: Sequence[Look], good: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Pairs whose difference hashes (64 bits: is a pixel brighter than its left neighbour) and thumbnails are near."""
+    thumbnails = np.array([looks[i].thumbnail for i in good], dtype=np.float32).reshape(len(good), -1)
+    telling = thumbnails.std(1) >= FLAT
+    some, thumbnails = np.asarray(good)[telling], thumbnails[telling]
+    hashes = np.array([looks[i].hash for i in some], dtype=np.uint64)
+    for start in range(0, len(hashes), ROWS):
+        far = np.bitwise_count(hashes[start : start + ROWS, None] ^ hashes[None, start:])
+        for row, column in zip(*np.nonzero(far <= NEAR_BITS), strict=True):
+            a, b = start + row, start + column
+            if a < b and np.abs(thumbnails[a] - thumbnails[b]).mean() <= NEAR_LEVELS:
+                yield int(some[a]), int(some[b])
+
+
+def problems(report: Report) -> list[str]:
+    """What training would stop at, or learn wrongly from; one line each."""
+    found = []
+    if report.broken:
+        found.append(f"{len(report.broken)} of {report.images} images are broken: {listed(list(report.broken))}")
+    if few := [name for name, parts in report.classes.items() if sum(parts.values()) < 2]:
+        found.append(f"{len(few)} classes have fewer than 2 images: {listed(few)}")
+    for what, pairs in (
+        ("pairs of copies lie in different classes", report.contradictions),
+        ("pairs of copies or near copies lie in different parts: the split leaks", report.leaks),
+    ):
+        if pairs:
+            found.append(f"{len(pairs)} {what}: {listed([f'{a} and {b}' for a, b in pairs], 3)}")
+    return found
+
+
+def suggest(report: Report, root: Path, training: int, unlabelled: bool) -> None:
+    """Fill in image size, recipe and the command that uses them."""
+    if not report.sizes:
+        return
+    short = report.sizes["tenth"]
+    report.image_size = max((size for size in SIZES if size <= short), default=SIZES[0])
+    report.recipe = "fine-tune" if training < FEW else "own-images"
+    options = ["--unlabelled"] * unlabelled + ["--skip-broken"] * bool(report.broken)
+    if report.imbalance >= IMBALANCED:
+        options += ["--balance", "sampling"]
+    report.command = shlex.join(
+        ["toolkit", "distill", "--recipe", report.recipe, "--dataset", f"folder:{root}",
+         "--image-size", str(report.image_size), *options]
+    )  # fmt: skip
+
+
+def show(report: Report) -> Iterator[str]:
+    """The report as lines of text."""
+    parts = list(next(iter(report.classes.values()), {}))
+    yield f"images    {report.images:,}" + (f" in {len(report.classes)} classes" if report.classes else "")
+    width = max((len(name) for name in report.classes), default=0)
+    for name, counts in report.classes.items():
+        yield f"  {name:<{width}}  " + ", ".join(f"{counts[part]:,} {part}" for part in parts)
+    if report.classes:
+        yield f"imbalance {report.imbalance:.1f} (largest class over smallest)"
+    if report.sizes:
+        yield "sizes     short side " + ", ".join(f"{name} {side}" for name, side in report.sizes.items())
+    yield "formats   " + ", ".join(f"{count:,} {name}" for name, count in report.formats.items())
+    yield f"broken    {len(report.broken):,}"
+    yield from (f"  {reason}" for reason in list(report.broken.values())[:SHOWN])
+    for name, pairs in (("copies", report.copies), ("near", report.near), ("leaks", report.leaks)):
+        yield f"{name:<9} {len(pairs):,} pairs"
+        yield from (f"  {a}  {b}" for a, b in pairs[:SHOWN])
+    yield from (f"problem: {line}" for line in report.problems)
+    if report.command:
+        yield f"suggested {report.image_size} pixels, recipe {report.recipe}"
+        yield f"next: {report.command} --teacher NAME|FILE.onnx"
+
+
+def document(report: Report) -> dict[str, Any]:
+    """All of it, for JSON."""
+    return vars(report)

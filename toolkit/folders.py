@@ -1,0 +1,219 @@
+"""Image files and their labels as people keep them: folders of classes, with or without parts, or a table. No torch.
+
+Parts are ``train``, ``val`` and ``test``, in any spelling (``Training``, ``valid``, ``test_set``). They lie above the
+classes or within each of them; a class may have folders of its own below it. A table is a CSV file with a column of
+paths, one of labels and, if it likes, one of parts.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.errors import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+PART = re.compile(r"(?:(train|training)|(val|valid|validation|dev)|(test|testing|tests))(set|split|data|images)?")
+PARTS = ("train", "val", "test")
+# What people call the columns of a table.
+COLUMNS = {
+    "path": ("path", "file", "filename", "filepath", "image", "imagepath", "img", "name"),
+    "label": ("label", "class", "category", "target", "classname"),
+    "part": ("split", "part", "set", "subset"),
+}
+WANTED = "a folder for each class is wanted there, with PNG, JPEG, WebP, GIF or BMP files in it"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What there is: of each part, its files, each with the number of its class.
+
+    ``places`` is where a part lies, for messages. Without labels there is one class, ``""``.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    files: Mapping[str, Sequence[tuple[Path, int]]]
+    places: Mapping[str, Path]
+
+    def name(self, path: Path) -> str:
+        """The path of a file as messages give it: from the root, where it lies there."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+
+def part_of(name: str) -> str | None:
+    """train, val or test, where a folder or a column's value says so."""
+    match = PART.fullmatch(re.sub(r"[^a-z]", "", name.lower()))
+    return next(part for part, found in zip(PARTS, match.groups(), strict=False) if found) if match else None
+
+
+def find(root: Path, unlabelled: bool = False) -> Listing:
+    """The images below ``root``, or those that a CSV file names. Raises ``DataError``.
+
+    ``unlabelled``: all images count, wherever they lie, and folders say nothing about classes.
+    """
+    if root.is_file():
+        return _table(root)
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}")
+    if unlabelled:
+        parts = _parts(root) or {"train": [root]}
+        files = {part: [(path, 0) for folder in folders for path in images(folder)] for part, folders in parts.items()}
+        listing = Listing(root, ("",), files, {part: folders[0] for part, folders in parts.items()})
+        if not files.get("train"):
+            raise DataError(f"no images in {listing.places.get('train', root)}: {_instead(root)}")
+        return listing
+    root = _unwrapped(root)
+    parts = {part: found for part, found in _parts(root).items() if part != "train" or any(map(subfolders, found))}
+    if "train" not in parts:  # such a name is then a class's, beside "bus" and "car"
+        within = _parts_within(root)
+        if within:
+            return _labelled(root, within, dict.fromkeys(within, root))
+        parts = {"train": [root]}
+    layout = {part: {folder.name: [folder] for one in found for folder in subfolders(one)}
+              for part, found in parts.items()}  # fmt: skip
+    return _labelled(root, layout, {part: found[0] for part, found in parts.items()})
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Those that are not hidden, sorted; nor what macOS puts into archives."""
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"
+    )
+
+
+def images(folder: Path) -> Iterator[Path]:
+    """Files below ``folder`` that are named as images are, sorted; hidden ones are left out."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+            yield path
+
+
+def _labelled(root: Path, layout: Mapping[str, Mapping[str, Sequence[Path]]], places: Mapping[str, Path]) -> Listing:
+    """From the folders of each class in each part; classes are those of train."""
+    classes = tuple(sorted(layout["train"]))
+    for part, folders in layout.items():
+        if odd := sorted(set(folders) ^ set(classes)):
+            raise DataError(
+                f"{places['train']} and {places[part]} do not hold the same classes: only one of them has {listed(odd)}"
+            )
+    files = {
+        part: [(path, label) for label, name in enumerate(classes) for one in folders[name] for path in images(one)]
+        for part, folders in layout.items()
+    }
+    if not files["train"]:
+        raise DataError(f"no images in {places['train']}: {WANTED}{_instead(places['train'])}")
+    if len(classes) < 2:
+        raise DataError(f"only one class in {places['train']} ({classes[0]}): at least two are needed")
+    return Listing(root, classes, files, places)
+
+
+def _parts(root: Path) -> dict[str, list[Path]]:
+    """Part to the folders in ``root`` that are named so."""
+    found = defaultdict(list)
+    for folder in subfolders(root):
+        if part := part_of(folder.name):
+            found[part].append(folder)
+    return {part: found[part] for part in PARTS if part in found}
+
+
+def _parts_within(root: Path) -> dict[str, dict[str, list[Path]]]:
+    """Part to class to folders, where every class folder holds a train folder; else nothing."""
+    layout: dict[str, dict[str, list[Path]]] = defaultdict(dict)
+    for folder in subfolders(root):
+        within = _parts(folder)
+        if "train" not in within:
+            return {}
+        for part, folders in within.items():
+            layout[part][folder.name] = folders
+    return {part: layout[part] for part in PARTS if part in layout}
+
+
+def _unwrapped(root: Path) -> Path:
+    """The folder within the only folder, and so on, as archives are unpacked: until there are several, or images."""
+    inside = subfolders(root)
+    if len(inside) != 1 or not subfolders(inside[0]) or part_of(inside[0].name):
+        return root
+    if any(path.suffix.lower() in SUFFIXES for one in (root, inside[0]) for path in one.iterdir()):
+        return root
+    return _unwrapped(inside[0])
+
+
+def _instead(folder: Path) -> str:
+    """What lies there in place of class folders with images."""
+    loose = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    if loose:
+        return f"; {loose} images lie beside the class folders (--unlabelled takes images without classes)"
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in folder.rglob("*") if path.is_file())
+    return f"; there are {listed([f'{n} {kind}' for kind, n in kinds.most_common()])} files" if kinds else ""
+
+
+# --- a table -----------------------------------------------------------------------------------------------
+
+
+def _table(path: Path) -> Listing:
+    root = path.parent
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file of paths and labels: {error}") from error
+    if not rows:
+        raise DataError(f"{path} names no images")
+    columns = _columns(path, list(rows[0]))
+
+    problems = []
+    values = [{key: (row[name] or "").strip() for key, name in columns.items()} for row in rows]
+    if lacking := [line for line, row in enumerate(values, 2) if not row["path"] or not row["label"]]:
+        problems.append(f"{len(lacking)} of {len(rows)} rows lack a path or a label (lines {listed(lacking)})")
+    labels: dict[str, set[str]] = defaultdict(set)
+    for row in values:
+        labels[row["path"]].add(row["label"])
+    if twice := [name for name, found in labels.items() if len(found) > 1]:
+        problems.append(f"{len(twice)} files have more than one label: {listed(twice)}")
+    if gone := [name for name in labels if name and not (root / name).is_file()]:
+        problems.append(f"{len(gone)} of {len(labels)} files are not in {root}: {listed(gone)}")
+    if odd := sorted({row["part"] for row in values if "part" in row and not part_of(row["part"])}):
+        problems.append(f"{listed(list(map(repr, odd)))} is none of train, val and test")
+    if problems:
+        raise DataError(f"{path} cannot be used: {'; '.join(problems)}")
+
+    names = {row["label"] for row in values}
+    numbered = all(name.isdecimal() for name in names)
+    classes = tuple(sorted(names, key=lambda name: (int(name), name) if numbered else (0, name)))
+    files: dict[str, dict[Path, int]] = defaultdict(dict)
+    for row in values:
+        files[part_of(row.get("part", "train")) or "train"][root / row["path"]] = classes.index(row["label"])
+    if not files["train"]:
+        raise DataError(f"{path} names no training images")
+    if len(classes) < 2:
+        raise DataError(f"only one class in {path} ({classes[0]}): at least two are needed")
+    ordered = {part: list(files[part].items()) for part in PARTS if part in files}
+    return Listing(root, classes, ordered, dict.fromkeys(ordered, path))
+
+
+def _columns(path: Path, found: Sequence[str | None]) -> dict[str, str]:
+    """path, label and perhaps part, to the names of these columns."""
+    plain = {re.sub(r"[^a-z]", "", str(name).lower()): str(name) for name in found}
+    columns = {}
+    for wanted, names in COLUMNS.items():
+        if name := next((name for name in names if name in plain), None):
+            columns[wanted] = plain[name]
+    if missing := [wanted for wanted in ("path", "label") if wanted not in columns]:
+        needs = " and ".join(f"{wanted} (or {', '.join(COLUMNS[wanted][1:])})" for wanted in missing)
+        raise DataError(f"{path} has the columns {listed(list(map(str, found)))}; it needs {needs}")
+    return columns
+
+
+def listed(items: Sequence[object], most: int = 5) -> str:
+    """The first items, and how many more there are."""
+    text = ", ".join(str(item) for item in items[:most])
+    return text if len(items) <= most else f"{text} and {len(items) - most} more"
