@@ -47,8 +47,11 @@ class Connection(asyncio.Protocol):
         self._parser, self._body = httptools.HttpResponseParser(self), bytearray()
         if self._transport.is_closing():
             raise ConnectionResetError("the server closed the connection")
-        self._transport.write(request)
+        self.send(request)
         return await asyncio.wait_for(self._answer, SECONDS)
+
+    def send(self, data: bytes) -> None:
+        self._transport.write(data)
 
     def close(self) -> None:
         self._transport.close()

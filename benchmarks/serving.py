@@ -86,10 +86,12 @@ def bare(path: Path, image: bytes, batch: int, seconds: float) -> tuple[float, f
 
 
 @contextmanager
-def server(command: list[str], port: int, path: str) -> Iterator[int]:
-    """A process that answers ``path`` with 200 when it is ready."""
+def server(command: list[str], port: int, path: str, **environment: str) -> Iterator[int]:
+    """The id of a process that answers ``path`` with 200 by now."""
     url = f"http://127.0.0.1:{port}/"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, start_new_session=True, env=os.environ | environment
+    ) as process:
         try:
             end = time.monotonic() + 120
             while not uvloop.run(_answers(url, path)):
@@ -109,7 +111,7 @@ async def _answers(url: str, path: str) -> bool:
         return False
 
 
-def _port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -144,7 +146,7 @@ def _asks_gradio(image: bytes) -> Callable[[Connection, int], Awaitable[None]]:
 def sides(path: Path, image: bytes) -> Iterator[dict[str, Side]]:
     """The three servers, started one after the other and left running."""
     encoded = json.dumps({"image": base64.b64encode(image).decode()}).encode()
-    ours, gradio, litserve = _port(), _port(), _port()
+    ours, gradio, litserve = free_port(), free_port(), free_port()
     python = sys.executable
     starts = {
         "toolkit": (

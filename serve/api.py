@@ -107,6 +107,7 @@ def build(
     ``page`` mounts the page at ``/``.
     """
     classify = Classifier(engine, deadline)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else each broken form writes a line to the log
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -178,6 +178,7 @@ def test_a_picture_is_taken_with_the_camera(desk: Any) -> None:
     _clear(desk)
     desk.get_by_label("Capture from camera").click()
     desk.get_by_text("Click to Access Webcam").click()
+    desk.wait_for_function("document.querySelector('#picture video')?.readyState >= 2")  # somebody would wait, too
     desk.get_by_label("capture photo").click()
     desk.wait_for_selector("#answer .bars")
     desk.get_by_label("Remove Image").click()
