@@ -74,7 +74,6 @@ def files(folder: Path) -> dict[Path, bytes]:
             ],
         ),
         ("validate nowhere", ["nowhere"]),
-        ("validate", ["no finished run under runs", "toolkit distill"]),
         ("export", ["no finished run under runs", "toolkit distill"]),
         ("predict --artifact none.onnx missing.png", ["missing.png", "No such file"]),
     ],
@@ -87,12 +86,6 @@ def test_names_and_values(toolkit: Toolkit, nowhere: Path, arguments: str, words
 def test_all_mistakes_come_at_once(toolkit: Toolkit, nowhere: Path) -> None:
     result = toolkit("train", "--teacher", "wrn82", "--dataset", "cifar11", "--batch-size", 1, "--set", "seeds=3")
     refused(result, "wrong in 4 places", "'wrn82'", "'cifar11'", "batch_size = 1", "did you mean 'seed'", lines=5)
-
-
-def test_an_artifact_that_does_not_exist_yet(toolkit: Toolkit, nowhere: Path) -> None:
-    Image.new("RGB", (8, 8)).save("black.png")
-    refused(toolkit("predict", "black.png"), "no artifact under runs", "toolkit export")
-    refused(toolkit("serve"), "no artifact under runs", "toolkit export")
 
 
 def test_a_mistake_found_when_training_begins_leaves_no_run(toolkit: Toolkit, nowhere: Path) -> None:

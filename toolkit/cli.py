@@ -849,10 +849,11 @@ def doctor(data_dir: DataDir = None, as_json: AsJson = False) -> None:
 
 
 def _newest_artifact(doing: str) -> Path:
-    from toolkit.run import newest_artifact
+    from toolkit.run import SHIPPED, newest_artifact
 
     path = newest_artifact()
-    print(f"{doing} the newest artifact, {path}", file=sys.stderr)
+    what = "the student that comes with the toolkit" if path == SHIPPED else "the newest artifact"
+    print(f"{doing} {what}, {path}", file=sys.stderr)
     return path
 
 

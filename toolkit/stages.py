@@ -27,7 +27,7 @@ from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe, Teacher
-from toolkit.run import RUNS, Run, default_path, load_tensors, runs
+from toolkit.run import RUNS, SHIPPED, Run, default_path, load_tensors, runs
 from toolkit.tracking import tensorboard
 
 if TYPE_CHECKING:
@@ -314,13 +314,17 @@ def validate(
 ) -> tuple[dict[str, Any], Path]:
     """Measure a run directory, a file of weights or an artifact on the test set.
 
-    Without a target the newest finished run is taken. Returns the metrics (see ``report.measure``) and the
-    folder of the report. A model of PyTorch is measured in fp32. ``tta`` adds ``tta_top1``, its accuracy over these
+    Without a target the newest finished run is taken, else the student that comes with the toolkit. Returns the
+    metrics (see ``report.measure``) and the folder of the report. A model of PyTorch is measured in fp32. ``tta`` adds ``tta_top1``, its accuracy over these
     views; all other figures are of the plain images. Raises ``UserError`` for an artifact, which is run as it is.
     """
     if target is None:
-        target = newest_run().path
-        say(f"validating the newest run, {target}")
+        try:
+            target = newest_run().path
+            say(f"validating the newest run, {target}")
+        except RunError:
+            target = SHIPPED
+            say(f"validating the student that comes with the toolkit, {target}")
     if target.suffix == ".onnx":
         if tta:
             raise UserError(f"--tta augments models of PyTorch; {target} is an artifact and measured as it is")
@@ -408,7 +412,7 @@ def _validate_artifact(
         "provider": session.provider,
         "seconds": seconds,
     }
-    folder = path.with_suffix(".report")
+    folder = (RUNS / path.name if path == SHIPPED else path).with_suffix(".report")
     _write_report(folder, path.name, identity | metrics, [], data, logits, facts, None)
     return identity | metrics, folder
 
