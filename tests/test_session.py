@@ -1,6 +1,7 @@
 """The session: what runs, on what, and what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -151,9 +152,15 @@ def test_a_graph_that_cannot_run_is_an_artifact_error(path: Path, tmp_path: Path
         Session(bad, "cpu")
 
 
-def test_serving_never_imports_torch(path: Path) -> None:
+def test_serving_imports_no_torch_and_tells_nobody(path: Path) -> None:
+    """ONNX Runtime's telemetry is off only where the variable is set before its import."""
     code = f"""
-import importlib, pkgutil, sys
+import builtins, importlib, os, pkgutil, sys
+plain = builtins.__import__
+def watched(name, *arguments):
+    assert name != "onnxruntime" or os.environ.get("ORT_DISABLE_TELEMETRY") == "1"
+    return plain(name, *arguments)
+builtins.__import__ = watched
 import numpy as np
 import serve, export.artifact, export.preprocess
 names = [module.name for module in pkgutil.iter_modules(serve.__path__, "serve.")]
@@ -163,7 +170,9 @@ from serve.session import Session
 Session({str(path)!r}).predict(np.zeros((40, 30, 3), np.uint8))
 print(len(names), sorted(name for name in sys.modules if name.split(".")[0] in ("torch", "torchvision")))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     count, found = done.stdout.split(" ", 1)
     assert int(count) >= 3
