@@ -78,6 +78,10 @@ class Limits:
             await (self._refused(scope, limit) or self._app)(scope, counted, seen)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:  # the server stops, and its grace is over
+            if not status:
+                message = "the server stopped before the answer was there"
+                await refusal(scope, 503, "stopping", message, {"Retry-After": "1"})(scope, receive, seen)
         finally:
             self._held -= held
             self._metrics.request(path if path in PATHS else "page", status, time.perf_counter() - began)

@@ -95,9 +95,11 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
 def _run_workers(settings: Settings, listener: socket.socket) -> None:
     with tempfile.TemporaryDirectory(prefix="toolkit-metrics-") as folder:
         os.environ[metrics.SHARED] = folder
+        # Workers end by the very signal that they obeyed: locks of Gradio's are then cleaned up after them, aloud.
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
         supervisor = Multiprocess(_config(settings, partial(_worker, settings)), [listener])
         supervisor.run()
-        del os.environ[metrics.SHARED]
+        del os.environ[metrics.SHARED], os.environ["PYTHONWARNINGS"]
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise UserError("a worker could not start")
 

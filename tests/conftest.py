@@ -82,6 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         with serving(path, f"copy={path}") as server:
             server.artifact = path
             yield server
+    assert server.said == ""  # no client writes into the log
     assert not list((folder / "uploads").rglob("holiday.png"))  # what people upload is not kept
 
 

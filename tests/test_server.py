@@ -1,6 +1,7 @@
 """The server process: its key, its workers, its reloads, and its end under load."""
 
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -83,7 +84,7 @@ def test_an_artifact_is_replaced_under_load_and_then_the_server_is_ended(tmp_pat
 def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("a key\n")
-    with serving(path, "--workers", 2, "--api-key-file", key) as server:
+    with serving(path, "--workers", 2, "--grace", 1, "--api-key-file", key) as server:
         for credentials in ({}, {"headers": {"authorization": "Bearer another"}}, {"auth": ("x", "another")}):
             with server.client(**credentials) as http:
                 for closed in ("v1/predict", "v1/model", "metrics", "docs", "", "gradio_api/upload"):
@@ -101,6 +102,12 @@ def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
                 metrics = http.get("metrics").text
         assert 'toolkit_batch_images_sum{artifact="student"} 10.0' in metrics
         assert 'toolkit_requests_total{path="/v1/predict",status="200"} 10.0' in metrics
+        late = socket.create_connection(("127.0.0.1", httpx.URL(server.url).port))
+        late.sendall(b"POST /v1/predict HTTP/1.1\r\nauthorization: Bearer a key\r\ncontent-length: 9\r\n\r\nabc")
+        time.sleep(0.3)
+    with late:  # its grace was over before its body was there
+        assert late.recv(4096).startswith(b"HTTP/1.1 503 ")
+    assert server.said == "Cancel 1 running task(s), timeout graceful shutdown exceeded\n"
 
 
 def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path) -> None:
