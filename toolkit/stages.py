@@ -373,7 +373,7 @@ def validate(
         "provider": f"pytorch {place}",
         "seconds": seconds,
     }
-    folder = run.report if run else weights.with_suffix(".report")
+    folder = run.report if run else _report_beside(weights)
     _write_report(folder, header["model"], identity | metrics, history, data, logits, facts, layer_table(model, header))
     return identity | metrics, folder
 
@@ -412,9 +412,15 @@ def _validate_artifact(
         "provider": session.provider,
         "seconds": seconds,
     }
-    folder = (RUNS / path.name if path == SHIPPED else path).with_suffix(".report")
+    folder = _report_beside(path)
     _write_report(folder, path.name, identity | metrics, [], data, logits, facts, None)
     return identity | metrics, folder
+
+
+def _report_beside(path: Path) -> Path:
+    """The report of a file lies beside it; what comes with the toolkit is not written to."""
+    shipped = path.resolve().parent == SHIPPED.resolve().parent
+    return (RUNS / path.name if shipped else path).with_suffix(".report")
 
 
 def _write_report(
