@@ -13,6 +13,19 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
+def stem_reduction(image_size: int, stride: int = 1) -> tuple[int, nn.Sequential]:
+    """How a stem brings images of ``image_size`` pixels to those that the stages were made for, of 32 to 63.
+
+    It halves them once from 64 pixels on and twice from 128 on: first by a stride of 2 in its first conv, where that
+    has none of its own (``stride`` above 1), then by 3x3 max-pools behind it, as ResNet's stem for ImageNet does
+    (arXiv 1512.03385). No parameter is added or changed. Returns the first conv's stride and the pools.
+    """
+    halvings = sum(image_size >= size for size in (64, 128))
+    if halvings and stride == 1:
+        stride, halvings = 2, halvings - 1
+    return stride, nn.Sequential(*(nn.MaxPool2d(3, 2, padding=1) for _ in range(halvings)))
+
+
 def kaiming(model: nn.Module) -> None:
     """He et al.'s fan-out initialisation of all convs (arXiv 1502.01852), zero biases of the linear layers."""
     for module in model.modules():
@@ -94,12 +107,12 @@ def quick_norm(channels: int) -> nn.BatchNorm2d:
 class WhiteningConv(nn.Conv2d):
     """The 12 principal components of 2x2 patches, each scaled to variance 1, and their negatives; not trained.
 
-    ``[B,3,H,W]`` to ``[B,24,H-1,W-1]``. Of all of airbench's means this one saves the most steps
-    (arXiv 2404.00498). Random until ``fit`` has seen images.
+    ``[B,3,H,W]`` to ``[B,24,H-1,W-1]``, or at a stride of 2 to half of H and W. Of all of airbench's means this one
+    saves the most steps (arXiv 2404.00498). Random until ``fit`` has seen images.
     """
 
-    def __init__(self) -> None:
-        super().__init__(3, 24, 2)
+    def __init__(self, stride: int = 1) -> None:
+        super().__init__(3, 24, 2, stride)
         self.weight.requires_grad_(False)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
@@ -123,10 +136,16 @@ class PoolFirstNet(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, widths: Sequence[int], scale: float = 1 / 9, stochastic_depth: float = 0.0
+        self,
+        num_classes: int,
+        widths: Sequence[int],
+        scale: float = 1 / 9,
+        stochastic_depth: float = 0.0,
+        image_size: int = 32,
     ) -> None:
         super().__init__()
-        self.first = WhiteningConv()
+        stride, self.pools = stem_reduction(image_size)
+        self.first = WhiteningConv(stride)
         inputs = (self.first.out_channels, *widths[:-1])
         left_out = rising(stochastic_depth, len(widths))
         self.stages = nn.Sequential(*map(PoolStage, inputs, widths, left_out))
@@ -142,7 +161,7 @@ class PoolFirstNet(nn.Module):
         self.first.whiten(images)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.stages(F.gelu(self.first(x))).amax((2, 3))
+        features = self.stages(self.pools(F.gelu(self.first(x)))).amax((2, 3))
         return self.head(features) * self.scale
 
 

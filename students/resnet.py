@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from students.blocks import ResidualBlock, SqueezeExcitation, conv3x3, kaiming, rising
+from students.blocks import ResidualBlock, SqueezeExcitation, conv3x3, kaiming, rising, stem_reduction
 
 __all__ = ["resnet18_42", "resnet_large", "se_resnet_443"]
 
@@ -30,9 +30,11 @@ class ResNet(nn.Module):
         dropout_after: float = 0.0,
         squeeze: int | None = None,
         stochastic_depth: float = 0.0,
+        image_size: int = 32,
     ) -> None:
         super().__init__()
-        self.conv, self.norm = conv3x3(3, stem), nn.BatchNorm2d(stem)
+        stride, self.pools = stem_reduction(image_size)
+        self.conv, self.norm = conv3x3(3, stem, stride), nn.BatchNorm2d(stem)
         self.squeeze = SqueezeExcitation(stem, squeeze) if squeeze else nn.Identity()
         stages, inputs, left_out = [], stem, iter(rising(stochastic_depth, sum(blocks)))
         for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
@@ -49,7 +51,7 @@ class ResNet(nn.Module):
         kaiming(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(self.squeeze(torch.relu(self.norm(self.conv(x)))))
+        x = self.stages(self.squeeze(self.pools(torch.relu(self.norm(self.conv(x))))))
         return self.head(x.mean((2, 3)))
 
 
@@ -59,12 +61,13 @@ def resnet18_42(
     widths: Sequence[int] = (42, 84, 168, 336),
     blocks: Sequence[int] = (2, 2, 2, 2),
     dropout: float = 0.15,
+    image_size: int = 32,
 ) -> nn.Module:
     """ResNet-18 with 42 channels where the original has 64: 4,815,940 parameters, 0.24 G MACs at 32x32.
 
     Source: Xu, Tariq, Ahmed: ResNet18_42 and ResNetLarge (93.02% on CIFAR-10)
     """
-    return ResNet(num_classes, stem, widths, blocks, dropout)
+    return ResNet(num_classes, stem, widths, blocks, dropout, image_size=image_size)
 
 
 def resnet_large(
@@ -73,12 +76,13 @@ def resnet_large(
     widths: Sequence[int] = (64, 128, 256, 512),
     blocks: Sequence[int] = (1, 1, 1, 1),
     dropout: float = 0.0,
+    image_size: int = 32,
 ) -> nn.Module:
     """ResNet-18's widths with one block a stage: 4,903,242 parameters, 0.25 G MACs at 32x32.
 
     Source: Xu, Tariq, Ahmed: ResNet18_42 and ResNetLarge (92.73% on CIFAR-10)
     """
-    return ResNet(num_classes, stem, widths, blocks, dropout)
+    return ResNet(num_classes, stem, widths, blocks, dropout, image_size=image_size)
 
 
 def se_resnet_443(
@@ -89,6 +93,7 @@ def se_resnet_443(
     dropout: float = 0.0,
     reduction: int = 16,
     stochastic_depth: float = 0.0,
+    image_size: int = 32,
 ) -> nn.Module:
     """Three stages behind one squeeze-and-excitation: 4,697,742 parameters, 0.80 G MACs at 32x32.
 
@@ -97,5 +102,12 @@ def se_resnet_443(
     Source: Lakkimsetty, Kanamarla, Aravind: SE-ResNet with Lookahead and CutMix (93.67% on CIFAR-10)
     """
     return ResNet(
-        num_classes, stem, widths, blocks, dropout_after=dropout, squeeze=reduction, stochastic_depth=stochastic_depth
+        num_classes,
+        stem,
+        widths,
+        blocks,
+        dropout_after=dropout,
+        squeeze=reduction,
+        stochastic_depth=stochastic_depth,
+        image_size=image_size,
     )

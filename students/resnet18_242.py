@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from students.blocks import stem_reduction
+
 __all__ = ["resnet18_242_k3", "resnet18_242_k7", "resnet18_256_dropout"]
 
 
@@ -74,29 +76,35 @@ def _shapes(widths: Sequence[int]) -> list[tuple[int, int, int]]:
     return shapes
 
 
-def _biased(num_classes: int, conv: nn.Module, pool: nn.Module, widths: Sequence[int]) -> nn.Module:
-    stem = nn.Sequential(conv, pool, nn.BatchNorm2d(widths[0]), nn.ReLU())
+def _biased(num_classes: int, kernel: int, pool: nn.Module, widths: Sequence[int], image_size: int) -> nn.Module:
+    stride, pools = stem_reduction(image_size)
+    conv = nn.Conv2d(3, widths[0], kernel, stride, 1)
+    stem = nn.Sequential(conv, pool, nn.BatchNorm2d(widths[0]), nn.ReLU(), *pools)
     return CutResNet18(num_classes, stem, [BiasedBlock(*shape) for shape in _shapes(widths)], widths[-1])
 
 
-def resnet18_242_k3(num_classes: int, widths: Sequence[int] = (64, 64, 128, 256, 242)) -> nn.Module:
+def resnet18_242_k3(
+    num_classes: int, widths: Sequence[int] = (64, 64, 128, 256, 242), image_size: int = 32
+) -> nn.Module:
     """ResNet-18 with a pooled 3x3 stem and a last stage of 242: 4,984,152 parameters, 0.06 G MACs at 32x32.
 
     Source: Chawla, Kataria, Kulkarni: three ResNet-18 variants, method 1 (86.44% on CIFAR-10)
     """
-    return _biased(num_classes, nn.Conv2d(3, widths[0], 3, 1, 1), nn.MaxPool2d(5, 3, 1), widths)
+    return _biased(num_classes, 3, nn.MaxPool2d(5, 3, 1), widths, image_size)
 
 
-def resnet18_242_k7(num_classes: int, widths: Sequence[int] = (64, 64, 128, 256, 242)) -> nn.Module:
+def resnet18_242_k7(
+    num_classes: int, widths: Sequence[int] = (64, 64, 128, 256, 242), image_size: int = 32
+) -> nn.Module:
     """ResNet-18 with a pooled 7x7 stem and a last stage of 242: 4,991,832 parameters, 0.10 G MACs at 32x32.
 
     Source: Chawla, Kataria, Kulkarni: three ResNet-18 variants, method 2 (88.20% on CIFAR-10)
     """
-    return _biased(num_classes, nn.Conv2d(3, widths[0], 7, 1, 1), nn.MaxPool2d(3, 2, 1), widths)
+    return _biased(num_classes, 7, nn.MaxPool2d(3, 2, 1), widths, image_size)
 
 
 def resnet18_256_dropout(
-    num_classes: int, widths: Sequence[int] = (64, 64, 128, 244, 256), dropout: float = 0.1
+    num_classes: int, widths: Sequence[int] = (64, 64, 128, 244, 256), dropout: float = 0.1, image_size: int = 32
 ) -> nn.Module:
     """ResNet-18 with a strided stem and dropout in its blocks: 4,996,866 parameters, 0.11 G MACs at 32x32.
 
@@ -104,6 +112,8 @@ def resnet18_256_dropout(
 
     Source: Chawla, Kataria, Kulkarni: three ResNet-18 variants, method 3 (90.80% on CIFAR-10)
     """
-    stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+    stride, pools = stem_reduction(image_size, stride=2)
+    conv = nn.Conv2d(3, widths[0], 3, stride, 1, bias=False)
+    stem = nn.Sequential(conv, nn.BatchNorm2d(widths[0]), nn.ReLU(), *pools)
     blocks = [DropoutBlock(*shape, dropout) for shape in _shapes(widths)]
     return CutResNet18(num_classes, stem, blocks, widths[-1])

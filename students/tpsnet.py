@@ -18,6 +18,7 @@ def tpsnet(
     width: int = 2,
     dropout: float = 0.0,
     stochastic_depth: float = 0.0,
+    image_size: int = 32,
 ) -> nn.Module:
     """An 82-layer residual network of 4,959,770 parameters; 0.72 G MACs at 32x32.
 
@@ -28,44 +29,64 @@ def tpsnet(
     Source: Rao, Pan, Ananth: TPSNet (94.84% on CIFAR-10)
     """
     widths = [base * width * 2**stage for stage in range(len(blocks))]
-    return ResNet(num_classes, base, widths, blocks, dropout, stochastic_depth=stochastic_depth)
+    return ResNet(num_classes, base, widths, blocks, dropout, stochastic_depth=stochastic_depth, image_size=image_size)
 
 
 def tpsnet_333(
-    num_classes: int, blocks: Sequence[int] = (3, 3, 3), base: int = 34, width: int = 2, dropout: float = 0.0
+    num_classes: int,
+    blocks: Sequence[int] = (3, 3, 3),
+    base: int = 34,
+    width: int = 2,
+    dropout: float = 0.0,
+    image_size: int = 32,
 ) -> nn.Module:
     """``tpsnet`` with 3 blocks a stage, wider: 4,865,580 parameters, 0.71 G MACs at 32x32.
 
     Source: Rao, Pan, Ananth: TPSNet, model 1 (94.02% on CIFAR-10)
     """
-    return tpsnet(num_classes, blocks, base, width, dropout)
+    return tpsnet(num_classes, blocks, base, width, dropout, image_size=image_size)
 
 
 def tpsnet_777(
-    num_classes: int, blocks: Sequence[int] = (7, 7, 7), base: int = 22, width: int = 2, dropout: float = 0.0
+    num_classes: int,
+    blocks: Sequence[int] = (7, 7, 7),
+    base: int = 22,
+    width: int = 2,
+    dropout: float = 0.0,
+    image_size: int = 32,
 ) -> nn.Module:
     """``tpsnet`` with 7 blocks a stage: 4,971,680 parameters, 0.73 G MACs at 32x32.
 
     Source: Rao, Pan, Ananth: TPSNet, model 2 (94.24% on CIFAR-10)
     """
-    return tpsnet(num_classes, blocks, base, width, dropout)
+    return tpsnet(num_classes, blocks, base, width, dropout, image_size=image_size)
 
 
 def tpsnet_17(
-    num_classes: int, blocks: Sequence[int] = (17, 17, 17), base: int = 14, width: int = 2, dropout: float = 0.0
+    num_classes: int,
+    blocks: Sequence[int] = (17, 17, 17),
+    base: int = 14,
+    width: int = 2,
+    dropout: float = 0.0,
+    image_size: int = 32,
 ) -> nn.Module:
     """``tpsnet`` with 17 blocks a stage, thinner: 4,987,384 parameters, 0.73 G MACs at 32x32.
 
     Source: Rao, Pan, Ananth: TPSNet, table 1 (84.09% on CIFAR-10 after 30 epochs)
     """
-    return tpsnet(num_classes, blocks, base, width, dropout)
+    return tpsnet(num_classes, blocks, base, width, dropout, image_size=image_size)
 
 
 def tpsnet_23(
-    num_classes: int, blocks: Sequence[int] = (23, 23, 23), base: int = 12, width: int = 2, dropout: float = 0.0
+    num_classes: int,
+    blocks: Sequence[int] = (23, 23, 23),
+    base: int = 12,
+    width: int = 2,
+    dropout: float = 0.0,
+    image_size: int = 32,
 ) -> nn.Module:
     """``tpsnet`` with 23 blocks a stage, thinner still: 4,976,470 parameters, 0.73 G MACs at 32x32.
 
     Source: Rao, Pan, Ananth: TPSNet, table 1 (81.32% on CIFAR-10 after 30 epochs)
     """
-    return tpsnet(num_classes, blocks, base, width, dropout)
+    return tpsnet(num_classes, blocks, base, width, dropout, image_size=image_size)

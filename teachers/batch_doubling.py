@@ -60,9 +60,12 @@ def batch_doubling_resnet(
     widths: Sequence[int] = (64, 128, 256),
     blocks: Sequence[int] = (6, 6, 6),
     hidden: int = 2048,
+    image_size: int = 32,
 ) -> nn.Module:
     """A 38-layer ResNet with a head of two layers: 17,386,570 parameters, 1.3 G MACs at 32x32.
 
     Source: Anand: growing the batch instead of lowering the learning rate (93.56% on CIFAR-10)
     """
+    if image_size != 32:
+        raise ValueError(f"its head fits images of 32 pixels alone, not of {image_size}")
     return BatchDoublingResNet(num_classes, widths, blocks, hidden)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from students.blocks import conv3x3, kaiming
+from students.blocks import conv3x3, kaiming, stem_reduction
 
 __all__ = ["wrn28"]
 
@@ -31,12 +31,13 @@ class PreActivationBlock(nn.Module):
 class WideResNet(nn.Module):
     """``[B,3,H,W]`` to ``[B,K]``; ``depth`` is 6 n + 4 for n blocks in each of three stages."""
 
-    def __init__(self, num_classes: int, depth: int, width: int, dropout: float) -> None:
+    def __init__(self, num_classes: int, depth: int, width: int, dropout: float, image_size: int) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"`depth` (={depth}) must be 6 n + 4")
-        self.conv = conv3x3(3, 16)
+        stride, self.pools = stem_reduction(image_size)
+        self.conv = conv3x3(3, 16, stride)
         layers, inputs = [], 16
         for stage, outputs in enumerate((16 * width, 32 * width, 64 * width)):
             for block in range(blocks):
@@ -48,13 +49,13 @@ class WideResNet(nn.Module):
         kaiming(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.blocks(self.conv(x))))
+        x = torch.relu(self.norm(self.blocks(self.pools(self.conv(x)))))
         return self.head(x.mean((2, 3)))
 
 
-def wrn28(num_classes: int, depth: int = 28, width: int = 10, dropout: float = 0.0) -> nn.Module:
+def wrn28(num_classes: int, depth: int = 28, width: int = 10, dropout: float = 0.0, image_size: int = 32) -> nn.Module:
     """WRN-28-10 as in the paper: 36,479,194 parameters, 5.2 G MACs at 32x32.
 
     Source: Zagoruyko and Komodakis: Wide Residual Networks, arXiv 1605.07146 (96.00% on CIFAR-10)
     """
-    return WideResNet(num_classes, depth, width, dropout)
+    return WideResNet(num_classes, depth, width, dropout, image_size)

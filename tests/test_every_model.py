@@ -12,6 +12,7 @@ from serve.session import Session
 from students.blocks import ResidualBlock
 from toolkit.catalogue import ROLES, build, builder, check_budget, info, names, parameter_count
 from toolkit.errors import BudgetError, RecipeError, UnknownNameError
+from toolkit.footprint import footprint
 
 MODELS = [(role, name) for role in ROLES for name in names(role)]
 PARAMETERS = {
@@ -106,6 +107,28 @@ def test_shapes_and_finite_gradients(role, name, classes):
         if parameter.requires_grad:
             assert parameter.grad is not None, parameter_name
             assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", names("student"))
+def test_larger_images_reach_the_stages_as_small_ones(name):
+    small = info(name, "student")
+    for image_size, most in (
+        (64, 1.3),
+        (128, 1.5),
+        (224, 4.6),
+    ):  # 224 is 56 behind the stem; the stem itself is larger
+        large = info(name, "student", image_size)
+        assert large.parameters == small.parameters
+        assert small.macs * 0.75 < large.macs < most * small.macs, image_size
+    with torch.no_grad():
+        assert build(name, "student", 3, image_size=224).eval()(torch.rand(1, 3, 224, 224)).shape == (1, 3)
+
+
+def test_a_footprint_grows_with_the_image():
+    small, large = (footprint("resnet9", "student", size, "cpu") for size in (32, 96))
+    assert 1 < large.memory / small.memory < 3  # 48 x 48 behind the stem
+    assert small.memory > 64 * 32 * 32 * 2  # at least the first stage's output in bf16
+    assert min(large.training, large.inference) > 0
 
 
 def test_the_normalisation_is_inside():

@@ -1,8 +1,9 @@
 """Names and models. The folders ``teachers/`` and ``students/`` are the catalogue.
 
-A file there lists its builders in ``__all__``; a builder is a function ``name(num_classes, **arguments)``
-that returns a network from normalised images ``[B,3,H,W]`` to logits ``[B,K]``, with a docstring that ends
-in a line ``Source: ...``. Names are read without importing the file: a misspelt one costs no import of torch.
+A file there lists its builders in ``__all__``; a builder is a function
+``name(num_classes, **arguments, image_size=32)`` that returns a network from normalised images ``[B,3,H,W]`` to logits
+``[B,K]``, with a docstring that ends in a line ``Source: ...``. Names are read without importing the file: a misspelt
+one costs no import of torch.
 """
 
 from __future__ import annotations
@@ -68,22 +69,24 @@ def build(
     num_classes: int,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.25, 0.25, 0.25),
+    image_size: int = 32,
     **arguments: Any,
 ) -> Classifier:
     """A new model: images ``[B,3,H,W]`` in [0,1] to logits ``[B,num_classes]``.
 
-    ``mean`` and ``std`` are per channel, of images in [0,1]. Raises ``RecipeError`` for arguments that the
-    builder does not take or refuses.
+    ``mean`` and ``std`` are per channel, of images in [0,1]. ``image_size`` (pixels) decides strides and
+    pools of the stem (``students.blocks.stem_reduction``), and no parameter. Raises ``RecipeError`` for arguments that
+    the builder does not take or refuses.
     """
     from toolkit.classifier import Classifier
 
     make = builder(name, role)
-    known = list(inspect.signature(make).parameters)[1:]
+    known = [key for key in list(inspect.signature(make).parameters)[1:] if key != "image_size"]
     for key in arguments:
         if key not in known:
             raise RecipeError(f"{role}.{key}: {name} takes no such argument{closest(key, known)}")
     try:
-        network = make(num_classes, **arguments)
+        network = make(num_classes, **arguments, image_size=image_size)
     except (ValueError, TypeError, RuntimeError) as error:
         raise RecipeError(f"{role}: {name} cannot be built from {arguments}: {error}") from error
     return Classifier(network, mean, std)
@@ -113,7 +116,7 @@ def info(
     import torch
 
     with torch.device("meta"):
-        model = build(name, role, num_classes, **arguments)
+        model = build(name, role, num_classes, image_size=image_size, **arguments)
     doc = inspect.getdoc(builder(name, role)) or ""
     source = re.search(r"^Source: (.+)$", doc, re.MULTILINE)
     count = parameter_count(model)

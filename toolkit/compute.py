@@ -122,12 +122,12 @@ def probe(model: nn.Module, recipe: Recipe, device: torch.device, choices: list[
     return best
 
 
-def seconds_an_image(model: nn.Module, recipe: Recipe, backward: bool) -> float:
-    """Seconds that a step takes for each image on the recipe's device, judged by one of 64; forward alone, or both."""
+def seconds_an_image(model: nn.Module, recipe: Recipe, backward: bool, count: int = JUDGED_IMAGES) -> float:
+    """Seconds that a step takes for each image on the recipe's device, judged by one of ``count``; forward, or both."""
     device = pick_device(recipe.device)
     numbers = usual(recipe, device)
     model = model.to(device).to(memory_format=numbers.layout).train(backward)
-    images = _random_images(recipe, JUDGED_IMAGES, device)
+    images = _random_images(recipe, count, device)
     _step_seconds(model, images, numbers, backward)  # prepares the kernels
     return _step_seconds(model, images, numbers, backward)
 

@@ -408,6 +408,11 @@ def resize(images: Tensor, side: int) -> Tensor:
     return resized
 
 
+def at_once(side: int, count: int = 500) -> int:
+    """Images of ``side`` pixels that take as much memory as ``count`` of 32; where these do, they do."""
+    return max(1, min(count, count * 32 * 32 // side**2))
+
+
 def _val_count(train: Split, size: float, classes: Sequence[str]) -> int:
     """How many images ``val_size`` (a fraction below 1, or a count) holds out."""
     count = round(size * len(train)) if size < 1 else int(size)

@@ -26,7 +26,7 @@ from toolkit.augment import Augmenter
 from toolkit.catalogue import build, check_budget, parameter_count
 from toolkit.classifier import Classifier
 from toolkit.compute import chosen, pick_device
-from toolkit.data import DataSet, Split, StoredImages
+from toolkit.data import DataSet, Split, StoredImages, at_once
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RecipeError
 from toolkit.machine import available_cores, keep_freed_memory, peak_memory
 from toolkit.objective import Objective
@@ -37,7 +37,6 @@ from toolkit.rounding import Int8
 from toolkit.run import Run, load_tensors, save_tensors
 from toolkit.teacher_cache import TeacherCache
 
-EVAL_BATCH = 500
 PREPARE_IMAGES = 5000
 NORM_IMAGES = 5000  # training images that BN's statistics are measured anew on
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
@@ -51,7 +50,7 @@ def new_model(recipe: Recipe, data: DataSet) -> Classifier:
     One that does not take the small images of progressive resizing raises ``RecipeError``.
     """
     name, arguments = recipe.model.name, recipe.model.arguments
-    model = build(name, recipe.role, len(data.classes), data.mean, data.std, **arguments)
+    model = build(name, recipe.role, len(data.classes), data.mean, data.std, recipe.data.image_size, **arguments)
     if recipe.role == "student":
         check_budget(name, parameter_count(model), recipe.budget, len(data.classes))
     if side := recipe.progressive.start:
@@ -70,7 +69,7 @@ def predict(
     """Logits, float32 ``[N,K]``, of uint8 images ``[N,3,H,W]``; the model is on ``device`` and in eval mode after."""
     model.eval()
     logits = []
-    for batch in images.split(EVAL_BATCH):
+    for batch in images.split(at_once(images.shape[-1])):
         pixels = batch.to(device).float().div_(255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits.append(model(pixels).float())
@@ -157,7 +156,9 @@ def _fit(
             torch.set_num_threads(available_cores() // distributed.SIZE or 1)
     torch.manual_seed(recipe.seed)
     model = new_model(recipe, data)
-    model.prepare(data.train.images[:PREPARE_IMAGES].float() / 255)
+    count = min(len(data.train), at_once(recipe.data.image_size, PREPARE_IMAGES))
+    some = torch.linspace(0, len(data.train) - 1, count).long()  # a folder's images come class by class
+    model.prepare(data.train.images[some].float() / 255)
     if recipe.start_from is not None:
         start_from(model, recipe.start_from)
     dtype, layout = numbers = chosen(model, recipe, device, run)
@@ -301,7 +302,7 @@ def _fit(
             if isinstance(average, StochasticAverage):
                 average.end_epoch(model, epoch + 1)
                 if epoch >= average.start:
-                    views = (augmenter.batch(part)[0] for part in order[:NORM_IMAGES].split(EVAL_BATCH))
+                    views = (augmenter.batch(part)[0] for part in order[:NORM_IMAGES].split(at_once(augmenter.side)))
                     with numbers.autocast(device):
                         estimate_norms(kept, (images.contiguous(memory_format=layout) for images in views))
             val_loss = val_top1 = None

@@ -262,7 +262,8 @@ def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
     tensors, header = load_tensors(path)
     if "position" in header:
         raise CheckpointError(f"{path} is the state of an unfinished run; its weights are in best.safetensors")
-    model = build(header["model"], header["role"], len(header["classes"]), **header["arguments"])
+    size = header["image_size"]
+    model = build(header["model"], header["role"], len(header["classes"]), image_size=size, **header["arguments"])
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

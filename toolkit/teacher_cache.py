@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.augment import Augmenter
-from toolkit.data import DataSet
+from toolkit.data import DataSet, at_once
 from toolkit.files import write_atomic
 from toolkit.recipe import Recipe
-
-BATCH = 500
 
 
 class TeacherCache:
@@ -59,10 +57,11 @@ class TeacherCache:
         rows = self.rows[epoch % len(self.rows)]
         missing = np.isnan(rows[:, 0]).nonzero()[0]
         mine = missing[distributed.RANK :: distributed.SIZE]
-        for start in range(0, len(mine), BATCH):
+        count = at_once(augmenter.side)
+        for start in range(0, len(mine), count):
             if not go_on():
                 return None
-            part = mine[start : start + BATCH]
+            part = mine[start : start + count]
             images, _ = augmenter.batch(torch.from_numpy(part).to(augmenter.device))
             images = images.contiguous(memory_format=torch.channels_last)
             device = images.device.type
