@@ -316,8 +316,9 @@ def validate(
     """Measure a run directory, a file of weights or an artifact on the test set.
 
     Without a target the newest finished run is taken, else the student that comes with the toolkit. Returns the
-    metrics (see ``report.measure``) and the folder of the report. A model of PyTorch is measured in fp32. ``tta`` adds ``tta_top1``, its accuracy over these
-    views; all other figures are of the plain images. Raises ``UserError`` for an artifact, which is run as it is.
+    metrics (see ``report.measure``) and the folder of the report. A model of PyTorch is measured in fp32. ``tta`` adds
+    ``tta_top1``, its accuracy over these views; all other figures are of the plain images. Raises ``UserError`` for an
+    artifact, which is run as it is.
     """
     if target is None:
         try:
