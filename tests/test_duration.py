@@ -77,7 +77,8 @@ def test_the_chain_of_the_gpu_recipe_in_small(tmp_path, monkeypatch):
         "teacher.depth": 10, "teacher.width": 1, "distill.student.stem": 4, "distill.student.widths": [4, 4, 8],
         "train.augment.cutout": 0, "train.augment.policy": "none", "batch_size": 64, "schedule.warmup_epochs": 0, "distill.cached_epochs": 2,
     }  # fmt: skip
-    monkeypatch.setattr(stages, "with_epochs", lambda recipe, *_: recipe.model_copy(update={"epochs": 12}))
+    twelve = {"minutes": None, "epochs": 12}
+    monkeypatch.setattr(stages, "with_epochs", lambda recipe, *_: recipe.model_copy(update=twelve))
     chain = stages.pipeline("cifar10-gpu", small, tmp_path / "chain")
     assert chain.student.recipe.augment.mixup == 1
     assert 0 <= chain.metrics["top1"] <= 1
