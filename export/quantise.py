@@ -26,6 +26,7 @@ from export.artifact import IMAGE, type_of
 from toolkit.errors import DataError
 
 METHODS = ("MinMax", "Percentile", "Entropy")
+PERCENTILE = 99.99  # of the activations that keep their range, by the method of that name
 BATCH = 32  # calibration images at a time: all batches are equal, as a smaller one would weigh as much as they
 FEWEST = 64
 OPERATORS = ("Conv", "Gemm", "MatMul", "Add", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
@@ -142,7 +143,8 @@ def int8(proto: onnx.ModelProto, images: NDArray[np.uint8], method: str, scheme:
             weight_type=QuantType.QInt8,
             nodes_to_exclude=_light(proto),
             calibrate_method=CalibrationMethod[method],
-            extra_options={"CalibStridedMinMax": 1} | scheme.options,  # one batch in memory at a time
+            # MinMax holds one batch in memory at a time.
+            extra_options={"CalibStridedMinMax": 1, "CalibPercentile": PERCENTILE} | scheme.options,
         )
         return onnx.load(path)
 
