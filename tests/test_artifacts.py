@@ -1,7 +1,6 @@
 """`toolkit export` and `toolkit inspect` on a small finished run."""
 
 import json
-import shutil
 import warnings
 from importlib import util
 from pathlib import Path
@@ -254,9 +253,3 @@ def test_another_tools_file_is_told_for_what_it_is(toolkit: Toolkit, tmp_path: P
     refused(toolkit("predict", "--artifact", path, path), "foreign.onnx")
     path.write_bytes(b"\x08\x0a")
     refused(toolkit("inspect", path), "foreign.onnx", "holds no graph")
-
-
-def test_a_copied_run_exports_to_the_same_bytes(toolkit: Toolkit, chain: Chain) -> None:
-    shutil.copytree(chain.student, "elsewhere/run")
-    assert toolkit("export", "elsewhere/run", "--provider", "cpu").exit_code == 0
-    assert Path("elsewhere/run/export/student.onnx").read_bytes() == chain.artifact.read_bytes()
