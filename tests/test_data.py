@@ -8,13 +8,12 @@ import pickle
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -28,8 +27,8 @@ from sklearn.datasets import load_digits
 
 from export import preprocess
 from serve.decode import read_image
+from toolkit import cifar, recipe
 from toolkit import data as module
-from toolkit import recipe
 from toolkit.augment import Augmenter
 from toolkit.data import DataSet, Split, StoredImages, _statistics, load
 from toolkit.errors import DataError
@@ -172,7 +171,7 @@ def test_cifar10(real_cifar: Path) -> None:
 
 @dataclass
 class Tiny:
-    """CIFAR files with 20 images each, of which torchvision believes that they are the official ones."""
+    """CIFAR files with 20 images each, that stand in for the official ones."""
 
     name: str
     folder: str
@@ -201,34 +200,37 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def tiny(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str) -> Tiny:
-    kind: Any = getattr(torchvision.datasets, request.param.upper())
-    folder = tmp_path / "making" / kind.base_folder
+    kind = cifar.CIFARS[request.param]
+    folder = tmp_path / "making" / kind.folder
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
 
-    def write(name: str, content: object) -> list[str]:
+    def write(name: str, content: object) -> tuple[str, str]:
         (folder / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
 
-    labels = "labels" if request.param == "cifar10" else "fine_labels"
-    listed = {
-        part: [
-            write(name, {"data": random.integers(0, 256, (20, 3072), np.uint8), labels: [0, 1] * 10})
-            for name, _ in getattr(kind, part)
-        ]
-        for part in ("train_list", "test_list")
-    }
-    _, meta_md5 = write(kind.meta["filename"], {kind.meta["key"]: ["cat", "dog"]})
-    archive = tmp_path / "server" / kind.filename
+    def batches(files: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+        pixels = {name: random.integers(0, 256, (20, 3072), np.uint8) for name, _ in files}
+        return tuple(write(name, {"data": p, kind.labels_key: [0, 1] * 10}) for name, p in pixels.items())
+
+    train, test = batches(kind.train), batches(kind.test)
+    names = write(kind.names[0], {kind.names_key: ["cat", "dog"]})
+    archive = tmp_path / "server" / kind.archive[0]
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, kind.base_folder)
+        tar.add(folder, kind.folder)
+    official = archive.name, hashlib.md5(archive.read_bytes()).hexdigest()
+    made = replace(kind, archive=official, train=train, test=test, names=names, address=f"{server}/")
+    monkeypatch.setitem(cifar.CIFARS, request.param, made)
+    return Tiny(request.param, kind.folder, archive)
 
-    for part, files in listed.items():
-        monkeypatch.setattr(kind, part, files)
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta_md5})
-    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(kind, "url", f"{server}/{kind.filename}")
-    return Tiny(request.param, kind.base_folder, archive)
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_official_files_are_those_that_torchvision_knows(name: str) -> None:
+    kind, known = cifar.CIFARS[name], getattr(torchvision.datasets, name.upper())
+    assert (kind.folder, kind.archive) == (known.base_folder, (known.filename, known.tgz_md5))
+    assert kind.address + kind.archive[0] == known.url
+    assert [list(file) for file in kind.train + kind.test] == known.train_list + known.test_list
+    assert {"filename": kind.names[0], "md5": kind.names[1], "key": kind.names_key} == known.meta
 
 
 def test_download(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,7 +424,7 @@ def test_images_that_do_not_fit_stay_in_a_file_and_are_the_same(photos: Path) ->
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from toolkit import recipe
+from toolkit import cifar, recipe
 from toolkit.augment import Augmenter
 from toolkit.data import load
 

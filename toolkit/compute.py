@@ -18,9 +18,9 @@ from toolkit.recipe import Recipe
 from toolkit.run import Run
 
 JUDGED_IMAGES = 64  # in the one step that a step's time is judged by
-PROBE_IMAGES = 32
-PROBE_ROUNDS = 3
-HOPELESS = 1.5  # a candidate this many times slower than the best is not timed again
+PROBE_IMAGES = 16
+PROBE_ROUNDS = 2
+HOPELESS = 1.15  # a candidate this many times slower than the best is not timed again
 WORTH = 1.1  # the usual choice stays unless another is this many times faster: small differences are noise
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
-import socket
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +19,7 @@ from torch import Tensor
 
 from export import preprocess
 from serve.decode import read_image
-from toolkit import folders, recipe
+from toolkit import cifar, folders, recipe
 from toolkit.errors import DataError, ImageError
 from toolkit.files import write_atomic
 from toolkit.folders import listed
@@ -34,7 +28,6 @@ from toolkit.machine import available_cores, total_memory
 TEST_FRACTION = 0.2  # where a data set brings no test images of its own
 DECODED_AT_ONCE = 256  # images of a folder
 DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
-DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 
 class StoredImages:
@@ -142,90 +135,12 @@ def _digits(config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split]]:
 
 
 def _cifar(name: str, config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split]]:
-    """The official files, by torchvision, which checks their MD5."""
-    from torchvision import datasets  # slow to import, and nobody else needs it
-
-    kind: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    root = _cifar_root(name, kind, config)
-    parts = {}
-    for part in ("train", "test"):
-        try:
-            source = kind(root, train=part == "train")
-        except RuntimeError as error:  # torchvision does not say which file
-            raise DataError(_cifar_damage(kind, root / kind.base_folder)) from error
-        except OSError as error:
-            raise DataError(f"cannot read {name} in {root}: {error}") from error
-        images = torch.from_numpy(source.data.transpose(0, 3, 1, 2))  # as they lie in the file: no copy
-        parts[part] = Split(resize(images, config.image_size), torch.tensor(source.targets))
-    return tuple(source.classes), parts
-
-
-def _cifar_root(name: str, kind: Any, config: recipe.Data) -> Path:
-    """The first folder that holds the files; else they are unpacked or downloaded."""
-    named = (config.data_dir, os.environ.get("TOOLKIT_DATA"), "data")
-    roots = [Path(root).expanduser() for root in named if root]
-    for root in roots:
-        if (root / kind.base_folder).is_dir():
-            return root
-    for root in roots:
-        if (root / kind.filename).is_file():
-            _cifar_unpack(name, kind, root, download=False)
-            return root
-    if config.offline:
-        raise DataError(
-            f"{name} is not in {listed(roots)}, and downloading is off: leave out --offline, or give the "
-            f"folder that holds {kind.base_folder} with --data-dir or $TOOLKIT_DATA"
-        )
-    _cifar_unpack(name, kind, roots[0], download=True)
-    return roots[0]
-
-
-def _cifar_unpack(name: str, kind: Any, root: Path, download: bool) -> None:
-    """Make ``root``'s folder from the archive in it or from the network: whole, or not at all."""
-    from torchvision.datasets.utils import calculate_md5, download_url, extract_archive
-
-    archive = root / kind.filename
-    if not download and (found := calculate_md5(archive)) != kind.tgz_md5:
-        raise DataError(f"{archive} is damaged: its MD5 is {found}, not {kind.tgz_md5}; delete it to download it again")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
-            if download:
-                print(f"downloading {kind.url} to {root}", file=sys.stderr)
-                with _socket_timeout(DOWNLOAD_TIMEOUT):  # its progress goes to stderr
-                    download_url(kind.url, temporary, kind.filename, kind.tgz_md5)
-                archive = Path(temporary, kind.filename)
-            extract_archive(str(archive), temporary)
-            Path(temporary, kind.base_folder).rename(root / kind.base_folder)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the official bytes
-        what = f"downloading {name} from {kind.url} to {root}" if download else f"unpacking {archive}"
-        raise DataError(
-            f"{what} failed: {error}; put the official {kind.filename} there, or give the folder that holds "
-            f"{kind.base_folder} with --data-dir or $TOOLKIT_DATA"
-        ) from error
-
-
-def _cifar_damage(kind: Any, folder: Path) -> str:
-    """The first file that is missing or not the official one."""
-    from torchvision.datasets.utils import calculate_md5
-
-    for name, expected in [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]:
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing; delete {folder} to download it again"
-        if (found := calculate_md5(path)) != expected:
-            return f"{path} is damaged: its MD5 is {found}, not {expected}; delete {folder} to download it again"
-    return ""
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+    classes, read = cifar.read(name, config)
+    parts = {
+        part: Split(resize(torch.from_numpy(images), config.image_size), torch.from_numpy(labels))
+        for part, (images, labels) in read.items()
+    }
+    return classes, parts
 
 
 # --- a folder of images ------------------------------------------------------------------------------------

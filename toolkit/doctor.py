@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -81,10 +80,9 @@ def _providers() -> tuple[list[str], str]:
 
 
 def _cifar10(data_dir: Path | None) -> str:
-    from torchvision.datasets import CIFAR10
+    from toolkit.cifar import CIFARS, places
 
-    places = [data_dir, os.environ.get("TOOLKIT_DATA"), "data"]
-    for place in places:
-        if place and (Path(place) / CIFAR10.base_folder).is_dir():
+    for place in places(data_dir):
+        if (place / CIFARS["cifar10"].folder).is_dir():
             return f"in {place}"
     return "not here yet: it is downloaded when first used, or give --data-dir"
