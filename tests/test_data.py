@@ -411,14 +411,15 @@ def test_images_that_do_not_fit_stay_in_a_file_and_are_the_same(photos: Path) ->
     assert (here.digest, here.mean, here.std) == (there.digest, there.mean, there.std)
     assert there.val is not None
     assert keys(here.train) == keys(Split(there.train.images[:], there.train.labels))
-    everything = recipe.Augment(crop_padding=2, cutout=6, mixup=0.5, rotation=5, plain_copy=True)
     index = torch.tensor([0, 3, 1, len(there.train) + 2])
-    batches = []
-    for data in (here, there):
-        augmenter = Augmenter(data.train.images, data.train.labels, 2, everything, 0)
-        augmenter.start_epoch(3)
-        batches.append(augmenter.batch(index))
-    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+    for mode in ("reflect", "zero", "white"):
+        everything = recipe.Augment(crop_padding=5, padding_mode=mode, cutout=6, mixup=0.5, rotation=5, plain_copy=True)
+        batches = []
+        for data in (here, there):
+            augmenter = Augmenter(data.train.images, data.train.labels, 2, everything, 0)
+            augmenter.start_epoch(3)
+            batches.append(augmenter.batch(index))
+        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
 MEMORY = """

@@ -214,8 +214,8 @@ def test_data_check_finds_what_is_wrong(drawn: Path, tmp_path: Path, toolkit: To
     found = json.loads(result.stdout)
     assert list(found["broken"]) == ["train/star/cut.jpg"]
     assert found["copies"] == found["contradictions"] == [["train/moon/wrong.jpg", "train/star/0.jpg"]]
-    assert ["train/star/0.jpg", "test/star/smaller.png"] in found["near"]
-    assert ["train/star/0.jpg", "test/star/smaller.png"] in found["leaks"]
+    assert ["train/moon/wrong.jpg", "test/star/smaller.png"] in found["near"]
+    assert ["train/moon/wrong.jpg", "test/star/smaller.png"] in found["leaks"]
     text = toolkit("data", "check", tmp_path).stdout
     assert "problem: 1 of 15 images are broken: train/star/cut.jpg" in text
     assert "the split leaks" in text

@@ -142,7 +142,7 @@ def export(
             header["model"], parameter_count(model), options.budget or run.recipe.budget, len(header["classes"])
         )
     images = stages.data_config(run.recipe.data, header["dataset"], header, None, data_dir)
-    data = stages.load_data(images)
+    data = stages.load_data(images, run.recipe)
     if wants(options, "int8"):
         check_calibration_count(options.calibration_images, data)
 

@@ -28,6 +28,7 @@ OPERATIONS = (
     "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
 EDIT_OF = np.array([0, 1, 1, 1, 1, 1, *range(2, len(EDITS) + 1)])  # its number from 1; Identity has none
+FILLED = {"zero": 0, "white": 255}  # what padding holds where it reflects nothing
 STRENGTHS = 31  # of each operation, from no effect to the strongest
 
 
@@ -60,7 +61,7 @@ class Augmenter:
         self.count = 2 * self.originals if config.plain_copy else self.originals
         self.padded_side = self.side + 2 * config.crop_padding
         self.stored = images if isinstance(images, StoredImages) else None
-        # Of images that stay in a file, each batch is padded by itself; the first shows whether it can be.
+        # Of images that stay in a file, the first shows whether they can be padded.
         self.pixels = self._pad(images[:1] if isinstance(images, StoredImages) else images)
         self.labels = labels.repeat(self.count // self.originals)
         self.one_hot = torch.eye(num_classes, device=self.device)
@@ -186,12 +187,18 @@ class Augmenter:
         if "corner" in self.table:
             top, left = self.table["corner"][index].unbind(1)
             y, x = y + top[:, None], x + left[:, None]
-        pixels, place = self.pixels, index % self.originals
-        if self.stored is not None:
-            pixels, place = self._pad(self.stored[place.cpu()].to(self.device)), torch.arange(len(index)).to(index)
-        rows = (place[:, None] * self.padded_side + y) * self.padded_side
-        pixels = pixels.index_select(0, (rows[:, :, None] + x[:, None, :]).flatten())
-        images = pixels.view(-1, self.side, self.side, 3).permute(0, 3, 1, 2).float().div_(255)
+        place = index % self.originals
+        if self.stored is None:
+            images = self._gather(self.pixels, place, y, x, self.padded_side)
+        else:  # read as they are: to pad a batch takes longer than to look up where its padding comes from
+            batch = self.stored[place.cpu()].to(self.device).permute(0, 2, 3, 1).reshape(-1, 3)
+            place = torch.arange(len(index), device=index.device)
+            y, x = y - self.config.crop_padding, x - self.config.crop_padding
+            images = self._gather(batch, place, reflected(y, self.side), reflected(x, self.side), self.side)
+            if self.config.padding_mode != "reflect":
+                inside = ((y >= 0) & (y < self.side))[:, :, None] & ((x >= 0) & (x < self.side))[:, None, :]
+                images = images.masked_fill(~inside[:, None], FILLED[self.config.padding_mode])
+        images = images.float().div_(255)
 
         if "edit" in self.table:
             for edit, values in zip(self.table["edit"][index].T, self.table["values"][index].unbind(1), strict=True):
@@ -207,6 +214,12 @@ class Augmenter:
             colour = self.table["colour"][index].view(-1, 3, 1, 1)
             images = torch.where(self._inside(self.table["erased"][index]), colour, images)
         return images
+
+    def _gather(self, pixels: Tensor, place: Tensor, y: Tensor, x: Tensor, side: int) -> Tensor:
+        """Of images as rows of pixels [n*side*side,3], those at ``place`` [B] at rows y and columns x [B,S]."""
+        rows = (place[:, None] * side + y) * side
+        found = pixels.index_select(0, (rows[:, :, None] + x[:, None, :]).flatten())
+        return found.view(-1, self.side, self.side, 3).permute(0, 3, 1, 2)
 
     def _edit(self, images: Tensor, edit: Tensor, values: Tensor) -> Tensor:
         """Each image after one of ``EDITS``, by its number from 1 in ``edit`` [B] (0: none), with ``values`` [B,6]."""
@@ -251,13 +264,17 @@ def pad(images: Tensor, padding: int, mode: str) -> Tensor:
                 f"augment.crop_padding (={padding}) must be less than the side of the images (={side}) "
                 "to be filled by reflection; take less, or augment.padding_mode=zero"
             )
-        place = torch.arange(-padding, side + padding, device=images.device).abs()
-        place = side - 1 - (side - 1 - place).abs()
+        place = reflected(torch.arange(-padding, side + padding, device=images.device), side)
         return images[:, place][:, :, place]
     full = side + 2 * padding
-    padded = images.new_full((count, full, full, 3), {"zero": 0, "white": 255}[mode])
+    padded = images.new_full((count, full, full, 3), FILLED[mode])
     padded[:, padding : padding + side, padding : padding + side] = images
     return padded
+
+
+def reflected(place: Tensor, side: int) -> Tensor:
+    """Places up to ``side`` - 1 outside of 0 .. ``side`` - 1, mirrored at the first and last pixel."""
+    return side - 1 - (side - 1 - place.abs()).abs()
 
 
 def cutmix_boxes(random: np.random.Generator, alpha: float, count: int, side: int) -> np.ndarray:

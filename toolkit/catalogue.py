@@ -13,6 +13,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")
 BUDGET = 5_000_000
+PRETRAINED = "pretrained"  # in place of a path: the weights in students/pretrained/
 
 
 @cache
@@ -42,6 +44,20 @@ def _modules(role: Role) -> dict[str, str]:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
                 found |= dict.fromkeys(ast.literal_eval(node.value), f"{role}s.{path.stem}")
     return found
+
+
+def pretrained(name: str) -> tuple[Path, dict[str, Any]]:
+    """The shipped weights of a student, and the arguments that it was built with; or ``UnknownNameError``."""
+    spec = importlib.util.find_spec("students")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    files = sorted(Path(next(iter(spec.submodule_search_locations)), PRETRAINED).glob("*.safetensors"))
+    found = {path.stem.rpartition("-")[0]: path for path in files}  # NAME-DATA.safetensors
+    if name not in found:
+        raise UnknownNameError(f"no weights of {name!r} are shipped{closest(name, found)}")
+    with found[name].open("rb") as file:  # its JSON header alone, without torch
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return found[name], json.loads(header["__metadata__"]["toolkit"])["arguments"]
 
 
 def names(role: Role) -> list[str]:

@@ -130,9 +130,34 @@ Extend = Annotated[bool, typer.Option("--extend", help="Go on with a run for mor
 Keep = Annotated[int | None, typer.Option("--keep", help="Newest training states that are kept.")]
 Log = Annotated[LogName | None, typer.Option("--log", help="Also write the metrics for TensorBoard.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train the student without a teacher too, and compare.")]
-TeacherName = Annotated[str | None, typer.Option("--teacher", metavar="NAME", help="Architecture of the teacher.")]
+TeacherName = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher", metavar="NAME|FILE.onnx|timm:NAME", help="Architecture of the teacher, or somebody's own."
+    ),
+]
 TeacherCheckpoint = Annotated[
-    Path | None, typer.Option(help="Run directory or weights of a trained teacher; else the newest run.")
+    Path | None,
+    typer.Option(
+        "--teacher-checkpoint", "--teacher-weights", help="Run directory or weights of a teacher; else the newest run."
+    ),
+]
+TeacherSize = Annotated[int | None, typer.Option(help="Side of the images that a teacher from elsewhere takes.")]
+TeacherLayout = Annotated[
+    str | None, typer.Option(metavar="nchw|nhwc", help="Axes of its input; else by the input's shape.")
+]
+TeacherScale = Annotated[float | None, typer.Option(help="What it takes for white: 1 or 255.")]
+TeacherMean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its mean, of images in 0..1.")]
+TeacherStd = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its standard deviation, of images in 0..1.")]
+TeacherClasses = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="YAML: names of its outputs in order, or a mapping from outputs to classes."),
+]
+Init = Annotated[
+    str | None, typer.Option("--init", metavar="pretrained|RUN|FILE", help="Weights that the student starts from.")
+]
+Unlabelled = Annotated[
+    bool, typer.Option("--unlabelled", help="A folder without classes: the teacher's answers are all there is.")
 ]
 TrainTeacher = Annotated[bool, typer.Option("--train-teacher", help="Train the teacher first.")]
 StudentName = Annotated[str | None, typer.Option("--student", metavar="NAME", help="Architecture of the student.")]
@@ -162,6 +187,14 @@ FIELDS = {
     "keep": "keep_checkpoints",
     "teacher": "teacher.name",
     "teacher_checkpoint": "teacher.checkpoint",
+    "teacher_image_size": "teacher.input.image_size",
+    "teacher_layout": "teacher.input.layout",
+    "teacher_scale": "teacher.input.scale",
+    "teacher_mean": "teacher.input.mean",
+    "teacher_std": "teacher.input.std",
+    "teacher_classes": "teacher.classes",
+    "init": "start_from",
+    "unlabelled": "data.unlabelled",
     "student": "student.name",
 }
 
@@ -177,6 +210,8 @@ def _overrides(ctx: typer.Context) -> dict[str, Any]:
     }
     if ctx.params.get("no_probe"):
         given["probe"] = False
+    if ctx.params.get("unlabelled"):
+        given["loss.ce_weight"] = 0
     return given | parse_settings(ctx.params["settings"] or [])
 
 
@@ -248,6 +283,14 @@ def distill(
     teacher: TeacherName = None,
     student: StudentName = None,
     teacher_checkpoint: TeacherCheckpoint = None,
+    teacher_image_size: TeacherSize = None,
+    teacher_layout: TeacherLayout = None,
+    teacher_scale: TeacherScale = None,
+    teacher_mean: TeacherMean = None,
+    teacher_std: TeacherStd = None,
+    teacher_classes: TeacherClasses = None,
+    init: Init = None,
+    unlabelled: Unlabelled = False,
     train_teacher: TrainTeacher = False,
     baseline: Baseline = False,
     recipe: RecipeOption = None,

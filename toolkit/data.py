@@ -6,9 +6,9 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
 
 
 class StoredImages:
-    """Images uint8 [N,3,S,S] that stay in a file: as much of a Tensor as data sets need."""
+    """Images uint8 [N,3,S,S], channels_last, that stay in a file: as much of a Tensor as data sets need."""
 
     def __init__(self, file: Tensor, rows: Tensor) -> None:
         self.file, self.rows = file, rows
@@ -191,15 +191,15 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     a digest of each file's pixels, uint8 [N,16], which is 0 where it cannot be read.
     """
 
-    def read(path: Path) -> Tensor | None:
+    def read(path: Path) -> np.ndarray | None:
         try:
-            return torch.from_numpy(preprocess.fit(read_image(path), side).copy()).permute(2, 0, 1)
+            return preprocess.fit(read_image(path), side)
         except ImageError:
             return None
 
     def decode(temporary: Path) -> None:
         digests = np.zeros((len(files), DIGEST_BYTES), dtype=np.uint8)
-        array = npy.open_memmap(temporary, "w+", np.uint8, (len(files), 3, side, side))
+        array = npy.open_memmap(temporary, "w+", np.uint8, (len(files), side, side, 3))
         if hasattr(os, "posix_fallocate"):  # a disk that is too small is told now, not as a fault in mapped memory
             with temporary.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
@@ -224,7 +224,7 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     labels = torch.tensor([label for _, label in files])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # nobody writes to it
-        stored = StoredImages(torch.from_numpy(array), rows)
+        stored = StoredImages(torch.from_numpy(array).permute(0, 3, 1, 2), rows)
     # The augmentation holds a padded copy beside the images.
     images = stored if 2.5 * array.nbytes > limit else stored[:]
     return Split(images, labels[rows]), digests
@@ -293,7 +293,7 @@ def _without_leaks(
 
 
 def _files_digest(files: Sequence[tuple[Path, int]], side: int) -> str:
-    digest = hashlib.sha256(str(side).encode())
+    digest = hashlib.sha256(f"{side} nhwc".encode())
     for path, _ in files:
         try:
             facts = path.stat()
@@ -326,6 +326,19 @@ def resize(images: Tensor, side: int) -> Tensor:
 def at_once(side: int, count: int = 500) -> int:
     """Images of ``side`` pixels that take as much memory as ``count`` of 32; where these do, they do."""
     return max(1, min(count, count * 32 * 32 // side**2))
+
+
+def labelled(data: DataSet, classes: Sequence[str], answer: Callable[[Tensor | StoredImages], np.ndarray]) -> DataSet:
+    """Images without labels with those that ``answer`` (images uint8 [N,3,S,S] to logits [N,K]) gives them."""
+
+    def relabel(split: Split) -> Split:
+        return replace(split, labels=torch.from_numpy(answer(split.images).argmax(1)))
+
+    val = None if data.val is None else relabel(data.val)
+    return replace(
+        data, name=f"{data.name}, labelled by the teacher", classes=tuple(classes), train=relabel(data.train), val=val,
+        test=relabel(data.test),
+    )  # fmt: skip
 
 
 def _val_count(train: Split, size: float, classes: Sequence[str]) -> int:

@@ -29,6 +29,7 @@ LOOK = 16  # side of the grey thumbnails that near duplicates are found by
 NEAR_BITS, NEAR_LEVELS = 4, 4.0  # of 64 bits of the difference hash, and mean difference of the thumbnails (of 255)
 FLAT = 4.0  # standard deviation of a thumbnail: below it there is nothing to compare
 ROWS = 512  # of the table of distances at a time
+PAIRS = 50_000  # whose thumbnails are compared at a time
 SHOWN = 5
 
 
@@ -132,18 +133,25 @@ def same_bytes(looks: Sequence[Look], good: Sequence[int]) -> Iterator[tuple[int
             yield before, i
 
 
-def look_alikes(looks: Sequence[Look], good: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Pairs whose difference hashes (64 bits: is a pixel brighter than its left neighbour) and thumbnails are near."""
+def look_alikes(looks: Sequence[Look], good: Sequence[int]) -> list[tuple[int, int]]:
+    """Each image that looks like an earlier one, after the first such: their difference hashes (64 bits: is a pixel
+    brighter than its left neighbour) and their thumbnails are near."""
     thumbnails = np.array([looks[i].thumbnail for i in good], dtype=np.float32).reshape(len(good), -1)
     telling = thumbnails.std(1) >= FLAT
     some, thumbnails = np.asarray(good)[telling], thumbnails[telling]
     hashes = np.array([looks[i].hash for i in some], dtype=np.uint64)
+    first = np.full(len(hashes), -1)
     for start in range(0, len(hashes), ROWS):
         far = np.bitwise_count(hashes[start : start + ROWS, None] ^ hashes[None, start:])
-        for row, column in zip(*np.nonzero(far <= NEAR_BITS), strict=True):
-            a, b = start + row, start + column
-            if a < b and np.abs(thumbnails[a] - thumbnails[b]).mean() <= NEAR_LEVELS:
-                yield int(some[a]), int(some[b])
+        rows, columns = (place + start for place in np.nonzero(far <= NEAR_BITS))
+        open_ = (rows < columns) & (first[columns] < 0)
+        rows, columns = rows[open_], columns[open_]
+        for part in range(0, len(rows), PAIRS):
+            a, b = rows[part : part + PAIRS], columns[part : part + PAIRS]
+            near = (np.abs(thumbnails[a] - thumbnails[b]).mean(1) <= NEAR_LEVELS) & (first[b] < 0)
+            later, place = np.unique(b[near], return_index=True)
+            first[later] = a[near][place]
+    return [(int(some[a]), int(some[b])) for b, a in enumerate(first) if a >= 0]
 
 
 def problems(report: Report) -> list[str]:

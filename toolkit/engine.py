@@ -10,9 +10,8 @@ import shlex
 import signal
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.augment import Augmenter
-from toolkit.catalogue import build, check_budget, parameter_count
+from toolkit.catalogue import PRETRAINED, build, check_budget, parameter_count, pretrained
 from toolkit.classifier import Classifier
 from toolkit.compute import chosen, pick_device
 from toolkit.data import DataSet, Split, StoredImages, at_once
@@ -160,7 +159,7 @@ def _fit(
     some = torch.linspace(0, len(data.train) - 1, count).long()  # a folder's images come class by class
     model.prepare(data.train.images[some].float() / 255)
     if recipe.start_from is not None:
-        start_from(model, recipe.start_from)
+        start_from(model, recipe, data.classes)
     dtype, layout = numbers = chosen(model, recipe, device, run)
     model = model.to(device).to(memory_format=layout)
     shared = distributed.share(model, device, recipe.sync_norm)
@@ -382,9 +381,18 @@ def resized(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, size=side, mode="bilinear", antialias=True)
 
 
-def start_from(model: nn.Module, path: Path) -> None:
-    """Give a new model the weights of a run or a file. ``CheckpointError`` where they do not fit."""
-    tensors, _ = load_tensors(Run(path).checkpoint("best") if path.is_dir() else path)
+def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> None:
+    """Give a new model the weights that ``recipe.start_from`` names, but for its last layer where classes are others.
+
+    Normalisation is theirs too. ``CheckpointError`` where they do not fit.
+    """
+    path = recipe.start_from
+    assert path is not None
+    if str(path) == PRETRAINED:
+        path = pretrained(recipe.model.name)[0]
+    tensors, header = load_tensors(Run(path).checkpoint("best") if path.is_dir() else path)
+    if header["classes"] != list(classes):
+        tensors |= {name: value for name, value in model.state_dict().items() if name.startswith("network.head.")}
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

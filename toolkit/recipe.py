@@ -33,7 +33,7 @@ from pydantic import (
 )
 
 from toolkit import losses
-from toolkit.catalogue import BUDGET, closest, names
+from toolkit.catalogue import BUDGET, PRETRAINED, closest, names, pretrained
 from toolkit.errors import RecipeError, UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -46,6 +46,7 @@ PLACES = (
     "device",
     "teacher.checkpoint",
     "teacher.also",
+    "teacher.classes",
     "keep_checkpoints",
 )
 TITLES = ("name", "source", "reported_top1")  # nor what is only said about it
@@ -144,16 +145,58 @@ class Model(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+def _three(value: Any) -> Any:
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+Channels = Annotated[tuple[float, float, float], BeforeValidator(_three)]
+
+
+class TeacherInput(Section):
+    """What a teacher from elsewhere is given: (image - mean) / std * scale, of images in [0,1]."""
+
+    image_size: int | None = Field(None, ge=8, description="side of its images in pixels; null: what its file says")
+    layout: Literal["nchw", "nhwc"] | None = Field(None, description="order of its input's axes; null: by its shape")
+    scale: float | None = Field(None, gt=0, description="what white is before normalisation: 1 or 255; null: 1")
+    mean: Channels | None = Field(None, description="of each channel, in 0..1; null: 0")
+    std: Channels | None = Field(None, description="of each channel, in 0..1; null: 1")
+
+
 class Teacher(Model):
     checkpoint: Path | None = Field(
-        None, description="run directory or weights (.safetensors) of a trained teacher; else the newest run"
+        None,
+        description="run directory or weights (.safetensors) of a teacher, or an ONNX file; else the newest run",
+    )
+    input: TeacherInput = TeacherInput()
+    classes: Path | None = Field(
+        None,
+        description="YAML: names of its outputs in their order, or a mapping from them (or their numbers) to classes",
     )
     weights: str | None = Field(
         None, description="SHA-256 of that teacher's weights; written when a run starts, and then held to"
     )
-    also: tuple[Path, ...] = Field(
-        (), description="run directories or weights of more teachers: their probabilities are averaged with its own"
+    also: tuple[Path | Teacher, ...] = Field(
+        (),
+        description="more teachers, each by its run directory, weights or ONNX file, or as a mapping of these fields: "
+        "their probabilities are averaged with its own",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_by_its_name(cls, tree: Any) -> Any:
+        if isinstance(tree, Mapping) and str(tree.get("name")).endswith(".onnx"):
+            return {**tree, "name": "onnx", "checkpoint": tree["name"]}
+        return tree
+
+    @property
+    def external(self) -> bool:
+        """Whether it is from elsewhere: an ONNX file, or one of timm's models."""
+        return is_external(self.name)
+
+
+def is_external(name: str) -> bool:
+    """Whether a teacher's name is none of the catalogue."""
+    return name == "onnx" or name.endswith(".onnx") or name.startswith("timm:")
 
 
 class Ramp(Section):
@@ -377,7 +420,9 @@ class Recipe(Section):
     budget: int = Field(BUDGET, gt=0, description="a student has fewer parameters than this")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     start_from: Path | None = Field(
-        None, description="run directory or weights (.safetensors) to start from, in place of random ones"
+        None,
+        description="run directory or weights (.safetensors) to start from, or pretrained: the shipped ones of this "
+        "student; its last layer starts at random where its classes are others",
     )
     int8: bool = Field(
         False, description="train for INT8: inputs and weights of convs and products are rounded to 8 bits"
@@ -405,6 +450,11 @@ class Recipe(Section):
                 raise ValueError(f"{needs}, cached_epochs (={self.cached_epochs}) keeps its logits alone: set it to 0")
             if self.teacher is not None and self.teacher.also:
                 raise ValueError(f"{needs}, teacher.also makes it an ensemble that gives logits alone: leave it out")
+        if self.data.unlabelled and (not self.distils or peak(self.loss.ce_weight) or self.balance == "weights"):
+            raise ValueError(
+                "data.unlabelled leaves no labels to learn from: it needs a teacher, loss.ce_weight=0 and a "
+                "loss.kd_weight above 0, and no balance=weights"
+            )
         if self.early_stop.patience and not self.data.val_size:
             raise ValueError("early_stop.patience needs a validation split: data.val_size is 0")
         averages = {"average_decay": self.average_decay, "optimizer.lookahead_steps": self.optimizer.lookahead_steps,
@@ -566,8 +616,12 @@ def resolve(
         tree.pop("student", None)
         if tree.get("teacher") is None:
             raise RecipeError("the recipe names no teacher to train: give one by --teacher NAME")
+        if isinstance(tree["teacher"], Mapping) and is_external(str(tree["teacher"].get("name"))):
+            raise RecipeError(f"{tree['teacher']['name']} is not trained here: toolkit distill takes it as a teacher")
     elif tree.get("student") is None:
         raise RecipeError("the recipe names no student to distil: give one by --student NAME")
+    elif tree.get("start_from") == PRETRAINED and isinstance(tree["student"], Mapping):
+        tree["student"] = {**pretrained(str(tree["student"].get("name")))[1], **tree["student"]}
     return validate(tree)
 
 
@@ -582,7 +636,7 @@ def validate(tree: Mapping[str, Any]) -> Recipe:
     for key, known in (("teacher", names("teacher")), ("student", names("student"))):
         node = tree.get(key)
         name = node.get("name") if isinstance(node, Mapping) else None
-        if isinstance(name, str) and name not in known:
+        if isinstance(name, str) and name not in known and not (key == "teacher" and is_external(name)):
             problems.append(f"{key}.name = {name!r}: there is no such {key}{closest(name, known)}")
     if problems or recipe is None:
         head = "the recipe is wrong" if len(problems) == 1 else f"the recipe is wrong in {len(problems)} places"

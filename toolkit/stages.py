@@ -13,20 +13,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from toolkit import compute, distributed, engine, recipe
+from toolkit import compute, distributed, engine, external, recipe
 from toolkit import data as datasets
 from toolkit.catalogue import build, mac_count, parameter_count
 from toolkit.classifier import Ensemble, TestTimeAugmentation, Views
 from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.progress import say
-from toolkit.recipe import Data, Recipe, Teacher
+from toolkit.recipe import Data, Recipe, Teacher, TeacherInput, is_external
 from toolkit.run import RUNS, SHIPPED, Run, default_path, load_tensors, runs
 from toolkit.tracking import tensorboard
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from toolkit.comparison import Row
 
 LOOKED_AT = 1000  # images on which a teacher is measured before it teaches
+TOO_FEW = 100  # val images to tell its top-1 from a guess by
 
 
 # --- training ----------------------------------------------------------------------------------------------
@@ -46,18 +47,24 @@ OnEpoch = Callable[[dict[str, Any]], None]
 
 
 def train(
-    wanted: Recipe,
+    wanted: Recipe | str | Path,
     run_dir: Path | None = None,
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     extend: bool = False,
     log: str | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
 ) -> Run:
     """Train the recipe's teacher, or its student without one; the finished run.
 
+    ``wanted`` is a recipe, or the name or file of one with ``settings``, which map fields such as ``optimizer.lr`` to
+    values (see ``recipe.resolve``, which raises ``RecipeError``). The run directory is ``run_dir``, else one under
+    ``runs/``; ``resume`` goes on with an unfinished run. Ctrl-C or SIGTERM raises ``Interrupted`` once all is saved.
     ``on_epoch`` gets each epoch's row of metrics.jsonl; ``extend`` goes on with a run that was shorter;
     ``log="tensorboard"`` writes the rows for TensorBoard too.
     """
+    wanted = _resolved(wanted, "train", settings)
     data = check(wanted)
     return _fit(
         wanted, data, None, run_dir, resume, f"training {wanted.model.name} on {data.name}", on_epoch, extend, log
@@ -65,47 +72,72 @@ def train(
 
 
 def distill(
-    wanted: Recipe,
+    wanted: Recipe | str | Path,
     run_dir: Path | None = None,
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     extend: bool = False,
     log: str | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
 ) -> Run:
     """Distil the recipe's student from its teacher; the finished run (more arguments: see ``train``).
 
     The teacher comes from ``teacher.checkpoint``, else from the newest finished run of that name on the same
     data. Raises ``TeacherError`` where there is none, it does not fit the data or has nothing to teach.
     """
+    wanted = _resolved(wanted, "distill", settings)
     if not wanted.distils:
         return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
-    data = check(wanted)
+    data = load_data(wanted.data, wanted) if wanted.data.unlabelled else check(wanted)
     teacher, known = teacher_of(wanted, data)
+    engine.new_model(wanted, data)
     wanted = wanted.model_copy(update={"teacher": known})
-    sources = [str(path.parent.parent) for path in (known.checkpoint, *known.also) if path]
+    sources = [_source(one) for one in (known, *known.also)]
     doing = f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
     path = run_dir or default_path(wanted)
     measured = None if "teacher" in Run.facts(path) else preflight(teacher, known, data, wanted)
     return _fit(wanted, data, teacher, path, resume, doing, on_epoch, extend, log, measured)
 
 
+def _resolved(
+    wanted: Recipe | str | Path, stage: Literal["train", "distill"], settings: Mapping[str, Any] | None
+) -> Recipe:
+    if isinstance(wanted, Recipe):
+        if settings:
+            raise ValueError("settings belong to the name or file of a recipe, not to one that is resolved")
+        return wanted
+    return recipe.resolve(wanted, stage, settings)
+
+
 def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted: Recipe) -> dict[str, Any]:
-    """Top-1 of a teacher on up to 1,000 val images, else training images: ``{"top1", "images", "split"}``.
+    """``top1`` of a teacher on up to 1,000 val ``images``, or training images where they are few; and which ``split``.
 
     The classes and their order were compared by ``load_teacher``, and normalisation is a part of the model. Raises
     ``TeacherError`` where the answers are hardly better than the commonest class.
     """
-    name, split = ("training", data.train) if data.val is None else ("val", data.val)
+    few = data.val is None or len(data.val) < TOO_FEW
+    name, split = ("training", data.train) if few or data.val is None else ("val", data.val)
     count = min(len(split), LOOKED_AT)
     index = torch.linspace(0, len(split) - 1, count).long()
     some = datasets.Split(split.images[index], split.labels[index])
     device = distributed.own_device(compute.pick_device(wanted.device))
     teacher = teacher.to(device).to(memory_format=compute.usual(wanted, device).layout)
-    _, top1 = engine.evaluate(teacher, some, device, compute.pick_dtype(wanted.precision, device))
+    dtype = compute.pick_dtype(wanted.precision, device)
+    _, top1 = engine.evaluate(teacher, some, device, dtype)
+    every = max(1, count // 200)
+    part = datasets.Split(some.images[::every], some.labels[::every])
+    better = external.hint(teacher, lambda: engine.evaluate(teacher, part, device, dtype)[1])
     chance = data.train.labels.bincount().max().item() / len(data.train)
     said = f"{top1:.1%} of {count:,} {name} images right, a guess {chance:.1%}"
     if top1 < chance + max(0.1 * (1 - chance), 3 * (chance * (1 - chance) / count) ** 0.5):
+        if known.external:
+            raise TeacherError(
+                f"the teacher {external.title(known)} has nothing to teach: it gets {said}. "
+                + (better or f"It was given {teacher}. --teacher-mean, --teacher-std, --teacher-scale and "
+                   "--teacher-classes say it otherwise.")
+            )  # fmt: skip
         assert known.checkpoint is not None
         _, header = load_model(known.checkpoint)
         ours = {"dataset": data.name, "dataset_digest": data.digest, "image_size": wanted.data.image_size}
@@ -114,12 +146,16 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
         raise TeacherError(
             f"the teacher {known.checkpoint} has nothing to teach: it gets {said}. It was trained on {why}."
         )
-    say(f"the teacher {known.name} gets {said}")
+    say(f"the teacher {external.title(known)} gets {said}" + (f"; {better}" if better else ""))
     return {"top1": top1, "images": count, "split": name}
 
 
 def check(wanted: Recipe) -> datasets.DataSet:
     """Raise what is wrong with data, device or model (a student's size above all) before anything is made."""
+    if wanted.data.unlabelled:
+        raise DataError(
+            "images without labels have nothing to train on: `toolkit distill --unlabelled` takes a teacher"
+        )
     data = load_data(wanted.data)
     compute.pick_device(wanted.device)
     engine.new_model(wanted, data)
@@ -183,7 +219,7 @@ def without_teacher(wanted: Recipe) -> Recipe:
 def teacher_of(wanted: Recipe, data: datasets.DataSet) -> tuple[nn.Module, Teacher]:
     """The recipe's trained teacher, and what it was; ``TeacherError`` where there is none, or another one."""
     assert wanted.teacher is not None
-    teacher, known = load_teachers(wanted.teacher, find_teacher(wanted), data)
+    teacher, known, _ = load_teachers(wanted, data.classes)
     if wanted.teacher.weights not in (None, known.weights):
         raise TeacherError(
             f"{known.checkpoint} has SHA-256 {str(known.weights)[:12]}, the recipe asks for "
@@ -197,12 +233,17 @@ def teacher_of(wanted: Recipe, data: datasets.DataSet) -> tuple[nn.Module, Teach
     return teacher, known
 
 
-def find_teacher(wanted: Recipe) -> Path:
-    """The weights of the recipe's teacher, or a ``TeacherError`` that names the command that makes them."""
+def find_teacher(wanted: Recipe) -> Path | None:
+    """The weights of the recipe's teacher, or a ``TeacherError`` that names the command that makes them.
+
+    None for one of timm's models that brings its own.
+    """
     assert wanted.teacher is not None
     teacher = wanted.teacher
     if teacher.checkpoint is not None:
         return _weights(teacher.checkpoint)
+    if teacher.external:
+        return None
     for run in runs():
         same = run.recipe.model.name == teacher.name and run.recipe.model.arguments == teacher.arguments
         if run.finished and run.recipe.role == "teacher" and same and same_images(run.recipe.data, wanted.data):
@@ -221,6 +262,15 @@ def _weights(path: Path) -> Path:
     return weights
 
 
+def _source(teacher: Teacher | Path) -> str:
+    """Where a teacher comes from: the run directory of our own, a file or a name of others."""
+    if isinstance(teacher, Teacher) and (teacher.external or teacher.checkpoint is None):
+        return external.title(teacher)
+    path = teacher if isinstance(teacher, Path) else teacher.checkpoint
+    assert path is not None
+    return str(path.parent.parent)
+
+
 def options(wanted: Recipe) -> str:
     """The options that name the recipe's file and data again, for a line that says what to run next."""
     file = wanted.name if wanted.name in recipe.shipped() else f"{wanted.name}.yaml"
@@ -232,29 +282,63 @@ def same_images(one: Data, other: Data) -> bool:
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
-def load_teachers(wanted: Teacher, first: Path, data: datasets.DataSet) -> tuple[nn.Module, Teacher]:
-    """The teacher whose weights are ``first``, with those of ``wanted.also`` as an ensemble; and what it was."""
-    files = [first, *map(_weights, wanted.also)]
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    loaded = [load_teacher(file, data) for file in files]
-    header = loaded[0][1]
-    digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    known = {"name": header["model"], "checkpoint": first, "weights": digest, "also": files[1:]}
-    model = loaded[0][0] if len(files) == 1 else Ensemble([teacher for teacher, _ in loaded])
-    return model, Teacher(**known, **header["arguments"])
+def load_teachers(wanted: Recipe, classes: Sequence[str] | None) -> tuple[nn.Module, Teacher, list[str]]:
+    """The recipe's teacher, with those of ``teacher.also`` as an ensemble; what it was; and its logits' classes.
+
+    These are ``classes``, or with None those of the (first) teacher. Raises ``TeacherError``.
+    """
+    assert wanted.teacher is not None
+    first = wanted.teacher.model_copy(update={"checkpoint": find_teacher(wanted)})
+    members = [first, *(_member(one) for one in wanted.teacher.also)]
+    loaded: list[tuple[nn.Module, Teacher]] = []
+    for member in members:
+        model, known, own = _load_member(member, classes, wanted)
+        loaded.append((model, known))
+        classes = classes if classes is not None else own
+    (model, known), digests = loaded[0], [str(known.weights) for _, known in loaded]
+    if len(loaded) > 1:
+        model = Ensemble([member for member, _ in loaded])
+        digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+        also = tuple(one if one.external else one.checkpoint for _, one in loaded[1:])
+        known = known.model_copy(update={"weights": digest, "also": also})
+    return model, known, list(classes or ())
 
 
-def load_teacher(weights: Path, data: datasets.DataSet) -> tuple[Classifier, dict[str, Any]]:
-    """A trained model and its header (see ``load_model``), checked against the data. Raises ``TeacherError``."""
-    teacher, header = load_model(weights)
-    if header["classes"] != list(data.classes):
-        theirs, ours = header["classes"], list(data.classes)
-        differing = next((f"{a!r} where the data has {b!r}" for a, b in zip(theirs, ours, strict=False) if a != b), "")
-        raise TeacherError(
-            f"the teacher {weights} knows {len(theirs)} classes of {header['dataset']}, the data has {len(ours)} of "
-            f"{data.name}{'; first difference: ' + differing if differing else ''}"
+def _member(entry: Path | Teacher) -> Teacher:
+    """One of ``teacher.also``, with the weights of a run directory."""
+    if isinstance(entry, Path):
+        entry = Teacher(name=str(entry)) if is_external(str(entry)) else Teacher(name="", checkpoint=entry)
+    return entry if entry.checkpoint is None else entry.model_copy(update={"checkpoint": _weights(entry.checkpoint)})
+
+
+def _load_member(
+    teacher: Teacher, classes: Sequence[str] | None, wanted: Recipe
+) -> tuple[nn.Module, Teacher, list[str]]:
+    if teacher.external:
+        other, names = external.load(teacher, classes, wanted.device, wanted.data.offline)
+        return other, teacher.model_copy(update={"weights": other.hex_digest, "also": ()}), names
+    assert teacher.checkpoint is not None
+    model, header = load_model(teacher.checkpoint)
+    where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
+    digest = hashlib.sha256(teacher.checkpoint.read_bytes()).hexdigest()
+    known = {"name": header["model"], "checkpoint": teacher.checkpoint, "weights": digest, "classes": teacher.classes}
+    if classes is not None and theirs != list(classes) and teacher.classes is None and set(theirs) != set(classes):
+        kind, _, folder = wanted.data.dataset.partition(":")
+        ours = f"{kind}:{Path(folder).stem}" if folder else kind
+        differing = next(
+            (f"{a!r} where the data has {b!r}" for a, b in zip(theirs, classes, strict=False) if a != b), ""
         )
-    return teacher, header
+        raise TeacherError(
+            f"{where} knows {len(theirs)} classes of {header['dataset']}, the data has {len(classes)} of "
+            f"{ours}{'; first difference: ' + differing if differing else ''}; --teacher-classes FILE "
+            "maps one to the other"
+        )
+    names, columns = external.match_classes(where, theirs, len(theirs), classes, teacher.classes)
+    module: nn.Module = model
+    if columns is not None:
+        side = header["image_size"]
+        module = external.External(model, TeacherInput(image_size=side), columns, digest, stated=True).eval()
+    return module, Teacher(**known, **header["arguments"]), names
 
 
 def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
@@ -284,11 +368,20 @@ def load_run(run: Run) -> tuple[Classifier, dict[str, Any]]:
     return model, header
 
 
-def load_data(config: Data) -> datasets.DataSet:
+def load_data(config: Data, taught: Recipe | None = None) -> datasets.DataSet:
+    """The data set; images without labels get those of the teacher of ``taught``."""
     data = datasets.load(config)
     if data.broken:
         say(f"left out {len(data.broken)} unreadable files: {', '.join(data.broken[:5])}")
-    return data
+    if not config.unlabelled:
+        return data
+    if taught is None or taught.teacher is None:
+        raise DataError(f"{data.name} has no labels, and no run says which teacher gives them: name the run")
+    teacher, _, classes = load_teachers(taught, None)
+    device = distributed.own_device(compute.pick_device(taught.device))
+    dtype = compute.pick_dtype(taught.precision, device)
+    teacher = teacher.to(device).to(memory_format=torch.channels_last)
+    return datasets.labelled(data, classes, lambda images: engine.predict(teacher, images, device, dtype))
 
 
 # --- what a command works on -------------------------------------------------------------------------------
@@ -334,7 +427,8 @@ def validate(
     run = Run(target) if target.is_dir() else None
     weights = run.checkpoint("best") if run else target
     model, header = load_run(run) if run else load_model(weights)
-    data = load_data(data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir))
+    config = data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir)
+    data = load_data(config, run.recipe if run else None)
     _check_classes(header["classes"], data, weights)
     place = compute.pick_device(device)
     began = time.monotonic()
@@ -392,7 +486,7 @@ def _validate_artifact(
     config = data_config(
         run.recipe.data if run else None, about.dataset, {"image_size": about.image_size}, dataset, data_dir
     )
-    data = load_data(config)
+    data = load_data(config, run.recipe if run else None)
     _check_classes(list(about.labels), data, path)
     began = time.monotonic()
     logits, _ = session.run_batches(to_nhwc(data.test.images[:]))
@@ -488,7 +582,7 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
         return None
     try:
         assert run.recipe.teacher is not None
-        teacher = load_teachers(run.recipe.teacher, find_teacher(run.recipe), data)[0]
+        teacher = load_teachers(run.recipe, data.classes)[0]
     except (TeacherError, CheckpointError, RunError) as error:
         say(f"the comparison with the teacher is left out: {error}")
         return None

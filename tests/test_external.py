@@ -1,0 +1,317 @@
+"""Teachers from elsewhere, their classes, images without labels, and students that do not start from nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from conftest import Chain, Toolkit
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from toolkit import data as datasets
+from toolkit import engine, external, recipe, stages
+from toolkit.catalogue import pretrained
+from toolkit.classifier import Ensemble
+from toolkit.errors import TeacherError
+from toolkit.recipe import Teacher
+
+SIDE, COUNT = 16, 12
+COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
+TINY = ("--recipe", "own-images", "--image-size", "32", "--set", "student.widths=[8,8,8]", "--device", "cpu",
+        "--no-probe", "--epochs", "2", "--batch-size", "16", "--set", "schedule.warmup_epochs=0")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy pictures of one colour each, in folders named after it."""
+    folder, random = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir()
+        for i in range(COUNT):
+            pixels = np.clip(random.normal(colour, 30, (40, 50, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def colour_net(
+    path: Path,
+    order: tuple[str, ...] = tuple(COLOURS),
+    *,
+    layout: str = "nchw",
+    kind: int = TensorProto.FLOAT,
+    batch: int | str = "batch",
+    softmax: bool = False,
+    white: float = 1.0,
+    size: int | str = SIDE,
+    **told: str,
+) -> Path:
+    """An ONNX file that knows colours: the mean of each channel of what it wants, where white is ``white``."""
+    channel = {"red": 0, "green": 1, "blue": 2}
+    weights = np.zeros((3, len(order)), np.float32)
+    for column, name in enumerate(order):
+        weights[channel.get(name, 0), column] = 30 / white if name in channel else -30 / white
+    bias = np.array([-6.0] * len(order), np.float32)
+    shape = [batch, 3, size, size] if layout == "nchw" else [batch, size, size, 3]
+    axes = [2, 3] if layout == "nchw" else [1, 2]
+    nodes = [
+        helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
+        helper.make_node("Gemm", ["means", "weights", "bias"], ["sums"]),
+        helper.make_node("Relu", ["sums"], ["raw"]),
+        helper.make_node("Softmax" if softmax else "Identity", ["raw"], ["answer"]),
+    ]
+    values = {"axes": np.array(axes), "weights": weights, "bias": bias}
+    graph = helper.make_graph(
+        nodes,
+        "colours",
+        [helper.make_tensor_value_info("input", kind, shape)],
+        [helper.make_tensor_value_info("answer", TensorProto.FLOAT, [batch, len(order)])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(model, told)
+    onnx.save(model, path)
+    return path
+
+
+def loaded(path: Path, **fields: Any) -> external.External:
+    return external.load(Teacher.model_validate({"name": str(path), **fields}), tuple(COLOURS), "cpu", True)[0]
+
+
+def top1(teacher: nn.Module, folder: Path) -> float:
+    data = datasets.load(recipe.Data(dataset=f"folder:{folder}", val_size=0))
+    return engine.evaluate(teacher, data.train, torch.device("cpu"), torch.float32)[1]
+
+
+# --- ONNX files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "nhwc", "kind": TensorProto.UINT8, "white": 255.0},
+        {"batch": 4, "softmax": True},
+        {"kind": TensorProto.FLOAT16},
+        {"white": 255.0, "scale": "255"},
+        {"order": ("red", "blue", "green"), "names": "{0: 'red', 1: 'blue', 2: 'green'}"},
+        {"order": ("red", "green", "grey", "blue"), "classes": '["red", "green", "grey", "blue"]'},
+    ],
+    ids=["plain", "bytes nhwc", "fixed batch, probabilities", "half", "scale told", "another order", "more classes"],
+)
+def test_onnx_files_of_many_kinds(coloured: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    teacher = loaded(colour_net(tmp_path / "t.onnx", **options))
+    assert top1(teacher, coloured) == 1
+    images = torch.rand(5, 3, 32, 32)
+    whole, single = teacher(images), torch.cat([teacher(image[None]) for image in images])
+    torch.testing.assert_close(whole.softmax(1), single.softmax(1), rtol=1e-3, atol=1e-3)
+    assert whole.shape == (5, 3)
+
+
+def test_our_own_artifact_teaches(chain: Chain) -> None:
+    path = chain.folder / chain.artifact
+    teacher, names = external.load(Teacher(name=str(path)), None, "cpu", True)
+    assert names == list("0123456789")
+    images = torch.randint(0, 256, (3, 3, 32, 32)).float() / 255
+    model, _ = stages.load_run(stages.Run(chain.folder / chain.student))
+    torch.testing.assert_close(teacher(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+def test_digests_tell_teachers_apart(tmp_path: Path) -> None:
+    one, other = colour_net(tmp_path / "a.onnx"), colour_net(tmp_path / "b.onnx", ("red", "green", "blue"))
+    digests = {loaded(one).hex_digest, loaded(other).hex_digest, loaded(one, input={"scale": 2}).hex_digest}
+    assert len(digests) == 3
+    assert loaded(one).hex_digest in digests
+    assert Ensemble([loaded(one)]).state_dict()["members.0.digest"].shape == (32,)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "words"),
+    [
+        ({"size": "side"}, {}, "takes images of any size: say which it was trained with by --teacher-image-size"),
+        ({}, {"input": {"image_size": 32}}, "takes images of 16 pixels, not of 32"),
+        ({"order": ("red", "blue")}, {}, "answers with 2 classes, the data has 3"),
+        ({"names": '["a", "b"]'}, {}, "has 3 outputs, but 2 names of classes: a, b"),
+        ({"names": '["cat", "red", "blue"]'}, {}, "do not map to the data's (1 are not mapped to: green)"),
+    ],
+)
+def test_onnx_files_that_cannot_teach(
+    tmp_path: Path, options: dict[str, Any], fields: dict[str, Any], words: str
+) -> None:
+    path = colour_net(tmp_path / "t.onnx", **options)
+    with pytest.raises(TeacherError) as error:
+        loaded(path, **fields)
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_classes_by_a_file(coloured: Path, tmp_path: Path) -> None:
+    order = ("red", "green", "blue", "grey")
+    path, file = colour_net(tmp_path / "t.onnx", order), tmp_path / "classes.yaml"
+    for content in (
+        list(order),
+        {0: "red", 1: "green", 2: "blue", 3: None},
+        {0: "red", 3: "red", 1: "green", 2: "blue"},
+    ):
+        file.write_text(yaml.safe_dump(content))
+        assert top1(loaded(path, classes=file), coloured) == 1
+    file.write_text(yaml.safe_dump({"rot": "red", 1: "green", 2: "blau"}))
+    with pytest.raises(TeacherError, match=r"1 are no outputs of the teacher: rot; 1 are no classes of the data: blau"):
+        loaded(path, classes=file)
+    file.write_text("[red")
+    with pytest.raises(TeacherError, match="is not YAML"):
+        loaded(path, classes=file)
+
+
+def test_a_teacher_at_chance_is_refused_with_what_would_help(toolkit: Toolkit, coloured: Path, nowhere: Path) -> None:
+    colour_net(Path("white.onnx"), white=255.0)
+    command = ("distill", *TINY, "--dataset", f"folder:{coloured}")
+    result = toolkit(*command, "--teacher", "white.onnx")
+    assert result.exit_code == 1
+    assert "the teacher white.onnx has nothing to teach: it gets " in result.stderr
+    assert "with --teacher-scale 255 it would get 100.0%" in result.stderr
+    assert not list(Path("runs").glob("*"))
+    result = toolkit(*command, "--teacher", "white.onnx", "--teacher-scale", 255, "--run-dir", "run")
+    assert result.exit_code == 0, result.stderr
+    assert "the teacher white.onnx gets 100.0%" in result.stderr
+    found = stages.Run(Path("run")).recipe.teacher
+    assert found is not None
+    assert (found.name, found.input.scale) == ("onnx", 255)
+    assert found.weights
+    again = toolkit("distill", "--run-dir", "run", "--resume")
+    assert "is finished already" in again.stderr
+    metrics = stages.validate(Path("run"))[0]
+    assert metrics["teacher_top1"] == 1
+    refused = toolkit("train", *TINY, "--teacher", "white.onnx", "--dataset", f"folder:{coloured}")
+    assert "white.onnx is not trained here" in refused.stderr
+
+
+# --- timm ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timm_weights(tmp_path: Path) -> Path:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def test_timm_and_an_ensemble_of_all(timm_weights: Path, tmp_path: Path, coloured: Path, chain: Chain) -> None:
+    file = tmp_path / "classes.yaml"
+    file.write_text(yaml.safe_dump({str(i): list(COLOURS)[i % 3] for i in range(10)}))
+    colours = colour_net(tmp_path / "t.onnx")
+    mixed = {
+        "name": "timm:test_resnet",
+        "checkpoint": str(timm_weights),
+        "input": {"image_size": 32},
+        "also": [str(colours), {"name": "", "checkpoint": str(chain.folder / chain.teacher), "classes": str(file)}],
+    }
+    wanted = recipe.resolve({"student": {"name": "resnet9"}, "teacher": mixed, "loss": {"kd_weight": 1}}, "distill")
+    model, known, _ = stages.load_teachers(wanted, tuple(COLOURS))
+    assert isinstance(model, Ensemble)
+    first, second, third = model.members
+    assert isinstance(first, external.External)
+    assert (first.input.image_size, first.input.mean) == (32, (0.5, 0.5, 0.5))
+    images = torch.rand(2, 3, 32, 32)
+    shares = sum(member(images).softmax(1) for member in (first, second, third)) / 3
+    torch.testing.assert_close(model(images).exp(), shares)
+    assert recipe.validate(yaml.safe_load(wanted.model_copy(update={"teacher": known}).to_yaml())).teacher == known
+
+
+def test_timm_is_strict(timm_weights: Path, tmp_path: Path) -> None:
+    tensors = load_file(timm_weights)
+    first = next(iter(tensors))
+    wrong = {f"more.{first}": tensors.pop(first).clone()} | {
+        name: value[:1].clone() if name == "layer1.0.conv1.weight" else value for name, value in tensors.items()
+    }
+    save_file(wrong, tmp_path / "wrong.safetensors")
+
+    def load(path: Path, name: str = "test_resnet") -> None:
+        external.load(Teacher(name=f"timm:{name}", checkpoint=path), tuple(COLOURS), "cpu", True)
+
+    with pytest.raises(TeacherError) as error:
+        load(tmp_path / "wrong.safetensors")
+    for words in (f"1 missing: {first}", f"1 not of this model: more.{first}", "1 of another shape: layer1.0.conv1"):
+        assert words in str(error.value)
+    with pytest.raises(TeacherError, match="timm has no model 'test_resnett'; did you mean 'test_resnet'"):
+        load(timm_weights, "test_resnett")
+    (tmp_path / "w.pth").write_bytes(b"PK")
+    with pytest.raises(TeacherError, match="is not a safetensors file"):
+        load(tmp_path / "w.pth")
+    with pytest.raises(TeacherError, match="no weights without the network"):
+        external.load(Teacher(name="timm:test_resnet"), tuple(COLOURS), "cpu", True)
+
+
+# --- without labels, and not from nothing --------------------------------------------------------------------
+
+
+def test_images_without_labels(toolkit: Toolkit, coloured: Path, nowhere: Path) -> None:
+    for i, path in enumerate(sorted(coloured.rglob("*.png"))):
+        Path("loose").mkdir(exist_ok=True)
+        Path(f"loose/{i:02}.png").write_bytes(path.read_bytes())
+    colour_net(Path("t.onnx"), names='["blue", "green", "red"]')
+    command = ("distill", *TINY, "--epochs", 8, "--dataset", "folder:loose", "--teacher", "t.onnx", "--run-dir", "run")
+    assert "36 images lie beside the class folders (--unlabelled" in toolkit(*command).stderr
+    result = toolkit(*command, "--unlabelled")
+    assert result.exit_code == 0, result.stderr
+    metrics, _ = stages.validate(Path("run"))
+    assert metrics["dataset"] == "folder:loose, labelled by the teacher"
+    assert metrics["top1"] == metrics["agreement"] > 0.5
+    assert list(metrics["per_class"]) == ["blue", "green", "red"]
+    exported = toolkit("export", "run")
+    assert exported.exit_code == 0, exported.stderr
+    wrong = toolkit(*command, "--unlabelled", "--set", "loss.ce_weight=1", "--run-dir", "other")
+    assert "data.unlabelled leaves no labels to learn from" in wrong.stderr
+
+
+def test_a_shipped_student_learns_other_classes(toolkit: Toolkit, coloured: Path, nowhere: Path) -> None:
+    file, arguments = pretrained("resnet9")
+    command = ("distill", "--recipe", "fine-tune", "--dataset", f"folder:{coloured}", "--epochs", 1, "--set",
+               "schedule.warmup_epochs=0", "--image-size", 32, "--no-probe", "--run-dir")  # fmt: skip
+    result = toolkit(*command, "run")
+    assert result.exit_code == 0, result.stderr
+    tuned, shipped = load_file("run/checkpoints/best.safetensors"), load_file(file)
+    assert stages.Run(Path("run")).recipe.student.arguments == arguments
+    assert torch.equal(tuned["mean"], shipped["mean"].float())
+    assert torch.equal(tuned["network.first.weight"], shipped["network.first.weight"].float())
+    assert len(tuned["network.head.weight"]) == 3
+    assert "did you mean 'resnet9'" in toolkit(*command, "x", "--student", "resnet_9x", "--init", "pretrained").stderr
+    assert "no weights of 'tpsnet' are shipped" in toolkit(*command, "x", "--student", "tpsnet").stderr
+    wide = toolkit(*command, "x", "--set", "student.widths=[8,8,8]")
+    assert "the model cannot start from" in wide.stderr
+
+
+# --- plain Python --------------------------------------------------------------------------------------------
+
+
+def test_plain_python(nowhere: Path, coloured: Path) -> None:
+    code = (
+        "import sys, toolkit; assert not {'torch', 'numpy', 'pydantic'} & sys.modules.keys(); from toolkit import data"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    from toolkit import distill, export, validate
+
+    rows: list[dict[str, Any]] = []
+    settings = {"data.dataset": f"folder:{coloured}", "data.image_size": 32, "student.widths": [8, 8, 8], "epochs": 2,
+                "schedule.warmup_epochs": 0, "batch_size": 8, "loss.kd_weight": 0, "loss.ce_weight": 1,
+                "device": "cpu", "probe": False}  # fmt: skip
+    run = distill("own-images", Path("run"), on_epoch=rows.append, settings=settings)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert validate(run.path)[0]["n"] == 7
+    assert export(run.path).path.is_file()
+    with pytest.raises(ValueError, match="resolved"):
+        distill(run.recipe, settings={"epochs": 3})
+    with pytest.raises(AttributeError):
+        getattr(__import__("toolkit"), "nothing")  # noqa: B009

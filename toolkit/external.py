@@ -1,0 +1,368 @@
+"""Teachers from elsewhere: any classifier as an ONNX file, run by ONNX Runtime, and timm's models (extra ``timm``)."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from toolkit.catalogue import closest
+from toolkit.errors import DeviceError, TeacherError
+from toolkit.folders import listed
+from toolkit.progress import say
+from toolkit.recipe import Teacher, TeacherInput
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+# What a file that says nothing may want, as flags and as the input's fields.
+GUESSES: dict[str, dict[str, Any]] = {
+    "--teacher-scale 255": {"scale": 255.0},
+    "--teacher-mean 0.485,0.456,0.406 --teacher-std 0.229,0.224,0.225": IMAGENET,
+    "--teacher-mean 0.5,0.5,0.5 --teacher-std 0.5,0.5,0.5": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
+}
+TOLD = ("image_size", "layout", "scale", "mean", "std")
+NAMES = ("labels", "classes", "names")  # of class names in a file's metadata
+MORE = 0.02  # of top-1: what makes another input worth telling
+
+
+class External(nn.Module):
+    """Images ``[B,3,H,W]`` in [0,1] to logits ``[B,K]`` of the data's classes, by a network that wants them otherwise.
+
+    They are resized (bilinear, antialiased) to ``input.image_size``; the network gets (image - mean) / std * scale.
+    ``columns`` holds for each class the network's outputs that mean it, whose probabilities are added up; None: they
+    are the same. ``digest`` tells one teacher from another where logits are kept.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        input: TeacherInput,
+        columns: Sequence[Sequence[int]] | None,
+        digest: str,
+        stated: bool,
+    ) -> None:
+        super().__init__()
+        self.network, self.columns, self.stated, self.hex_digest = network, columns, stated, digest
+        self.register_buffer("digest", torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1))
+        self.register_buffer("std", torch.empty(1, 3, 1, 1))
+        self.probabilities = False
+        self.set_input(input)
+
+    def set_input(self, input: TeacherInput) -> None:
+        self.input = input
+        self.mean.copy_(torch.tensor(input.mean or (0.0,) * 3).view(1, 3, 1, 1))
+        self.std.copy_(torch.tensor(input.std or (1.0,) * 3).view(1, 3, 1, 1))
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """What the network itself answers, ``[B,N]``."""
+        assert self.input.image_size
+        if images.shape[-1] != self.input.image_size:
+            images = F.interpolate(images, size=self.input.image_size, mode="bilinear", antialias=True)
+        return self.network((images - self.mean) / self.std * (self.input.scale or 1)).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.outputs(images)
+        if self.probabilities:
+            logits = logits.clamp(min=1e-9).log()
+        if self.columns is None:
+            return logits
+        return torch.stack([logits[:, list(some)].logsumexp(1) for some in self.columns], 1)
+
+    def probe(self) -> int:
+        """Count the network's outputs, and find out whether they are probabilities: each row then adds up to 1."""
+        side = self.input.image_size or 0
+        with torch.no_grad():
+            some = self.outputs(torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)))
+        self.probabilities = bool((some >= 0).all() and ((some.sum(1) - 1).abs() < 1e-3).all())
+        return some.shape[1]
+
+    def __str__(self) -> str:
+        side, mean, std = self.input.image_size, self.input.mean or 0, self.input.std or 1
+        scale = self.input.scale or 1
+        return f"{side}x{side} pixels, (image - mean) / std * scale with mean {mean}, std {std}, scale {scale:g}"
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file as a module: pixels ``[B,3,S,S]`` to its output ``[B,N]``, on CUDA where the pixels are.
+
+    ``device`` is what the user asked for: with ``auto`` the file is run on the CPU where ONNX Runtime has no CUDA.
+    """
+
+    def __init__(self, path: Path, layout: str, device: str) -> None:
+        super().__init__()
+        self.path, self.layout, self.device = path, layout, device
+        self.sessions: dict[str, Any] = {}
+        session = self._session("cpu")
+        (self.input,) = session.get_inputs()
+        two = [output for output in session.get_outputs() if len(output.shape) == 2]
+        if not two:
+            shapes = [f"{output.name} {output.shape}" for output in session.get_outputs()]
+            raise TeacherError(f"{path} has no output [batch, classes]: {listed(shapes)}")
+        self.output = next((output.name for output in two if output.name == "logits"), two[0].name)
+        batch = self.input.shape[0]
+        self.batch = batch if isinstance(batch, int) and batch > 0 else None
+
+    def _session(self, device: str) -> Any:
+        if device not in self.sessions:
+            import onnxruntime as ort
+
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = torch.get_num_threads()
+            providers: list[Any] = ["CPUExecutionProvider"]
+            if device == "cuda":
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+                providers = [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})]
+            try:
+                session = ort.InferenceSession(self.path, options, providers=providers, enable_fallback=0)
+                session.disable_fallback()
+                if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+                    raise RuntimeError("the session runs on the CPU")
+            except Exception as error:  # ONNX Runtime's errors share no base class
+                reason = " ".join(str(error).split())[:200]
+                if device == "cpu":
+                    raise TeacherError(f"ONNX Runtime cannot run {self.path}: {reason}") from error
+                if self.device != "auto":
+                    raise DeviceError(f"ONNX Runtime cannot run {self.path} on CUDA: {reason}") from error
+                say(f"the teacher {self.path} runs on the CPU: {reason}")
+                session = self._session("cpu")
+            self.sessions[device] = session
+        return self.sessions[device]
+
+    @torch.compiler.disable
+    def forward(self, pixels: Tensor) -> Tensor:
+        session = self._session(pixels.device.type)
+        if self.layout == "nhwc":
+            pixels = pixels.permute(0, 2, 3, 1)
+        kinds = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}
+        kind = kinds.get(self.input.type, np.float32)
+        values = pixels.float().contiguous().cpu().numpy()
+        values = values.round().clip(0, 255).astype(kind) if kind is np.uint8 else values.astype(kind)
+        size = self.batch or len(values)
+        answers = []
+        for start in range(0, len(values), size):
+            part = values[start : start + size]
+            full = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)]) if len(part) < size else part
+            answers.append(session.run([self.output], {self.input.name: full})[0][: len(part)])
+        return torch.from_numpy(np.concatenate(answers).astype(np.float32)).to(pixels.device)
+
+
+def load(teacher: Teacher, classes: Sequence[str] | None, device: str, offline: bool) -> tuple[External, list[str]]:
+    """A teacher from elsewhere, and the names of its logits' classes: ``classes``, or with None its own.
+
+    Raises ``TeacherError`` where it cannot be run, does not say what it must, or its classes do not map.
+    """
+    if teacher.name == "onnx":
+        network, input, theirs, digest, stated = _onnx(teacher, device)
+    else:
+        network, input, theirs, digest, stated = _timm(teacher, classes, offline)
+    about = json.dumps([digest, input.model_dump(mode="json"), _text(teacher.classes)])
+    digest = hashlib.sha256(about.encode()).hexdigest()
+    external = External(network.eval(), input, None, digest, stated).eval()
+    try:
+        count = external.probe()
+    except Exception as error:  # of PyTorch or ONNX Runtime, whose errors share no base class
+        reason = " ".join(str(error).split())[:300]
+        raise TeacherError(f"{title(teacher)} does not take {external}: {reason}") from error
+    names, external.columns = match_classes(title(teacher), theirs, count, classes, teacher.classes)
+    return external, names
+
+
+def title(teacher: Teacher) -> str:
+    """What messages call a teacher."""
+    return str(teacher.checkpoint) if teacher.checkpoint and teacher.name == "onnx" else teacher.name
+
+
+def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, list[str] | None, str, bool]:
+    from export.artifact import load as load_onnx
+    from export.artifact import read_bytes
+
+    path = teacher.checkpoint
+    assert path is not None
+    data = read_bytes(path)
+    proto = load_onnx(data, str(path))
+    told = {item.key: item.value for item in proto.metadata_props}
+    given = {key: _read(told[key]) for key in TOLD if key in told} | teacher.input.model_dump(exclude_none=True)
+    inputs = [value for value in proto.graph.input if value.name not in {t.name for t in proto.graph.initializer}]
+    shape = (
+        [d.dim_value if d.HasField("dim_value") else 0 for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
+    )
+    if len(inputs) != 1 or len(shape) != 4:
+        raise TeacherError(f"{path} is no classifier of images: its inputs are {listed([v.name for v in inputs])}")
+    layout = given.setdefault("layout", "nhwc" if shape[3] == 3 and shape[1] != 3 else "nchw")
+    side = shape[2]
+    if side:
+        if given.setdefault("image_size", side) != side:
+            raise TeacherError(f"{path} takes images of {side} pixels, not of {given['image_size']}")
+    elif "image_size" not in given:
+        raise TeacherError(f"{path} takes images of any size: say which it was trained with by --teacher-image-size")
+    stated = bool({"scale", "mean", "std"} & given.keys())
+    if inputs[0].type.tensor_type.elem_type == 2:  # uint8
+        given, stated = {"scale": 255.0, **given}, True
+    names = next((_read(told[key]) for key in NAMES if key in told), None)
+    if isinstance(names, Mapping):
+        names = list(names.values())
+    theirs = [str(name) for name in names] if isinstance(names, list | tuple) else None
+    digest = hashlib.sha256(data).hexdigest()
+    return OnnxNetwork(path, layout, device), TeacherInput.model_validate(given), theirs, digest, stated
+
+
+def _read(text: str) -> Any:
+    """A value in a file's metadata: JSON, or Python's spelling, or the text itself."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
+
+
+def _timm(
+    teacher: Teacher, classes: Sequence[str] | None, offline: bool
+) -> tuple[nn.Module, TeacherInput, list[str] | None, str, bool]:
+    try:
+        import timm
+    except ImportError as error:
+        raise TeacherError(f"{teacher.name} needs timm: pip install 'distillation-toolkit[timm]'") from error
+    name, path = teacher.name.removeprefix("timm:"), teacher.checkpoint
+    if not timm.is_model(name):
+        raise TeacherError(f"timm has no model {name!r}{closest(name, timm.list_models())}")
+    if path is None:
+        if offline:
+            raise TeacherError(f"{teacher.name} has no weights without the network: give them by --teacher-weights")
+        try:
+            model = timm.create_model(name, pretrained=True, **teacher.arguments)
+        except Exception as error:  # of the network, of the hub, of a model without weights
+            reason = " ".join(str(error).split())[:200]
+            raise TeacherError(f"no weights for {teacher.name}: {reason}; give them by --teacher-weights") from error
+    else:
+        model = _with_weights(timm, name, path, teacher.arguments, len(classes or ()))
+    config = timm.data.resolve_model_data_config(model)
+    told = {"image_size": config["input_size"][-1], "mean": config["mean"], "std": config["std"]}
+    input = TeacherInput.model_validate(told | teacher.input.model_dump(exclude_none=True))
+    weights = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        weights.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    return model, input, None, weights.hexdigest(), True
+
+
+def _with_weights(timm: Any, name: str, path: Path, arguments: dict[str, Any], classes: int) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TeacherError(
+            f"{path} is not a safetensors file: {error}. Weights of torch.save become one by "
+            "safetensors.torch.save_file(state_dict, path)."
+        ) from error
+    model = timm.create_model(name, num_classes=classes or 1000, **arguments)
+    last = str(model.pretrained_cfg.get("classifier") or "")
+    if f"{last}.weight" in tensors:  # as many classes as the weights have
+        model.reset_classifier(len(tensors[f"{last}.weight"]))
+    ours = model.state_dict()
+    problems = {
+        "missing": [key for key in ours if key not in tensors],
+        "not of this model": [key for key in tensors if key not in ours],
+        "of another shape": [
+            f"{key} {list(tensors[key].shape)} for {list(value.shape)}"
+            for key, value in ours.items()
+            if key in tensors and tensors[key].shape != value.shape
+        ],
+    }
+    if wrong := [f"{len(keys)} {what}: {listed(keys, 3)}" for what, keys in problems.items() if keys]:
+        raise TeacherError(f"{path} does not fit timm's {name} with its {len(ours)} tensors: {'; '.join(wrong)}")
+    model.load_state_dict(tensors)
+    return model
+
+
+# --- classes -----------------------------------------------------------------------------------------------
+
+
+def match_classes(
+    teacher: str, theirs: Sequence[str] | None, count: int, ours: Sequence[str] | None, file: Path | None
+) -> tuple[list[str], list[list[int]] | None]:
+    """Names of the classes, and for each the teacher's outputs (0 to ``count`` - 1) that mean it; None: one for one.
+
+    ``theirs`` are the outputs' names, where the teacher knows them, ``ours`` the data's classes (None: there are no
+    labels). ``file`` is YAML: a list names the outputs in their order, a mapping gives the data's class for an output,
+    by name or number; outputs that it leaves out, or maps to null, mean none. Raises ``TeacherError``.
+    """
+    mapping: Any = _mapping(file) if file else None
+    if isinstance(mapping, list):
+        theirs, mapping = [str(name) for name in mapping], None
+    if theirs is not None and len(theirs) != count:
+        raise TeacherError(f"{teacher} has {count} outputs, but {len(theirs)} names of classes: {listed(theirs)}")
+    if mapping is None:
+        if ours is None:
+            return list(theirs or map(str, range(count))), None
+        if theirs is None:
+            if count != len(ours):
+                raise TeacherError(
+                    f"{teacher} answers with {count} classes, the data has {len(ours)}: say by --teacher-classes FILE "
+                    "which output means which class"
+                )
+            return list(ours), None
+        if list(theirs) == list(ours):
+            return list(ours), None
+        mapping = {name: name for name in theirs if name in ours}
+    place = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(theirs or ())}
+    columns: dict[str, list[int]] = {
+        name: [] for name in ours or dict.fromkeys(map(str, filter(None, mapping.values())))
+    }
+    unknown = [str(key) for key in mapping if str(key) not in place]
+    strange = sorted({str(value) for value in mapping.values() if value is not None and str(value) not in columns})
+    for key, value in mapping.items():
+        if value is not None and not unknown and not strange:
+            columns[str(value)].append(place[str(key)])
+    empty = [] if unknown or strange else [name for name, some in columns.items() if not some]
+    problems = {"no outputs of the teacher": unknown, "no classes of the data": strange, "not mapped to": empty}
+    if wrong := [f"{len(names)} are {what}: {listed(names)}" for what, names in problems.items() if names]:
+        known = f"; the teacher knows {listed(theirs)}" if theirs else ""
+        raise TeacherError(f"the classes of {teacher} do not map to the data's ({'; '.join(wrong)}){known}. "
+                           "--teacher-classes FILE says which is which.")  # fmt: skip
+    return list(columns), list(columns.values())
+
+
+def _mapping(file: Path) -> Any:
+    try:
+        mapping = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TeacherError(f"cannot read the classes in {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TeacherError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, list | dict):
+        raise TeacherError(f"{file} must hold a list of the teacher's classes, or a mapping from them to the data's")
+    return mapping
+
+
+def _text(file: Path | None) -> str | None:
+    return file.read_text(encoding="utf-8") if file and file.is_file() else None
+
+
+def hint(teacher: nn.Module, top1: Callable[[], float]) -> str:
+    """Flags under which a teacher that was told nothing about its input gets more right, or nothing to say."""
+    if not isinstance(teacher, External) or teacher.stated:
+        return ""
+    before, plain = teacher.input, top1()
+    found = {}
+    for flags, fields in GUESSES.items():
+        teacher.set_input(before.model_copy(update=fields))
+        found[flags] = top1()
+    teacher.set_input(before)
+    best = max(found, key=found.__getitem__)
+    if found[best] < plain + MORE:
+        return ""
+    return f"with {best} it would get {found[best]:.1%} of some of them, against {plain:.1%}"
