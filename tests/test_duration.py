@@ -75,7 +75,8 @@ def test_the_chain_of_the_gpu_recipe_in_small(tmp_path, monkeypatch):
     small = {
         "data.dataset": "digits", "data.image_size": 16, "data.val_size": 0.1, "device": "cpu", "probe": False,
         "teacher.depth": 10, "teacher.width": 1, "distill.student.stem": 4, "distill.student.widths": [4, 4, 8],
-        "train.augment.cutout": 0, "train.augment.policy": "none", "batch_size": 64, "schedule.warmup_epochs": 0, "distill.cached_epochs": 2,
+        "train.augment.cutout": 0, "train.augment.policy": "none", "batch_size": 64, "schedule.warmup_epochs": 0,
+        "distill.cached_epochs": 2,
     }  # fmt: skip
     twelve = {"minutes": None, "epochs": 12}
     monkeypatch.setattr(stages, "with_epochs", lambda recipe, *_: recipe.model_copy(update=twelve))
