@@ -54,9 +54,9 @@ def train(folder: Path, limit: float, side: int, epochs: int) -> None:
     settings = {
         "data.dataset": f"folder:{folder}", "data.image_size": side, "data.val_size": 0, "data.memory": limit,
         "student.widths": [16, 32, 64], "loss.kd_weight": 0, "loss.ce_weight": 1, "epochs": epochs, "probe": False,
-        "cached_epochs": 0,
+        "cached_epochs": 0, "schedule.warmup_epochs": 0,
     }  # fmt: skip
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)  # gone with a turn that fails
     thread.start()
     with tempfile.TemporaryDirectory() as run:
         rows: list[dict] = []
