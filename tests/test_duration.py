@@ -70,7 +70,7 @@ def test_epochs_that_are_asked_for_win():
 
 
 def test_the_chain_of_the_gpu_recipe_in_small(tmp_path, monkeypatch):
-    """The whole of ``toolkit pipeline --recipe cifar10-gpu`` on the digits, with smaller nets and two epochs."""
+    """The whole of ``toolkit pipeline --recipe cifar10-gpu`` on the digits, with smaller nets and 12 epochs."""
     monkeypatch.chdir(tmp_path)
     small = {
         "data.dataset": "digits", "data.image_size": 16, "data.val_size": 0.1, "device": "cpu", "probe": False,

@@ -10,7 +10,7 @@ import torch
 from toolkit import data as datasets
 from toolkit import engine
 from toolkit.classifier import Ensemble
-from toolkit.data import DataSet, Split
+from toolkit.data import DataSet, Split, at_once
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RunError
 from toolkit.recipe import BatchGrowth, resolve
 from toolkit.run import Run, load_tensors
@@ -376,7 +376,7 @@ def test_metrics_of_a_kill_are_valid_and_rewound(tmp_path, data):
 
 def test_predict_is_the_model_in_batches():
     model = engine.build("resnet9", "student", 7, widths=(8, 8, 8)).eval()
-    images = torch.randint(0, 256, (engine.EVAL_BATCH + 3, 3, 16, 16), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2 * at_once(64) + 3, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         expected = model(images.float() / 255).numpy()
     np.testing.assert_allclose(engine.predict(model, images, torch.device("cpu")), expected, atol=1e-5)

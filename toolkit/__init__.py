@@ -4,6 +4,7 @@ The steps of the command line as functions: ``from toolkit import train, distill
 when they are first used: ``import toolkit`` alone does no work.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from toolkit.stages import distill, train, validate
 
 __version__ = "0.1.0"
+
+# From 1.29 on ONNX Runtime tells its maker of every session, unless this is set before its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 __all__ = ["distill", "export", "resolve", "train", "validate"]
 
 _HOMES = {"train": "stages", "distill": "stages", "validate": "stages", "export": "artifacts", "resolve": "recipe"}
