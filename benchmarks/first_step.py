@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-# The command itself, which ends where the engine clears the first step's gradients.
+# The command itself, which ends where the engine clears the first step's gradients, without tidying up.
 COMMAND = """
-import torch
-def done(*_, **__): raise SystemExit(0)
+import os, torch
+def done(*_, **__): os._exit(0)
 torch.optim.Optimizer.zero_grad = done
 from toolkit.cli import main
 main()

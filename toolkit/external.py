@@ -142,8 +142,12 @@ class OnnxNetwork(nn.Module):
             self.sessions[device] = session
         return self.sessions[device]
 
-    @torch.compiler.disable
     def forward(self, pixels: Tensor) -> Tensor:
+        return torch.compiler.disable(self._answers)(
+            pixels
+        )  # as a decorator it would import the compiler with this file
+
+    def _answers(self, pixels: Tensor) -> Tensor:
         session = self._session(pixels.device.type)
         if self.layout == "nhwc":
             pixels = pixels.permute(0, 2, 3, 1)

@@ -12,7 +12,9 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -152,6 +154,8 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
 
 def check(wanted: Recipe) -> datasets.DataSet:
     """Raise what is wrong with data, device or model (a student's size above all) before anything is made."""
+    # PyTorch's optimizers import it, for more than a second: beside the reading of the data.
+    Thread(target=import_module, args=("torch._dynamo",)).start()
     if wanted.data.unlabelled:
         raise DataError(
             "images without labels have nothing to train on: `toolkit distill --unlabelled` takes a teacher"
