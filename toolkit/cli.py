@@ -869,21 +869,26 @@ def models(
     for role in ROLES:
         for name in names(role):
             try:
-                rows.append(info(name, role, image_size or 32, budget=budget))
+                row = info(name, role, image_size or 32, budget=budget)
                 if image_size is not None:
                     from toolkit.footprint import footprint
 
                     taken.append(footprint(name, role, image_size))
+                rows.append(row)
             except RecipeError as error:
                 left_out.append(f"{name}: {error}")
     if as_json:
         _print_json([asdict(row) | (asdict(taken[i]) if taken else {}) for i, row in enumerate(rows)])
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     title = f"budget: fewer than {budget:,} parameters" + (f"; {taken[0].device}, {image_size} pixels" if taken else "")
-    table = Table("name", "role", *([] if taken else ["source"]), title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    for heading in ("role", *(() if taken else ("source",))):
+        table.add_column(heading)
     measured = ("train img/s", "infer img/s", "MiB an image") if taken else ()
     for heading in ("parameters", "MACs", "fits", *measured):
         table.add_column(heading, justify="right")

@@ -143,9 +143,8 @@ class OnnxNetwork(nn.Module):
         return self.sessions[device]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return torch.compiler.disable(self._answers)(
-            pixels
-        )  # as a decorator it would import the compiler with this file
+        # Not as a decorator, which would import the compiler with this file.
+        return torch.compiler.disable(self._answers)(pixels)
 
     def _answers(self, pixels: Tensor) -> Tensor:
         session = self._session(pixels.device.type)
