@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -26,12 +25,6 @@ PNG = encoded(PIXELS)
 @pytest.fixture
 def path(server: Served) -> Path:
     return server.artifact
-
-
-@pytest.fixture
-def http(server: Served) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def _best(path: Path, pixels: np.ndarray, top_k: int) -> list[dict[str, object]]:

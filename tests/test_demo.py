@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +29,6 @@ Json = dict[str, object]
 @pytest.fixture
 def path(server: Served) -> Path:
     return server.artifact
-
-
-@pytest.fixture
-def http(server: Served) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def _upload(http: httpx.Client, data: bytes, name: str = "picture.png") -> str:

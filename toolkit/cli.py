@@ -885,25 +885,24 @@ def models(
     from rich.table import Table
 
     title = f"budget: fewer than {budget:,} parameters" + (f"; {taken[0].device}, {image_size} pixels" if taken else "")
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("name", no_wrap=True)
-    for heading in ("role", *(() if taken else ("source",))):
+    for heading in () if taken else ("role", "source"):
         table.add_column(heading)
-    measured = ("train img/s", "infer img/s", "MiB an image") if taken else ()
+    measured = ("train\nimg/s", "infer\nimg/s", "MiB\n/ img") if taken else ()
     for heading in ("parameters", "MACs", "fits", *measured):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         cells = [
             row.name,
-            row.role,
-            *([] if taken else [row.source]),
+            *([] if taken else [row.role, row.source]),
             f"{row.parameters:,}",
             f"{row.macs / 1e6:,.0f} M",
         ]
         cells.append("yes" if row.fits_budget else "no")
         if taken:
             cells += [f"{taken[i].training:,.0f}", f"{taken[i].inference:,.0f}", f"{taken[i].memory / 2**20:.1f}"]
-        table.add_row(*cells)
+        table.add_row(*cells, end_section=i + 1 < len(rows) and rows[i + 1].role != row.role)  # teachers, then students
     Console().print(table)
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
