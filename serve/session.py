@@ -7,7 +7,7 @@ import ctypes
 import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,16 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 Array = NDArray[np.float32]
 
 
+def _graph(number: int) -> ort.RunOptions:
+    """Which recorded graph a run is, where CUDA records at all."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options
+
+
+UNRECORDED = _graph(-1)
+
+
 class Prediction(BaseModel):
     """The best classes of one image, best first, and the time it took (resizing and model, no decoding)."""
 
@@ -41,12 +51,18 @@ class Session:
     ``metadata`` is what the artifact says of itself, ``provider`` the ONNX Runtime provider that runs it. With
     ``provider="cuda"`` or ``"tensorrt"`` nothing falls back to the CPU: what cannot be had raises ``DeviceError``.
     ``auto`` takes CUDA where it works, else the CPU. ``threads`` defaults to the cores this process may use;
-    ``tf32`` lets CUDA round to 10 bits of mantissa, faster and outside of the parity of fp32. Raises
+    ``tf32`` lets CUDA round to 10 bits of mantissa, faster and outside of the parity of fp32. With ``cuda_graph``
+    CUDA records the kernels of each function that ``bound`` gives, and launches them as one. Raises
     ``ArtifactError`` for a file that is not an artifact.
     """
 
     def __init__(
-        self, path: Path | str, provider: Provider = "auto", threads: int | None = None, tf32: bool = False
+        self,
+        path: Path | str,
+        provider: Provider = "auto",
+        threads: int | None = None,
+        tf32: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         path = Path(path)
         data = artifact.read_bytes(path)
@@ -55,7 +71,7 @@ class Session:
         session = None
         if provider != "cpu":
             try:
-                session = self._open_gpu(data, "cuda" if provider == "auto" else provider, tf32)
+                session = self._open_gpu(data, "cuda" if provider == "auto" else provider, tf32, cuda_graph)
             except DeviceError:
                 if provider != "auto":
                     raise
@@ -112,7 +128,36 @@ class Session:
             milliseconds=milliseconds,
         )
 
-    def _open_gpu(self, data: bytes, provider: Literal["cuda", "tensorrt"], tf32: bool) -> ort.InferenceSession:
+    def bound(self, batch: int) -> Callable[[NDArray[np.uint8]], tuple[Array, Array]]:
+        """``run`` for ``batch`` images of the artifact's size, through memory that stays on the device.
+
+        Calls must follow each other.
+        """
+        device = "cpu" if self.provider == CPU else "cuda"
+        about = self.metadata
+        shape = [batch, about.image_size, about.image_size, 3]
+        held = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
+        outputs = {
+            name: ort.OrtValue.ortvalue_from_shape_and_type([batch, len(about.labels)], np.float32, device)
+            for name in (artifact.LOGITS, artifact.PROBABILITIES)
+        }
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input(artifact.IMAGE, held)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        options = _graph(batch)
+
+        def run(images: NDArray[np.uint8]) -> tuple[Array, Array]:
+            held.update_inplace(np.ascontiguousarray(images))
+            self._session.run_with_iobinding(binding, options)
+            logits, probabilities = (value.numpy().copy() for value in outputs.values())  # on the CPU they are views
+            return logits, probabilities
+
+        return run
+
+    def _open_gpu(
+        self, data: bytes, provider: Literal["cuda", "tensorrt"], tf32: bool, cuda_graph: bool
+    ) -> ort.InferenceSession:
         with _quiet() as said:
             try:
                 _need_cuda()
@@ -120,6 +165,7 @@ class Session:
                     return self._open(data, TENSORRT, {"trt_fp16_enable": str(self.metadata.precision == "fp16")})
                 # EXHAUSTIVE tunes anew for each batch size, for hundreds of milliseconds.
                 options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
+                options["enable_cuda_graph"] = str(int(cuda_graph))
                 return self._open(data, CUDA, options)
             except Exception as error:
                 reason = next(iter(said.getvalue().splitlines()), "") or _line(error)
@@ -129,8 +175,10 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
-        # Threads that spin while they wait would take the cores from decoding, HTTP and other processes.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads that wait for the next operator spin for microseconds: longer would take the cores from decoding,
+        # HTTP and other processes, and threads that sleep at once wake too late for small batches.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # for ONNX Runtime before 1.26
         if provider != CPU and not self.metadata.any_size:  # sizes are computed on the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         session = ort.InferenceSession(data, options, providers=[(provider, provider_options)], enable_fallback=0)
@@ -144,7 +192,8 @@ class Session:
 
     @staticmethod
     def _call(session: ort.InferenceSession, images: NDArray[np.uint8]) -> tuple[Array, Array]:
-        logits, probabilities = session.run([artifact.LOGITS, artifact.PROBABILITIES], {artifact.IMAGE: images})
+        names = [artifact.LOGITS, artifact.PROBABILITIES]
+        logits, probabilities = session.run(names, {artifact.IMAGE: images}, UNRECORDED)
         return logits, probabilities
 
 

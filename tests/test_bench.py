@@ -13,7 +13,9 @@ from PIL import Image
 from small_net import small_artifact
 from test_bad_input import refused
 
+from serve.session import Session
 from toolkit import bench
+from toolkit.errors import DeviceError
 
 QUICK = ("--batch", 1, "--batch", 3, "--rounds", 1, "--provider", "cpu", "--threads", 1)
 
@@ -41,6 +43,26 @@ def test_artifacts_beside_pytorch(toolkit: Toolkit, chain: Chain) -> None:
     assert Path("bench/bench.png").read_bytes().startswith(b"\x89PNG")
     assert os.sched_getaffinity(0) == cores
     assert json.loads(toolkit("bench", chain.artifact, *QUICK, "--no-compile", "--json").stdout)["threads"] == 1
+
+
+def test_a_gpu_session_is_timed_bound_and_recorded_too(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small_artifact(Path("small.onnx"))
+    opened = []
+
+    def session(file: Path, provider: str, threads: int, cuda_graph: bool = False) -> Session:
+        if cuda_graph and len(opened) > 1:
+            raise DeviceError("a node runs on the CPU")
+        opened.append(cuda_graph)
+        return Session(file, "cpu", threads)
+
+    monkeypatch.setattr(bench, "Session", session)
+    monkeypatch.setattr(bench, "CUDA", "CPUExecutionProvider")  # stands in for it
+    monkeypatch.setattr(bench, "_pytorch", lambda *_: [])
+    monkeypatch.setattr(bench, "peak", lambda *_: 1e12)
+    names = ["small fp32 on CPU", "small fp32 on CPU, bound", "small fp32 on CPU, CUDA graph"]
+    for left in (3, 2):  # the second time nothing can be recorded
+        rows, _ = bench.bench([path], batches=(1, 3), rounds=1, threads=1)
+        assert [(row.name, row.batch) for row in rows] == [(name, b) for b in (1, 3) for name in names[:left]]
 
 
 def test_without_a_compiler_the_others_are_timed(

@@ -48,6 +48,14 @@ def test_batches_are_the_whole(session: Session, images: np.ndarray) -> None:
         np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
+def test_bound_memory_gives_what_run_gives(session: Session, images: np.ndarray) -> None:
+    bound = session.bound(7)
+    first, second = bound(images[:7]), bound(images[7:14])
+    for i, outputs in ((0, first), (7, second)):
+        for expected, actual in zip(session.run(images[i : i + 7]), outputs, strict=True):
+            np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -140,7 +148,15 @@ def test_cuda_computes_what_the_cpu_computes(path: Path, session: Session, image
     except DeviceError as error:
         pytest.skip(str(error))
     assert cuda.provider == "CUDAExecutionProvider"
-    np.testing.assert_allclose(cuda.run(images)[0], session.run(images)[0], atol=1e-3)
+    expected = session.run(images)[0]
+    np.testing.assert_allclose(cuda.run(images)[0], expected, atol=1e-3)
+    recorded = Session(path, "cuda", cuda_graph=True)
+    np.testing.assert_allclose(recorded.run(images)[0], expected, atol=1e-3)
+    for one in (cuda, recorded):
+        bounds = {batch: one.bound(batch) for batch in (1, 8)}
+        for i in range(0, 32, 8):  # the first calls are recorded, the others replayed
+            for batch, bound in bounds.items():
+                np.testing.assert_allclose(bound(images[i : i + batch])[0], expected[i : i + batch], atol=1e-3)
 
 
 def test_a_graph_that_cannot_run_is_an_artifact_error(path: Path, tmp_path: Path) -> None:

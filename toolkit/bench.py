@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch import nn
 
 from export import onnx_export
 from export.artifact import Metadata
-from serve.session import CPU, Provider, Session
+from serve.session import CPU, CUDA, Provider, Session
 from toolkit import stages
 from toolkit.classifier import TestTimeAugmentation
-from toolkit.errors import UserError
+from toolkit.errors import DeviceError, UserError
 from toolkit.machine import available_cores
 from toolkit.progress import say
 from toolkit.report import BLUE, FAINT, GREEN, GRID, INK, VERMILLION, as_image
@@ -91,6 +91,8 @@ def bench(
             contestants.append(
                 Contestant(name, about.precision, session.provider != CPU, session.run, _operations(about))
             )
+            if session.provider == CUDA:
+                contestants += _bound(path, name, session)
         return race(contestants, sizes.pop(), batches, rounds), threads
 
 
@@ -155,6 +157,24 @@ def pinned(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
         if cores is not None:
             os.sched_setaffinity(0, cores)
+
+
+def _bound(path: Path, name: str, session: Session) -> Iterator[Contestant]:
+    """The session with inputs and outputs bound to memory on the GPU, and with its kernels recorded as one graph."""
+    recorded = None
+    try:
+        recorded = Session(path, "cuda", session.threads, cuda_graph=True)
+    except DeviceError as error:  # most often a graph with nodes on the CPU
+        say(f"a CUDA graph is left out for {path}: {error}")
+    for way, one in (("bound", session), ("CUDA graph", recorded)):
+        if one is not None:
+            run = _by_batch(one)
+            yield Contestant(f"{name}, {way}", one.metadata.precision, True, run, _operations(one.metadata))
+
+
+def _by_batch(session: Session) -> Callable[[np.ndarray], object]:
+    bound = cache(session.bound)
+    return lambda images: bound(len(images))(images)
 
 
 def _where(session: Session) -> str:
