@@ -312,6 +312,16 @@ def test_top1_alone_can_fail(path: Path, labels: torch.Tensor) -> None:
     ]
 
 
+@pytest.mark.parametrize(("size", "ok"), [(5, False), (500, True)])
+def test_probabilities_of_large_logits_may_differ_by_their_rounding(size: float, ok: bool) -> None:
+    logits = np.array([[size, size, 0]], np.float32)
+    rounded = logits + np.array([[1e-3, 0, 0]], np.float32)
+    expected, actual = ((each, softmax(each, axis=1)) for each in (logits, rounded))
+    case = parity._compare("of this size", 1, expected, actual, parity.Tolerance(logits=1))
+    assert case.max_probability_difference == pytest.approx(2.5e-4, rel=0.1)
+    assert case.ok == ok
+
+
 def test_a_lower_precision_may_lose_what_was_allowed(path: Path, labels: torch.Tensor) -> None:
     report = parity.check(Session(path, "cpu").run, small_net(), small_images(300), labels, provider="cpu")
     lost = {"precision": "int8", "top1_torch": 0.9, "top1_artifact": 0.898, "agreement": 0.99}

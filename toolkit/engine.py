@@ -66,6 +66,8 @@ def predict(
     model: nn.Module, images: Tensor | StoredImages, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> np.ndarray:
     """Logits, float32 ``[N,K]``, of uint8 images ``[N,3,H,W]``; the model is on ``device`` and in eval mode after."""
+    if device.type == "cpu":
+        keep_freed_memory()
     model.eval()
     logits = []
     for batch in images.split(at_once(images.shape[-1])):
