@@ -193,7 +193,10 @@ class Reference:
             return logits[back], probabilities[back]
 
         self.expected = pytorch(self.test)
-        self.kinds = [Kind(name, kind, tuple(batches), pytorch(kind)) for name, kind in _kinds(self.test, max(batches))]
+        first = np.arange(max(batches)) % len(self.test)
+        real = self.test[first]
+        self.kinds = [Kind("real", real, tuple(batches), (self.expected[0][first], self.expected[1][first]))]
+        self.kinds += [Kind(name, kind, tuple(batches), pytorch(kind)) for name, kind in _kinds(real)]
         size = self.test.shape[1]
         for name, kind in _sizes(self.test) if any_size else ():
             square = np.stack([fit(image, size) for image in kind])
@@ -261,9 +264,9 @@ def check(
     return compare(run, reference, provider=provider, tolerance=tolerance)
 
 
-def _kinds(test: Images, n: int) -> Iterator[tuple[str, Images]]:
-    """Name and ``n`` images of each kind."""
-    shape = test.shape[1:]
+def _kinds(real: Images) -> Iterator[tuple[str, Images]]:
+    """Name and images of each other kind, as many as are ``real``."""
+    n, *shape = real.shape
     rng = np.random.default_rng(0)
     yield "random", rng.integers(0, 256, (n, *shape), dtype=np.uint8)
     yield "black", np.zeros((n, *shape), np.uint8)
@@ -272,8 +275,6 @@ def _kinds(test: Images, n: int) -> Iterator[tuple[str, Images]]:
     cell = 1 + index % 8  # boards of 1 to 8 pixels a field
     board = (row // cell + column // cell + index // 8) % 2
     yield "checkerboard", np.repeat(board[..., None] * 255, 3, axis=-1).astype(np.uint8)
-    real = test[np.arange(n) % len(test)]
-    yield "real", real
     yield "corrupted JPEG", np.stack([_corrupted(image, rng) for image in real])
 
 

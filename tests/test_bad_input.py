@@ -49,6 +49,8 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("train --teacher wrn82", ["teacher.name = 'wrn82'", "did you mean 'wrn28'"]),
         ("distill --student tpsnett", ["student.name = 'tpsnett'", "did you mean 'tpsnet'"]),
         ("distill --student qqqqqq", ["'qqqqqq'", "there are: resnet18_242_k3, resnet18_242_k7"]),
+        ("distill --teacher resnet9", ["teacher.name = 'resnet9' is a student", "--teacher-checkpoint"]),
+        ("train --teacher resnet9", ["there is no such teacher", "did you mean 'resnet9_wide'"]),
         ("pipeline --student resnet", ["'resnet'", "did you mean 'resnet9'"]),
         ("train --dataset cifar11", ["data.dataset = 'cifar11'", "cifar10, cifar100, digits, or folder:PATH"]),
         ("pipeline --recipe digit", ["'digit'", "did you mean 'digits'"]),

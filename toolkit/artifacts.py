@@ -329,11 +329,12 @@ def best_int8(
 def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
     """A short run of the one training loop from this run's weights, in which convs and products round as INT8 does.
 
-    Loss, teacher, data and augmentation are those of the run. It lies within the run directory, and is found again
-    there.
+    Data and augmentation are those of the run. A student is taught by its own fp32 weights, as the artifact will be held
+    to their answers; a teacher learns from the labels as before. The new run lies within the run directory, and is
+    found again there.
     """
     own = run.recipe.model_dump()
-    changes = {
+    changes: dict[str, Any] = {
         "data": images,
         "start_from": run.path,
         "int8": True,
@@ -342,6 +343,9 @@ def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
         "schedule": {"name": "cosine"},
         "probe": False,
     }
+    if run.recipe.role == "student":
+        changes["teacher"] = own["student"] | {"checkpoint": run.path}
+        changes["loss"] = {"ce_weight": 0, "kd_weight": 1, "temperature": 1}
     # What belongs to the length of the whole training is left at its defaults.
     dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select")
     wanted = Recipe.model_validate({key: value for key, value in own.items() if key not in dropped} | changes)
