@@ -329,9 +329,9 @@ def best_int8(
 def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
     """A short run of the one training loop from this run's weights, in which convs and products round as INT8 does.
 
-    Data and augmentation are those of the run. A student is taught by its own fp32 weights, as the artifact will be held
-    to their answers; a teacher learns from the labels as before. The new run lies within the run directory, and is
-    found again there.
+    Data and augmentation are those of the run. A student is taught by its own fp32 weights, as the artifact will be
+    held to their answers; a teacher learns from the labels as before. The new run lies within the run directory, and
+    is found again there.
     """
     own = run.recipe.model_dump()
     changes: dict[str, Any] = {

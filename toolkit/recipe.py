@@ -636,7 +636,7 @@ def validate(tree: Mapping[str, Any]) -> Recipe:
     for key, known in (("teacher", names("teacher")), ("student", names("student"))):
         node = tree.get(key)
         name = node.get("name") if isinstance(node, Mapping) else None
-        if key == "teacher" and tree.get("student") is not None and name in names("student"):
+        if isinstance(node, Mapping) and key == "teacher" and tree.get("student") and name in names("student"):
             # A student may teach (arXiv 1805.04770), but which one must be said.
             if name not in known and node.get("checkpoint") is None:
                 problems.append(f"teacher.name = {name!r} is a student: name its run by --teacher-checkpoint")
