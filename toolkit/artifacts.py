@@ -45,7 +45,7 @@ CHOSEN_ON = 2000  # val images for INT8's calibration method
 SPEED_BATCHES = (1, 64)
 SPEED_ROUNDS = 5
 FASTER = 1.05  # what counts as measured faster: less is noise
-TUNING_LR = 0.01
+TUNING_LR = 1e-4  # larger steps move more answers than the rounding does
 CPU = torch.device("cpu")
 
 
@@ -339,7 +339,7 @@ def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
         "start_from": run.path,
         "int8": True,
         "epochs": epochs,
-        "optimizer": {"name": "sgd", "lr": TUNING_LR, "weight_decay": own["optimizer"]["weight_decay"]},
+        "optimizer": {"name": "sgd", "lr": TUNING_LR, "weight_decay": 0},
         "schedule": {"name": "cosine"},
         "probe": False,
     }

@@ -625,9 +625,7 @@ def export(
         bool, typer.Option("--even-if-slower", help="Ship the precision for another machine, where it is slower here.")
     ] = False,
     calibration_images: Annotated[int, typer.Option(help="Training images that INT8's ranges are taken from.")] = 512,
-    fine_tune: Annotated[
-        int, typer.Option(min=0, help="Epochs of quantisation-aware fine-tuning before INT8, with the run's teacher.")
-    ] = 0,
+    fine_tune: Annotated[int, typer.Option(min=0, help="Epochs of quantisation-aware fine-tuning before INT8.")] = 0,
     tta: Annotated[
         ViewsName | None, typer.Option("--tta", help="Average over these views of each image, in the graph.")
     ] = None,
