@@ -21,6 +21,7 @@ TREE = {
     "student": {"name": "tpsnet", "blocks": [1, 1, 1], "base": 4, "dropout": 0.2},
     "optimizer": {"lr": 0.05, "lookahead_steps": 3},
     "checkpoint_minutes": 1e-9,
+    "probe": False,  # two runs might choose differently
     "precision": "fp32",
     "batch_size": 50,
     "epochs": 30,
