@@ -45,8 +45,8 @@ def test_artifacts_beside_pytorch(toolkit: Toolkit, chain: Chain) -> None:
     assert json.loads(toolkit("bench", chain.artifact, *QUICK, "--no-compile", "--json").stdout)["threads"] == 1
 
 
-def test_a_gpu_session_is_timed_bound_and_recorded_too(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = small_artifact(Path("small.onnx"))
+def test_a_gpu_session_is_timed_bound_and_recorded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small_artifact(tmp_path / "small.onnx")
     opened = []
 
     def session(file: Path, provider: str, threads: int, cuda_graph: bool = False) -> Session:

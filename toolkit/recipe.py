@@ -636,12 +636,16 @@ def validate(tree: Mapping[str, Any]) -> Recipe:
     for key, known in (("teacher", names("teacher")), ("student", names("student"))):
         node = tree.get(key)
         name = node.get("name") if isinstance(node, Mapping) else None
-        if isinstance(node, Mapping) and key == "teacher" and tree.get("student") and name in names("student"):
+        if not isinstance(node, Mapping) or not isinstance(name, str) or name in known:
+            continue
+        if key == "teacher" and is_external(name):
+            continue
+        if key == "teacher" and tree.get("student") and name in names("student"):
             # A student may teach (arXiv 1805.04770), but which one must be said.
-            if name not in known and node.get("checkpoint") is None:
+            if node.get("checkpoint") is None:
                 problems.append(f"teacher.name = {name!r} is a student: name its run by --teacher-checkpoint")
-        elif isinstance(name, str) and name not in known and not (key == "teacher" and is_external(name)):
-            problems.append(f"{key}.name = {name!r}: there is no such {key}{closest(name, known)}")
+            continue
+        problems.append(f"{key}.name = {name!r}: there is no such {key}{closest(name, known)}")
     if problems or recipe is None:
         head = "the recipe is wrong" if len(problems) == 1 else f"the recipe is wrong in {len(problems)} places"
         raise RecipeError(f"{head}:\n" + "\n".join(f"  {problem}" for problem in problems))
