@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -132,7 +133,8 @@ class PoolFirstNet(nn.Module):
     The shape of DAWNBench's ResNet-9 (David Page, 2018) and of airbench96 (arXiv 2404.00498): each stage is
     conv, 2x2 max-pool, BN, GELU, then two convs with a shortcut around them. Global max-pool, a linear layer
     without bias, logits times ``scale``. ``[B,3,H,W]`` to ``[B,K]``, H and W at least 16. ``stochastic_depth`` is the
-    probability of leaving out the last stage's pair, the others' rise to it.
+    probability of leaving out the last stage's pair, the others' rise to it. ``resize`` is the side that images are
+    brought to first: a larger one gives the stages more positions to look at, and costs time but no parameters.
     """
 
     def __init__(
@@ -142,9 +144,13 @@ class PoolFirstNet(nn.Module):
         scale: float = 1 / 9,
         stochastic_depth: float = 0.0,
         image_size: int = 32,
+        resize: int | None = None,
     ) -> None:
         super().__init__()
-        stride, self.pools = stem_reduction(image_size)
+        if resize is not None and resize < 16:
+            raise ValueError(f"resize (={resize}) must be at least 16 pixels")
+        self.resize = resize
+        stride, self.pools = stem_reduction(resize or image_size)
         self.first = WhiteningConv(stride)
         inputs = (self.first.out_channels, *widths[:-1])
         left_out = rising(stochastic_depth, len(widths))
@@ -158,10 +164,16 @@ class PoolFirstNet(nn.Module):
 
     def prepare(self, images: Tensor) -> None:
         """Start from data: normalised training images ``[N,3,H,W]``, before the first step."""
-        self.first.whiten(images)
+        enlarged = 1 if self.resize is None else (self.resize / images.shape[-1]) ** 2
+        self.first.whiten(self.resized(images[:: max(1, math.ceil(enlarged))]))  # as many pixels at once
+
+    def resized(self, x: Tensor) -> Tensor:
+        if self.resize is None:
+            return x
+        return F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.stages(self.pools(F.gelu(self.first(x)))).amax((2, 3))
+        features = self.stages(self.pools(F.gelu(self.first(self.resized(x))))).amax((2, 3))
         return self.head(features) * self.scale
 
 

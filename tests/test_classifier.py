@@ -1,4 +1,4 @@
-"""Test-time augmentation against airbench's, and stochastic depth."""
+"""Test-time augmentation against airbench's, stochastic depth, and resizing inside the network."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from students.blocks import StochasticDepth
 from toolkit.catalogue import build
 from toolkit.classifier import TestTimeAugmentation
+from toolkit.errors import RecipeError
 
 
 def mirrored(model, images):
@@ -29,7 +30,7 @@ def test_views_are_airbenchs():
 def test_the_views_add_no_weights_and_leave_the_answers_of_a_constant_image():
     model = build("resnet9", "student", 7, widths=(8, 8, 8)).eval()
     views = TestTimeAugmentation(model)
-    assert {name.removeprefix("classifier.") for name in views.state_dict()} == set(model.state_dict())
+    assert sum(value.numel() for value in views.parameters()) == sum(value.numel() for value in model.parameters())
     grey = torch.full((2, 3, 16, 16), 0.3)
     with torch.no_grad():
         torch.testing.assert_close(views(grey), model(grey))
@@ -63,3 +64,18 @@ def test_models_leave_out_their_last_blocks_most(name, arguments):
     with torch.no_grad():
         assert torch.equal(plain.eval()(images), deep.eval()(images))
         assert not torch.equal(deep.train()(images), deep.train()(images))
+
+
+def test_a_net_that_resizes_answers_as_for_the_larger_image():
+    plain, larger = (build("resnet9", "student", 5, widths=(8, 8, 8), resize=side).eval() for side in (None, 40))
+    torch.manual_seed(0)
+    larger.load_state_dict(plain.state_dict())
+    images = torch.rand(6, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(larger(images), plain(F.interpolate(images, size=(40, 40), mode="bilinear")))
+        larger.prepare(images)
+        plain.prepare(F.interpolate(images[::2], size=(40, 40), mode="bilinear"))
+    filters = (model.network.first.weight.abs() for model in (larger, plain))  # a component has no sign
+    torch.testing.assert_close(*filters, rtol=1e-2, atol=1e-3)
+    with pytest.raises(RecipeError, match=r"resize \(=8\) must be at least 16"):
+        build("resnet9", "student", 5, resize=8)
