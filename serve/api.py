@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from functools import partial
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Annotated, Any, Literal
@@ -35,6 +35,11 @@ MAX_IMAGES = 64  # in one request
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
 RETRY = {"Retry-After": "1"}  # seconds
 
+
+class TooMany(UserError):
+    """More images in one request than the queue holds."""
+
+
 # What went wrong, to status and code.
 REFUSALS: dict[type[UserError], tuple[int, str]] = {
     ImageFormatError: (415, "image_format"),
@@ -42,6 +47,7 @@ REFUSALS: dict[type[UserError], tuple[int, str]] = {
     ImageError: (400, "image_broken"),
     UnknownNameError: (422, "parameters"),
     QueueFull: (429, "queue_full"),
+    TooMany: (413, "too_large"),
     DeadlineExceeded: (504, "deadline"),
     Closed: (503, "stopping"),
 }
@@ -227,12 +233,24 @@ def build(
     return Limits(front, engine.metrics, key)
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One image on its way: ``called`` in messages, for the artifact ``name``, worth an answer ``until`` that time."""
+
+    data: bytes
+    called: str
+    name: str | None
+    until: float  # by the loop's clock
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[Answer]
+
+
 class Classifier:
     """Images to answers for the event loop: decoded in a pool of threads, then queued in the engine."""
 
     def __init__(self, engine: Engine, deadline: float) -> None:
         self._engine, self._deadline = engine, deadline
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._pool = [Thread(target=self._work, name="decode", daemon=True) for _ in range(available_cores())]
         for thread in self._pool:
             thread.start()
@@ -240,19 +258,30 @@ class Classifier:
 
     async def __call__(self, images: Sequence[bytes], name: str | None) -> list[Answer]:
         """The answers in the order of ``images``. Raises ``ImageError`` and what ``Engine.submit`` raises."""
-        if self._pending + len(images) > self._engine.max_queue:  # before any work is put into them
-            raise QueueFull(f"{self._pending} images wait already: ask again in a moment")
+        most = self._engine.max_queue
+        if len(images) > most:
+            raise TooMany(f"at most {most} images are taken at once, and these are {len(images)}")
+        # Both, as images whose deadline has passed still lie in the pool's queue.
+        waiting = max(self._pending, self._jobs.qsize())
+        if waiting + len(images) > most:  # before any work is put into them
+            raise QueueFull(f"{waiting} images wait already: ask again in a moment")
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[Answer]] = [loop.create_future() for _ in images]
         timer = loop.call_later(self._deadline, self._expire, answers)
+        until = loop.time() + self._deadline
         self._pending += len(images)
+        jobs = [
+            _Job(data, "the image" if len(images) == 1 else f"image {index + 1}", name, until, loop, answer)
+            for index, (data, answer) in enumerate(zip(images, answers, strict=True))
+        ]
         try:
-            for index, (data, answer) in enumerate(zip(images, answers, strict=True)):
-                called = "the image" if len(images) == 1 else f"image {index + 1}"
-                self._jobs.put(partial(self._queue, data, called, name, loop, answer))
+            for job in jobs:
+                self._jobs.put(job)
             return [await answers[0]] if len(answers) == 1 else await asyncio.gather(*answers)
         finally:
             self._pending -= len(images)
+            for job in jobs:  # those whose turn has not come are nobody's now
+                job.data = b""
             timer.cancel()
 
     def close(self) -> None:
@@ -264,28 +293,25 @@ class Classifier:
     def _work(self) -> None:
         # ThreadPoolExecutor would make a future of its own for each image, which costs as much as a small decode.
         while job := self._jobs.get():
-            job()
+            self._queue(job)
 
     def _expire(self, answers: Sequence[asyncio.Future[Answer]]) -> None:
         error = DeadlineExceeded(f"the answer did not come within {self._deadline:g} seconds")
         for answer in answers:
             _settle(answer, None, error)
 
-    def _queue(
-        self,
-        data: bytes,
-        called: str,
-        name: str | None,
-        loop: asyncio.AbstractEventLoop,
-        answer: asyncio.Future[Answer],
-    ) -> None:
+    def _queue(self, job: _Job) -> None:
         """Runs in the pool. One future and two changes of thread an image are all that it takes."""
+        loop = job.loop
+        if job.answer.done():  # past its deadline, or the client is gone
+            return
         try:
-            queued = self._engine.submit(decode(data, called), name, self._deadline)
+            pixels = decode(job.data, job.called)
+            queued = self._engine.submit(pixels, job.name, max(job.until - loop.time(), 1e-3))
         except Exception as error:
-            loop.call_soon_threadsafe(_settle, answer, None, error)
+            loop.call_soon_threadsafe(_settle, job.answer, None, error)
         else:
-            queued.add_done_callback(lambda done: loop.call_soon_threadsafe(_pass_on, done, answer))
+            queued.add_done_callback(lambda done: loop.call_soon_threadsafe(_pass_on, done, job.answer))
 
 
 def _pass_on(done: Future[Answer], answer: asyncio.Future[Answer]) -> None:

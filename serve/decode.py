@@ -25,6 +25,7 @@ FORMATS = {
 }
 FORMATS_IN_WORDS = "PNG, JPEG, WebP, GIF or BMP"
 MAX_PIXELS = 50_000_000
+SCAN, MAX_SCANS = b"\xff\xda", 200  # each goes over all pixels of a JPEG; usual are up to 12
 MAX_BYTES = 20 * 2**20  # of an upload, or of a request with several
 
 
@@ -53,6 +54,8 @@ def decode(data: bytes, name: str = "the image", side: int | None = None) -> NDA
     format = next((format for format, start in FORMATS.items() if start.match(data)), None)
     if format is None:
         raise ImageFormatError(f"{name} is not a {FORMATS_IN_WORDS} image")
+    if format == "JPEG" and data.count(SCAN) > MAX_SCANS:
+        raise ImageError(f"{name} is broken: it has more than {MAX_SCANS} scans")
     _only_our_limit()
     try:
         image = Image.open(io.BytesIO(data), formats=(format,))

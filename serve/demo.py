@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import BoundedSemaphore, Thread
 from typing import Any
 
 import gradio as gr
@@ -20,6 +23,7 @@ from serve.api import MAX_IMAGES
 from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, read_image
 from serve.engine import Answer, Engine
 from toolkit.errors import UserError
+from toolkit.machine import available_cores
 
 HOUR = 3600  # seconds after which an upload is deleted, looked after once an hour
 THRESHOLD = 60  # percent
@@ -68,17 +72,39 @@ def mount(app: FastAPI, engine: Engine, examples: Sequence[Path] = (), deadline:
         pwa=False,
     )
     page.has_launched = True  # else Gradio does not check which files it gives out
+    uploads = Path(get_upload_folder())
+    Thread(target=_tidy, args=(uploads, {*uploads.rglob("*")}), name="tidy", daemon=True).start()
+
+
+def _tidy(uploads: Path, kept: Collection[Path]) -> None:
+    while True:
+        time.sleep(HOUR)
+        sweep(uploads, kept, HOUR)
+
+
+def sweep(uploads: Path, kept: Collection[Path], seconds: float) -> None:
+    """Delete what is older than ``seconds``, but for ``kept``.
+
+    Gradio's own way forgets what a client that went away had sent, and what a server that was killed had taken.
+    """
+    for path in sorted(uploads.rglob("*"), reverse=True):  # a folder comes after what is in it
+        with suppress(OSError):  # not empty, or another process was faster
+            if path not in kept and time.time() - path.lstat().st_mtime > seconds:
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Blocks:
     names = engine.names
+    # A small file may hold 50 megapixels: decoded by every one of the page's threads, they would fill any memory.
+    turn = BoundedSemaphore(available_cores())
 
     def ask(picture: dict[str, Any] | None, model: str, other: str, threshold: float) -> str:
         if picture is None:
             return views.hint(EMPTY)
         try:
-            pixels = read_image(picture["path"], "this picture")
-            asked = [(name, engine.submit(pixels, name, deadline)) for name in _chosen(model, other)]
+            with turn:
+                pixels = read_image(picture["path"], "this picture")
+                asked = [(name, engine.submit(pixels, name, deadline)) for name in _chosen(model, other)]
             return views.answers([views.Opinion(name, future.result()) for name, future in asked], threshold / 100)
         except UserError as error:
             return views.problem(str(error))
@@ -87,8 +113,9 @@ def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Bloc
         if picture is None or not wanted:
             return ""
         try:
-            pixels = read_image(picture["path"], "this picture")
-            return "".join(_looked(engine, pixels, name, deadline) for name in _chosen(model, other))
+            with turn:
+                pixels = read_image(picture["path"], "this picture")
+                return "".join(_looked(engine, pixels, name, deadline) for name in _chosen(model, other))
         except UserError as error:
             return views.problem(str(error))
 
@@ -98,10 +125,13 @@ def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Bloc
         if len(files) > MAX_IMAGES:
             return views.problem(f"at most {MAX_IMAGES} pictures are taken at once, and these are {len(files)}")
         chosen = _chosen(model, other)
-        queued = [_queue(engine, Path(file["path"]), chosen, deadline) for file in files]
+        queued = []
+        for file in files:
+            with turn:
+                queued.append(_queue(engine, Path(file["path"]), chosen, deadline))
         return views.several([_answered(*item) for item in queued], chosen, threshold / 100)
 
-    with _Page(title="What is in this picture?", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
+    with _Page(title="What is in this picture?", analytics_enabled=False) as page:
         gr.HTML(views.title(engine.metadata()), elem_id="title")
         with gr.Tabs():
             with gr.Tab("One picture", elem_id="one"):

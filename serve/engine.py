@@ -100,6 +100,7 @@ class Engine:
         threads: int | None = None,
         max_batch: int = MAX_BATCH,
         max_queue: int = MAX_QUEUE,
+        tf32: bool = False,
         metrics: Metrics | None = None,
     ) -> None:
         self.max_queue = max_queue
@@ -107,7 +108,7 @@ class Engine:
         self.ready = False  # warmed up, and not stopping
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
-        sessions = {name: Session(path, provider, threads) for name, path in artifacts.items()}
+        sessions = {name: Session(path, provider, threads, tf32) for name, path in artifacts.items()}
         self._models = {
             name: _Model(name, artifacts[name], session, max_batch, max_queue, self.metrics)
             for name, session in sessions.items()
@@ -232,7 +233,8 @@ class _Model:
             return
         self._seen = stamp
         try:
-            session = Session(self.path, ASKED[self.session.provider], self.session.threads)
+            old = self.session
+            session = Session(self.path, ASKED[old.provider], old.threads, old.tf32)
             _check(session, self.path)
             self.warm_up(session)
         except Exception as error:  # a bad file must not stop the server

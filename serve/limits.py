@@ -19,12 +19,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serve.decode import MAX_BYTES
 from serve.metrics import Metrics
 
-UPLOADS = ("/v1/predict", "/gradio_api/upload")  # where a body may have MAX_BYTES
+UPLOAD = "/gradio_api/upload"
+UPLOADS = ("/v1/predict", UPLOAD)  # where a body may have MAX_BYTES
 MAX_OTHER_BYTES = 2**20
+MAX_UPLOADED_BYTES = 4 * 2**30  # to the page in one hour: they lie on disk for up to two
 MAX_HELD_BYTES = 512 * 2**20  # of all requests that are being read or answered
 MAX_HEAD_BYTES = 64 * 2**10
 HEAD_SECONDS, BODY_SECONDS = 10.0, 60.0  # for a client to send its headers, and its body
 OPEN_PATHS = ("/healthz", "/readyz")  # no key needed
+GRADIO_QUEUE = ("/gradio_api/queue/", "/gradio_api/call/")
 PATHS = ("/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 
 
@@ -45,6 +48,7 @@ class Limits:
     def __init__(self, app: ASGIApp, metrics: Metrics, key: str | None = None) -> None:
         self._app, self._metrics, self._key = app, metrics, key
         self._held = 0
+        self._uploaded, self._hour = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,7 +67,7 @@ class Limits:
                 if held > limit:
                     scope["refused"] = "too_large"
                     raise HTTPException(413, _too_large(limit))
-                if self._held > MAX_HELD_BYTES:
+                if self._held > MAX_HELD_BYTES or (path == UPLOAD and not self._may_upload(size)):
                     scope["refused"] = "busy"
                     raise HTTPException(503, "too many uploads at once", {"Retry-After": "1"})
             return message
@@ -94,10 +98,19 @@ class Limits:
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._may(headers):
             scheme = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="key as password"'
             return refusal(scope, 401, "unauthorized", "this server wants its key", {"WWW-Authenticate": scheme})
+        if scope["path"].startswith(GRADIO_QUEUE):  # which has no bound, and keeps what nobody comes for
+            return refusal(scope, 404, "not_found", "there is no queue here: use /gradio_api/run/")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return refusal(scope, 413, "too_large", _too_large(limit))
         return None
+
+    def _may_upload(self, size: int) -> bool:
+        hour = int(time.monotonic() // 3600)
+        if hour != self._hour:
+            self._uploaded, self._hour = 0, hour
+        self._uploaded += size
+        return self._uploaded <= MAX_UPLOADED_BYTES
 
     def _may(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
@@ -120,7 +133,9 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, which waits for no client without end and keeps no endless headers."""
 
     _timer: asyncio.TimerHandle | None = None
-    _head = 0  # bytes since the headers began; -1 once they are complete
+    _arriving = False  # whether a message has begun and is not complete
+    _bodied = False  # whether the bytes at hand held some of its body
+    _head = 0  # its bytes so far that are no body: the headers, and then trailers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -131,23 +146,29 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._bodied = False
         super().data_received(data)
-        if self._head >= 0:
+        if self._arriving and not self._bodied:
             self._head += len(data)
             if self._head > MAX_HEAD_BYTES:
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the headers are too long")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head = 0
+        self._arriving, self._head = True, 0
         self._arm(HEAD_SECONDS)
 
     def on_headers_complete(self) -> None:
-        self._head = -1
+        self._head = 0
         self._arm(BODY_SECONDS)
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._bodied = True
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
+        self._arriving = False
         self._disarm()
         super().on_message_complete()
 

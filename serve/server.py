@@ -9,8 +9,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from toolkit.machine import available_cores
 
 BACKLOG = 1024  # connections that wait to be accepted
 MAX_FILES = 65_536
+UPLOADS = "GRADIO_TEMP_DIR"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Settings:
     deadline: float = 10.0  # seconds that a request may take
     grace: int = 10  # seconds that running requests have after SIGTERM
     workers: int = 1  # processes
+    tf32: bool = False  # whether CUDA may round to 10 bits of mantissa
     reload: bool = False  # whether to take artifacts that change on disk
     key: str | None = None  # what clients must show
     examples: tuple[Path, ...] = ()  # images to try on the page
@@ -86,22 +88,51 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
         # uvicorn raises the signal again once it is done, for whoever held it before.
         previous = {number: signal.signal(number, _ended) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            uvicorn.Server(_config(settings, _app(settings, engine))).run([listener])
+            with _uploads():
+                uvicorn.Server(_config(settings, _app(settings, engine))).run([listener])
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
+@contextmanager
+def _uploads() -> Iterator[None]:
+    """A folder of this server's own for the page's uploads, gone at its end; ``GRADIO_TEMP_DIR`` says where."""
+    parent = os.environ.get(UPLOADS)
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="toolkit-uploads-", dir=parent, ignore_cleanup_errors=True) as folder:
+        os.environ[UPLOADS] = folder
+        try:
+            yield
+        finally:
+            if parent is None:
+                del os.environ[UPLOADS]
+            else:
+                os.environ[UPLOADS] = parent
+
+
 def _run_workers(settings: Settings, listener: socket.socket) -> None:
-    with tempfile.TemporaryDirectory(prefix="toolkit-metrics-") as folder:
+    with _uploads(), tempfile.TemporaryDirectory(prefix="toolkit-metrics-") as folder:
         os.environ[metrics.SHARED] = folder
         # Workers end by the very signal that they obeyed: locks of Gradio's are then cleaned up after them, aloud.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
-        supervisor = Multiprocess(_config(settings, partial(_worker, settings)), [listener])
+        supervisor = _Supervisor(_config(settings, partial(_worker, settings)), [listener])
         supervisor.run()
         del os.environ[metrics.SHARED], os.environ["PYTHONWARNINGS"]
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise UserError("a worker could not start")
+
+
+class _Supervisor(Multiprocess):
+    """uvicorn's, which puts a new process in the place of one that died; its share of the gauges goes with it."""
+
+    def keep_subprocess_alive(self) -> None:
+        before = list(self.processes)
+        super().keep_subprocess_alive()
+        for process in before:
+            if process not in self.processes and process.pid is not None:
+                metrics.forget(process.pid)
 
 
 def _worker(settings: Settings) -> ASGIApp:
@@ -120,6 +151,7 @@ def _engine(settings: Settings) -> Engine:
         threads=max(1, available_cores() // settings.workers),
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
+        tf32=settings.tf32,
     )
 
 

@@ -77,7 +77,7 @@ class Session:
                     raise
         if session is None:
             try:
-                session = self._open(data, CPU, {})
+                session = self._open(data, {CPU: {}})
             except Exception as error:  # ONNX Runtime's errors share no base class
                 raise ArtifactError(f"ONNX Runtime cannot run {path}: {_line(error)}") from error
         self._session = session
@@ -160,18 +160,21 @@ class Session:
     ) -> ort.InferenceSession:
         with _quiet() as said:
             try:
-                _need_cuda()
-                if provider == "tensorrt":
-                    return self._open(data, TENSORRT, {"trt_fp16_enable": str(self.metadata.precision == "fp16")})
+                need_cuda()
                 # EXHAUSTIVE tunes anew for each batch size, for hundreds of milliseconds.
                 options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
                 options["enable_cuda_graph"] = str(int(cuda_graph))
-                return self._open(data, CUDA, options)
+                if provider == "cuda":
+                    return self._open(data, {CUDA: options})
+                # TensorRT takes bytes only where they become floats at once: what comes before that is CUDA's.
+                rt = {"trt_fp16_enable": str(self.metadata.precision == "fp16")}
+                return self._open(data, {TENSORRT: rt, CUDA: options | {"enable_cuda_graph": "0"}})
             except Exception as error:
                 reason = next(iter(said.getvalue().splitlines()), "") or _line(error)
                 raise DeviceError(f"the provider {provider} cannot be had: {reason}") from error
 
-    def _open(self, data: bytes, provider: str, provider_options: dict[str, str]) -> ort.InferenceSession:
+    def _open(self, data: bytes, providers: dict[str, dict[str, str]]) -> ort.InferenceSession:
+        provider = next(iter(providers))
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
@@ -181,7 +184,15 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # for ONNX Runtime before 1.26
         if provider != CPU and not self.metadata.any_size:  # sizes are computed on the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        session = ort.InferenceSession(data, options, providers=[(provider, provider_options)], enable_fallback=0)
+        # CUDA and TensorRT have no kernel for the biases of 32 bits that the optimiser would make of an INT8 graph's.
+        disabled = []
+        if provider == CUDA:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        elif provider == TENSORRT:
+            disabled = ["WeightBiasQuantization"]
+        session = ort.InferenceSession(
+            data, options, providers=list(providers.items()), disabled_optimizers=disabled, enable_fallback=0
+        )
         session.disable_fallback()
         # What the build offers says nothing; only the session knows, and only a run shows that it works.
         if session.get_providers()[0] != provider:
@@ -197,8 +208,8 @@ class Session:
         return logits, probabilities
 
 
-def _need_cuda() -> None:
-    """Raises where CUDA cannot work, before its gigabytes of libraries are loaded."""
+def need_cuda() -> None:
+    """Raises ``RuntimeError`` where ONNX Runtime's CUDA cannot work, before its gigabytes of libraries are loaded."""
     if CUDA not in ort.get_available_providers():
         raise RuntimeError("this onnxruntime is built without CUDA (install onnxruntime-gpu)")
     driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"

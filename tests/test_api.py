@@ -14,8 +14,10 @@ from served import Served, encoded
 from small_net import LABELS, small_images
 from starlette.types import ASGIApp
 
+from serve import api
 from serve.api import build
-from serve.engine import Engine
+from serve.decode import decode
+from serve.engine import DeadlineExceeded, Engine, QueueFull
 from serve.session import Session
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
@@ -158,6 +160,34 @@ def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: py
             assert asyncio.run(ask(app, 1)) == [(500, "internal", None)]
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
     assert asyncio.run(ask(app, 1)) == [(503, "stopping", "1")]
+
+
+def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, decoded = threading.Event(), []
+
+    def slow(data: bytes, called: str) -> np.ndarray:
+        decoded.append(called)
+        held.wait(30)
+        return decode(data, called)
+
+    async def ask(classifier: api.Classifier) -> None:
+        with pytest.raises(api.TooMany, match="at most 8 images are taken at once, and these are 9"):
+            await classifier([PNG] * 9, None)
+        with pytest.raises(DeadlineExceeded):
+            await classifier([PNG] * 8, None)
+        assert sorted(decoded) == ["image 1", "image 2"]
+        with pytest.raises(QueueFull, match="6 images wait already"):  # for nobody, but they hold their place
+            await classifier([PNG] * 3, None)
+        held.set()
+        assert len(await classifier([PNG] * 2, None)) == 2
+        assert sorted(decoded) == ["image 1", "image 1", "image 2", "image 2"]
+
+    monkeypatch.setattr(api, "available_cores", lambda: 2)
+    monkeypatch.setattr(api, "decode", slow)
+    with Engine({"student": path}, "cpu", max_queue=8) as engine:
+        classifier = api.Classifier(engine, 0.5)
+        asyncio.run(ask(classifier))
+        classifier.close()
 
 
 @pytest.fixture(scope="module")

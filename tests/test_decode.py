@@ -222,6 +222,11 @@ def test_50_megapixels_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
         decode(_png(10_000, 5_000, 8, 0, b""))
 
 
+def test_a_jpeg_of_very_many_scans_is_refused_before_its_pixels() -> None:
+    with pytest.raises(ImageError, match="more than 200 scans"):
+        decode(_encode(_picture(), "JPEG", progressive=True) + b"\xff\xda\x00\x08" * 200)
+
+
 def _answers(data: bytes) -> None:
     """A picture or an ``ImageError``; every other exception fails the test."""
     with contextlib.suppress(ImageError):

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from served import Served, encoded
 from small_net import LABELS, SIZE, small_metadata
 
 from export.artifact import Metadata
-from serve import explain, views
+from serve import demo, explain, views
 from serve.engine import Answer
 from serve.session import Session
 
@@ -102,12 +103,28 @@ def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -
             answer = http.post(f"gradio_api/run/{function}", json={"data": [picture, "student", "", 1]})
             assert answer.status_code == 500
             assert "Only an uploaded picture is read" in answer.text, wrong
-        event = http.post("gradio_api/call/classify", json={"data": [wrong, "student", "", 1]}).json()["event_id"]
-        assert "event: error" in http.get(f"gradio_api/call/classify/{event}").text, wrong
+    for queue in ("call/classify", "queue/join"):  # Gradio's own, without a bound
+        assert http.post(f"gradio_api/{queue}", json={"data": [_file(upload), "student", "", 1]}).status_code == 404
     gone = str(Path(upload).with_name("gone.png"))
     assert "cannot be read" in _call(http, "classify", _file(gone), "student", "", 60)
     assert http.get(f"gradio_api/file={secret}").status_code in (403, 404)
     assert "comes here" in _call(http, "classify", None, "student", "", 60)
+
+
+def test_old_uploads_are_deleted(tmp_path: Path) -> None:
+    old, new, example = (tmp_path / name / "cat.png" for name in ("a", "b", "c"))
+    for file in (old, new, example):
+        file.parent.mkdir()
+        file.write_bytes(b"png")
+    link = tmp_path / "link"
+    link.symlink_to(new)
+    for path in (old, old.parent, example, example.parent, link):
+        os.utime(path, (1, 1), follow_symlinks=False)
+    demo.sweep(tmp_path, {example, example.parent}, 3600)
+    assert {*tmp_path.rglob("*")} == {old.parent, new, new.parent, example, example.parent}
+    os.utime(old.parent, (1, 1))
+    demo.sweep(tmp_path, {example, example.parent}, 3600)
+    assert not old.parent.exists()
 
 
 def test_the_page_says_what_the_models_are(http: httpx.Client) -> None:

@@ -96,6 +96,8 @@ def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
                 assert http.get("healthz").status_code == http.get("readyz").status_code == 200
         with server.client(auth=("anybody", "a key")) as page:
             assert page.get("").status_code == 200
+            (upload,) = page.post("gradio_api/upload", files={"files": ("cat.png", GOOD)}).json()
+            assert Path(upload).is_file()
         for _ in range(10):  # connections of their own, so that both processes get some
             with server.client(headers={"authorization": "Bearer a key"}) as http:
                 assert http.post("v1/predict", content=GOOD).status_code == 200
@@ -107,6 +109,7 @@ def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
         time.sleep(0.3)
     with late:  # its grace was over before its body was there
         assert late.recv(4096).startswith(b"HTTP/1.1 503 ")
+    assert not Path(upload).exists()
     assert server.said == "Cancel 1 running task(s), timeout graceful shutdown exceeded\n"
 
 

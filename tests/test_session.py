@@ -15,6 +15,7 @@ from small_net import LABELS, SIZE, small_artifact, small_images, small_metadata
 
 from serve import session as module
 from serve.session import Session
+from toolkit.catalogue import pretrained
 from toolkit.errors import ArtifactError, DeviceError
 
 
@@ -131,7 +132,7 @@ def test_a_session_that_slides_to_the_cpu_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """ONNX Runtime gives a CPU session, without a word, where CUDA does not load."""
-    monkeypatch.setattr(module, "_need_cuda", lambda: None)
+    monkeypatch.setattr(module, "need_cuda", lambda: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(module, "CUDA", "DmlExecutionProvider")  # in no build for Linux or macOS
     with pytest.raises(DeviceError, match="cannot be had"), pytest.warns(UserWarning, match="Dml"):
@@ -150,6 +151,11 @@ def test_cuda_computes_what_the_cpu_computes(path: Path, session: Session, image
     assert cuda.provider == "CUDAExecutionProvider"
     expected = session.run(images)[0]
     np.testing.assert_allclose(cuda.run(images)[0], expected, atol=1e-3)
+    shipped, _ = pretrained("resnet9")
+    shipped = shipped.with_suffix(".onnx")  # INT8
+    noise = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    answers = [Session(shipped, provider).run(noise)[0].argmax(1) for provider in ("cpu", "cuda")]
+    assert (answers[0] == answers[1]).mean() > 0.9
     recorded = Session(path, "cuda", cuda_graph=True)
     np.testing.assert_allclose(recorded.run(images)[0], expected, atol=1e-3)
     for one in (cuda, recorded):

@@ -129,10 +129,11 @@ def export(
     path = output or run.artifact
     card = path.with_suffix(".md")
     parity_report = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
+    examples = path.with_suffix(".examples") if output else path.with_name("examples")
     onnx_export.check_opset(options.opset)
     if path.suffix != ".onnx":
         raise UserError(f"--output {path} must end in .onnx")
-    for file in (path, card, parity_report) if output else ():
+    for file in (path, card, parity_report, examples) if output else ():
         check_free(file, options.force)
     if options.triton is not None:
         check_free(options.triton / path.stem, options.force)
@@ -185,7 +186,7 @@ def export(
         )
     onnx_export.save(chosen.graph, chosen.metadata, path)
     write_text(card, inspection.model_card(inspection.describe(path)))
-    _write_examples(path.parent / "examples", data)
+    _write_examples(examples, data)
     repository = triton.write_repository(path, options.triton, options.force) if options.triton else None
     rows = [_row(one, options) for one in candidates]
     return Exported(path, chosen.metadata, chosen.parity, rows, parity_report, card, repository)
@@ -394,6 +395,8 @@ def _write_parity(path: Path, one: Candidate, candidates: Sequence[Candidate], o
 
 def _write_examples(folder: Path, data: datasets.DataSet) -> None:
     """The first test image of each of the first classes, as PNG, for the page."""
+    for old in folder.glob("*.png"):
+        old.unlink()
     for index, name in enumerate(data.classes[:EXAMPLES]):
         found = (data.test.labels == index).nonzero()
         if len(found):

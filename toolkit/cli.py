@@ -116,7 +116,7 @@ BalanceOption = Annotated[
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; else runs/NAME-DIGEST.")]
 DataMemory = Annotated[
-    float | None, typer.Option(help="GiB that a folder's decoded images may take; beyond it they stay on disk.")
+    float | None, typer.Option(help="GiB for a folder's images and a padded copy; beyond it they stay on disk.")
 ]
 Budget = Annotated[int | None, typer.Option(help="A student has fewer parameters than this.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
@@ -165,6 +165,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdou
 TtaOption = Annotated[
     ViewsName | None, typer.Option("--tta", help="Also average over these views of each image: a figure of its own.")
 ]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Let CUDA round to 10 bits of mantissa.")]
 ProviderOption = Annotated[ProviderName, typer.Option("--provider", help="ONNX Runtime's provider.")]
 
 FIELDS = {
@@ -643,7 +644,7 @@ def export(
     budget: Annotated[int | None, typer.Option(help="A student has fewer parameters; else the run's budget.")] = None,
     data_dir: DataDir = None,
     provider: ProviderOption = ProviderName.auto,
-    tf32: Annotated[bool, typer.Option("--tf32", help="Let CUDA round to 10 bits of mantissa.")] = False,
+    tf32: Tf32 = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -758,10 +759,11 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     provider: ProviderOption = ProviderName.auto,
     max_batch: Annotated[int, typer.Option(min=1, help="Images that run together.")] = 32,
-    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are refused.")] = 256,
+    max_queue: Annotated[int, typer.Option(min=64, help="Images that may wait; more are refused.")] = 256,
     deadline: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 10,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM.")] = 10,
     workers: Annotated[int, typer.Option(min=1, help="Processes behind the port.")] = 1,
+    tf32: Tf32 = False,
     reload: Annotated[bool, typer.Option("--reload", help="Take artifacts that change on disk.")] = False,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the key that clients must show; the page asks for it too.")
@@ -773,6 +775,7 @@ def serve(
 
     paths = named(artifacts or [str(_newest_artifact("serving"))])
     first = next(iter(paths.values()))
+    own = first.with_suffix(".examples")  # of an artifact outside of a run
     settings = server.Settings(
         artifacts=paths,
         host=host,
@@ -783,9 +786,10 @@ def serve(
         deadline=deadline,
         grace=grace,
         workers=workers,
+        tf32=tf32,
         reload=reload,
         key=None if api_key_file is None else server.read_key(api_key_file),
-        examples=tuple(sorted((first.parent / "examples").glob("*.png"))),
+        examples=tuple(sorted((own if own.is_dir() else first.parent / "examples").glob("*.png"))),
     )
     if not settings.private:
         print(f"anybody who reaches {host} may use this server: --api-key-file sets a key", file=sys.stderr)
