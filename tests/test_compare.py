@@ -234,6 +234,10 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
         ("typo.yaml", "typo.yaml: the recipe is wrong:\n  loss.temprature: there is no such field; did you mean"),
         ("soft_targets --set loss.kd_weight=0", "the recipe digits does not distil: give --set loss.kd_weight="),
         ("soft_targets --recipe rao-tpsnet", "the recipe rao-tpsnet names no teacher: give one by --teacher NAME"),
+        (
+            "soft_targets --recipe cifar10-gpu",
+            "minutes (=16) gives each run a length of its own: give --epochs N",
+        ),
         ("soft_targets --budget 100000", "124,888 parameters, 24,889 too many"),
         ("soft_targets", "there is no trained resnet9_wide for digits under runs/"),
     ],

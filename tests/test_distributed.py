@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 COMMON = ["distill", "--recipe", "digits", "--batch-size", "100", "--epochs", "3", "--seed", "3"]
@@ -21,6 +22,17 @@ def toolkit(folder, *launcher, extra=()):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return rows, done
+
+
+def test_two_processes_train_teacher_and_student_and_share_the_cache(tmp_path):
+    """Two trainings one after the other in the same processes, the second with the teacher's cached answers."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    taught = ("--set", "loss={kd_weight: 0.9}", "--set", "teacher={name: resnet9_wide, widths: [8, 16, 32]}")
+    extra = (*taught, "--set", "cached_epochs=2", "--train-teacher", "--set", "schedule.warmup_epochs=0")
+    rows, _ = toolkit(tmp_path / "two", *launcher, extra=extra)
+    assert len(rows) == 3
+    (cache,) = (tmp_path / "two" / "teacher-logits").iterdir()
+    assert not np.isnan(np.load(cache)).any()
 
 
 def test_two_processes_have_the_loss_curve_of_one(tmp_path):

@@ -44,8 +44,7 @@ def test_the_estimate_by_a_clock_that_is_known(tmp_path, data, monkeypatch):
         clock[0] += 10
         for _ in range(recipe.epochs):
             clock[0] += 0.5 + 1 + 1
-            on_epoch({"images_per_second": 100.0, "seconds": 1.0})
-        return {"teacher_seconds": 1.0}
+            on_epoch({"images_per_second": 100.0, "seconds": 1.0, "teacher_seconds": 0.5})
 
     monkeypatch.setattr(duration, "MARGIN", 1)
     monkeypatch.setattr(duration.engine, "fit", fit)
@@ -53,8 +52,15 @@ def test_the_estimate_by_a_clock_that_is_known(tmp_path, data, monkeypatch):
     monkeypatch.setattr(duration, "TIMED_STEPS", 2)
     timed = duration.with_epochs(recipe_of(minutes=2, cached_epochs=3), tmp_path, data, None)
     spent = 10 + 2 * 2.5
-    starting = 10 + 2.5 - 1
+    starting = 10 + 2.5 - 1.5
     assert timed.epochs == int((120 - spent - starting - 3 * 2) / (4 + 1))
+    clock[0] = 0
+    several = recipe_of(minutes=2, cached_epochs=30)  # more views than epochs fit: each epoch has its own
+    timed = duration.with_epochs(several, tmp_path, data, None)
+    assert timed.epochs == int((120 - spent - starting) / (4 + 1 + 2))
+    clock[0] = 0
+    with pytest.raises(RecipeError, match=r"swa_start \(=18\) must be less than the 18 epochs that fit"):
+        duration.with_epochs(recipe_of(minutes=2, epochs=30, swa_start=18), tmp_path, data, None)
 
 
 def test_too_short_a_time_is_told(tmp_path, data, monkeypatch):

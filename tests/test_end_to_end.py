@@ -18,6 +18,7 @@ from conftest import Chain, Toolkit
 from serve.session import Session
 from toolkit import stages
 from toolkit.data import load
+from toolkit.recipe import Teacher
 from toolkit.run import Run
 
 TINY = ("--set", "teacher.widths=[8, 16, 32]")
@@ -239,6 +240,29 @@ def test_two_teachers_are_an_ensemble(toolkit: Toolkit, chain: Chain) -> None:
     missing = toolkit("distill", "--recipe", "digits", "--set", "teacher.also=[nowhere]")
     assert missing.exit_code == 1
     assert "no weights of a teacher at nowhere" in missing.stderr
+
+
+def test_teachers_look_at_the_views_that_they_are_given(chain: Chain) -> None:
+    wanted, other = Run(chain.student).recipe, chain.teacher / "checkpoints/best.safetensors"
+    assert wanted.teacher is not None
+
+    def load(**fields: object) -> tuple[torch.nn.Module, Teacher]:
+        teacher = Teacher.model_validate(wanted.teacher.model_dump() | {"weights": None} | fields)
+        return stages.load_teachers(wanted.model_copy(update={"teacher": teacher}), None)[:2]
+
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        plain = load()[0](images)
+        flipped = (plain + load()[0](images.flip(3))) / 2
+        model, known = load(views="flip", also=[other, {"name": "", "checkpoint": other}])
+        first, second, third = (member(images) for member in model.members)
+        torch.testing.assert_close(first, flipped)
+        torch.testing.assert_close(second, flipped)  # as the first
+        torch.testing.assert_close(third, plain)  # by its own mapping
+        others = [load(also=[{"name": "", "checkpoint": other, "views": views}])[1].weights for views in (None, "flip")]
+        assert others[0] != others[1]  # another ensemble
+        again = load(**known.model_dump())[0]  # as the run's recipe keeps it
+        torch.testing.assert_close(again(images), model(images))
 
 
 def test_tensorboard_is_written_or_its_extra_is_named(toolkit: Toolkit, nowhere: Path) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from toolkit import data as datasets
 from toolkit import engine, external, recipe, stages
-from toolkit.catalogue import pretrained
+from toolkit.catalogue import mac_count, parameter_count, pretrained
 from toolkit.classifier import Ensemble
 from toolkit.errors import TeacherError
 from toolkit.recipe import Teacher
@@ -116,6 +116,11 @@ def test_onnx_files_of_many_kinds(coloured: Path, tmp_path: Path, options: dict[
     whole, single = teacher(images), torch.cat([teacher(image[None]) for image in images])
     torch.testing.assert_close(whole.softmax(1), single.softmax(1), rtol=1e-3, atol=1e-3)
     assert whole.shape == (5, 3)
+
+
+def test_a_network_of_others_has_no_weights_of_its_own(coloured: Path, tmp_path: Path) -> None:
+    model = loaded(colour_net(tmp_path / "t.onnx"))
+    assert (parameter_count(model), mac_count(model, 32)) == (0, 0)
 
 
 def test_our_own_artifact_teaches(chain: Chain) -> None:

@@ -163,6 +163,7 @@ def test_losses_that_are_none(loss, message):
             r"attention_transfer needs the teacher's features, cached_epochs \(=3\) keeps its logits",
         ),
         ({"teacher": TEACHER | {"also": ["runs/other"]}}, "attention_transfer needs .* an ensemble that gives logits"),
+        ({"teacher": TEACHER | {"views": "flip"}}, r"attention_transfer needs .* teacher.views \(=flip\) averages its"),
     ],
 )
 def test_features_of_a_teacher_that_gives_logits_alone(change, message):

@@ -24,6 +24,7 @@ from export.artifact import Metadata
 from serve.session import CPU, CUDA, Provider, Session
 from toolkit import stages
 from toolkit.classifier import TestTimeAugmentation
+from toolkit.compute import without_tf32
 from toolkit.errors import DeviceError, UserError
 from toolkit.machine import available_cores
 from toolkit.progress import say
@@ -227,7 +228,7 @@ def _compiled(module: nn.Module, about: Metadata, device: torch.device) -> Calla
 
 
 def _call(module: Callable[..., Any], device: torch.device, images: np.ndarray) -> list[np.ndarray]:
-    with torch.inference_mode():
+    with torch.inference_mode(), without_tf32():
         return [output.cpu().numpy() for output in module(torch.from_numpy(images).to(device))]
 
 
@@ -243,7 +244,7 @@ def peak(precision: str, gpu: bool) -> float:
         a, b = (torch.ones(side, side, device="cuda").to(kind) for _ in range(2))
 
         def multiply() -> object:
-            product = torch._int_mm(a, b) if kind == torch.int8 else a @ b
+            product = torch._int_mm(a, b.t()) if kind == torch.int8 else a @ b
             torch.cuda.synchronize()
             return product
     else:

@@ -13,6 +13,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -149,7 +150,7 @@ def mac_count(model: Any, image_size: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
     was_training = model.training
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -68,7 +68,7 @@ class TestTimeAugmentation(nn.Module):
         self.classifier = classifier
         self.shifts = ((1, 1), (0, 0), (2, 2)) if views == "flip_and_shift" else ((1, 1),)
         shares = (1 / 2, 1 / 4, 1 / 4) if views == "flip_and_shift" else (1.0,)
-        self.register_buffer("weights", torch.tensor(shares).repeat_interleave(2)[:, None, None] / 2, persistent=False)
+        self.register_buffer("weights", torch.tensor(shares).repeat_interleave(2)[:, None, None] / 2)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]

@@ -40,6 +40,7 @@ SHARED = (
     "teacher",
     "student",
     "epochs",
+    "minutes",
     "batch_size",
     "batch_growth",
     "early_stop",
@@ -92,6 +93,7 @@ def make_plan(
     base = recipes.resolve(source, "distill", overrides)
     if base.teacher is None:
         raise TeacherError(f"the recipe {base.name} names no teacher: give one by --teacher NAME")
+    recipes.check_length(base)
     found: dict[str, Recipe] = {}
     for method in methods:
         name, changes = _read_method(method, base)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -58,6 +60,19 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """CUDA computes fp32 in full: what is measured and compared is not rounded to 10 bits of mantissa on the way."""
+    conv, product = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = conv
+        torch.set_float32_matmul_precision(product)
 
 
 def candidates(recipe: Recipe, device: torch.device) -> list[Numbers]:

@@ -176,7 +176,8 @@ def suggest(report: Report, root: Path, training: int, unlabelled: bool) -> None
         return
     short = report.sizes["tenth"]
     report.image_size = max((size for size in SIZES if size <= short), default=SIZES[0])
-    report.recipe = "fine-tune" if training < FEW else "own-images"
+    # Without classes there is nothing to learn but the teacher's answers.
+    report.recipe = "fine-tune" if training < FEW and not unlabelled else "own-images"
     options = ["--unlabelled"] * unlabelled + ["--skip-broken"] * bool(report.broken)
     if report.imbalance >= IMBALANCED:
         options += ["--balance", "sampling"]
@@ -206,7 +207,8 @@ def show(report: Report) -> Iterator[str]:
     yield from (f"problem: {line}" for line in report.problems)
     if report.command:
         yield f"suggested {report.image_size} pixels, recipe {report.recipe}"
-        yield f"next: {report.command} --teacher NAME|FILE.onnx"
+        weight = " --set loss.kd_weight=0.9" if report.recipe == "fine-tune" else ""
+        yield f"next: {report.command} --teacher NAME|FILE.onnx{weight}"
 
 
 def document(report: Report) -> dict[str, Any]:

@@ -6,6 +6,7 @@ DistributedDataParallel; the process of rank 0 alone writes.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,16 +28,19 @@ def joined(device: torch.device) -> Iterator[None]:
     if SIZE == 1 or dist.is_initialized():
         yield
         return
+    # Once in a process: a second group of the same processes would find the addresses of the first.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
+    yield
 
 
 def own_device(device: torch.device) -> torch.device:
     """This process's GPU among those of its machine."""
-    if SIZE == 1 or device.type != "cuda":
+    if device.type != "cuda":
+        return device
+    if SIZE == 1:
+        if device.index is not None:  # else generators and waiting are the first GPU's
+            torch.cuda.set_device(device)
         return device
     if torch.cuda.device_count() <= LOCAL_RANK:
         raise DeviceError(f"{LOCAL_RANK + 1} processes on a machine of {torch.cuda.device_count()} GPUs: start fewer")

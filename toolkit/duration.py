@@ -12,7 +12,7 @@ from torch import nn
 
 from toolkit import distributed, engine
 from toolkit.data import DataSet, Split
-from toolkit.errors import RecipeError
+from toolkit.errors import Interrupted, RecipeError
 from toolkit.progress import say
 from toolkit.recipe import Recipe
 from toolkit.run import Run
@@ -44,20 +44,28 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     images = data.train.images[: TIMED_STEPS * recipe.batch_size]
     some = dataclasses.replace(data, train=Split(images, data.train.labels[: len(images)]))
     schedule = recipe.schedule.model_copy(update={"warmup_epochs": 0})
-    short = recipe.model_copy(update={"minutes": None, "epochs": 2, "eval_epochs": 1, "schedule": schedule})
+    short = recipe.model_copy(
+        update={"minutes": None, "epochs": 2, "eval_epochs": 1, "schedule": schedule, "swa_start": None}
+    )
     say("timing two short epochs")
     with tempfile.TemporaryDirectory() as folder:
         run = Run.start(Path(folder) / "run", short, False)
-        summary = engine.fit(short, some, run, teacher, on_epoch)
-    whole = len(data.train) // recipe.batch_size * recipe.batch_size
-    training = whole / rows[1]["images_per_second"]
-    beside = max(ends[1] - ends[0] - rows[1]["seconds"], 0)  # val and the checkpoint
-    teaching = summary["teacher_seconds"] / 2 * len(data.train) / len(images)  # of one epoch's views, once each
-    starting = max(ends[0] - began - rows[0]["seconds"], 0)
-    beside -= min(beside, summary["teacher_seconds"] / 2)
-    left = 60 * recipe.minutes - (time.monotonic() - began) - starting
-    left -= MARGIN * teaching * min(recipe.cached_epochs, recipe.epochs)
-    epochs = int(left / (MARGIN * (training + beside)))
+        try:
+            engine.fit(short, some, run, teacher, on_epoch)
+        except Interrupted as error:
+            raise Interrupted("stopped while two short epochs were timed; the run had not begun") from error
+    # Of the second epoch: the first one's seconds hold what comes once, as the choice of kernels.
+    samples = len(data.train) * (2 if recipe.augment.plain_copy else 1)
+    training = samples // recipe.batch_size * recipe.batch_size / rows[1]["images_per_second"]
+    teaching = rows[1]["teacher_seconds"] * len(data.train) / len(images)  # of one epoch's views
+    beside = max(ends[1] - ends[0] - rows[1]["seconds"] - rows[1]["teacher_seconds"], 0)  # val and the checkpoint
+    starting = max(ends[0] - began - rows[0]["seconds"] - rows[0]["teacher_seconds"], 0)
+    left = (60 * recipe.minutes - (time.monotonic() - began) - starting) / MARGIN
+    epochs = int(left / (training + beside + teaching))
+    if epochs > recipe.cached_epochs:  # from there on the teacher's answers are replayed
+        epochs = int((left - teaching * recipe.cached_epochs) / (training + beside))
+    if recipe.swa_start is not None and recipe.swa_start >= epochs:
+        raise RecipeError(f"swa_start (={recipe.swa_start}) must be less than the {epochs} epochs that fit")
     if epochs < max(1, recipe.schedule.warmup_epochs):
         raise RecipeError(
             f"minutes (={recipe.minutes:g}) is too short for this recipe here: an epoch takes "

@@ -24,7 +24,7 @@ from toolkit import distributed
 from toolkit.augment import Augmenter
 from toolkit.catalogue import PRETRAINED, build, check_budget, parameter_count, pretrained
 from toolkit.classifier import Classifier
-from toolkit.compute import chosen, pick_device
+from toolkit.compute import chosen, pick_device, without_tf32
 from toolkit.data import DataSet, Split, StoredImages, at_once
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RecipeError
 from toolkit.machine import available_cores, keep_freed_memory, peak_memory
@@ -58,10 +58,11 @@ def new_model(recipe: Recipe, data: DataSet) -> Classifier:
                 model.eval()(torch.zeros(2, 3, side, side))
         except RuntimeError as error:
             raise RecipeError(f"progressive.start (={side}): {name} does not take images of this size") from error
-    return model
+    return model.train()
 
 
 @torch.inference_mode()
+@without_tf32()
 def predict(
     model: nn.Module, images: Tensor | StoredImages, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> np.ndarray:
@@ -160,7 +161,7 @@ def _fit(
     count = min(len(data.train), at_once(recipe.data.image_size, PREPARE_IMAGES))
     some = torch.linspace(0, len(data.train) - 1, count).long()  # a folder's images come class by class
     model.prepare(data.train.images[some].float() / 255)
-    if recipe.start_from is not None:
+    if recipe.start_from is not None and not Checkpoint.exists(run):  # a state holds what it began with
         start_from(model, recipe, data.classes)
     dtype, layout = numbers = chosen(model, recipe, device, run)
     model = model.to(device).to(memory_format=layout)
@@ -188,7 +189,7 @@ def _fit(
         optimizer.add_param_group({"params": trained, "lr_factor": 1.0, "orthogonal": False})
         measured = distributed.share(objective, device, recipe.sync_norm)
 
-    images = data.train.images if isinstance(data.train.images, StoredImages) else data.train.images.to(device)
+    images = on_device(data.train.images, device)
     balanced = recipe.balance == "sampling"
     labels = data.train.labels.to(device)
     augmenter = Augmenter(images, labels, len(data.classes), recipe.augment, recipe.seed, balanced)
@@ -205,7 +206,8 @@ def _fit(
         example, _ = augmenter.batch(torch.arange(min(at.batch_size, micro_batch), device=device))
         example = distributed.own_part(example).contiguous(memory_format=layout)
         shared = compiled(shared, example, dtype)
-        taught = None if teacher is None else compiled(teacher, example, dtype)
+        if teacher is not None and cache is None:
+            taught = compiled(teacher, example, dtype)
 
     def lr_at(done: float) -> float:
         return recipe.optimizer.lr * lr_factor(recipe.schedule, done, recipe.epochs)
@@ -218,7 +220,7 @@ def _fit(
     def backward(index: Tensor) -> Tensor:
         """Add up the gradients of these samples; their mean loss and the share that is right, float64 [2]."""
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for part in index.split(micro_batch):
+        for part in index.chunk(math.ceil(len(index) / micro_batch)):  # equal parts: BN sees no single image
             images, labels = augmenter.batch(part)
             images = images.contiguous(memory_format=layout)
             with numbers.autocast(device):
@@ -247,6 +249,7 @@ def _fit(
             augmenter.start_epoch(epoch % recipe.cached_epochs if recipe.cached_epochs else epoch)
             order = augmenter.order(epoch)
             side = recipe.progressive.side(epoch / recipe.epochs, augmenter.side)
+            teaching = at.teacher_seconds
             if cache is not None:
                 replayed = cache.epoch(epoch, augmenter, lambda: not stop.asked)
                 at.teacher_seconds += time.monotonic() - began
@@ -334,6 +337,7 @@ def _fit(
                 "batch_size": batch_size,
                 "images_per_second": steps * batch_size / at.epoch_seconds,
                 "seconds": at.epoch_seconds,
+                "teacher_seconds": at.teacher_seconds - teaching,
             }
             if gives_up(recipe, row, data):
                 raise DivergedError(
@@ -368,6 +372,17 @@ def _fit(
         run.finish(summary)
     distributed.wait()
     return summary
+
+
+def on_device(images: Tensor | StoredImages, device: torch.device) -> Tensor | StoredImages:
+    """The images where training wants them: on the device, or in host memory where the device's is too small."""
+    if isinstance(images, StoredImages):
+        return images
+    # The augmentation pads them, for which several copies are there for a moment.
+    if device.type == "cuda" and 4 * images.nbytes > torch.cuda.mem_get_info(device)[0]:
+        say("the images do not fit the GPU's memory: each batch is sent there")
+        return StoredImages(images, torch.arange(len(images)))
+    return images.to(device)
 
 
 def class_weights(labels: Tensor, num_classes: int) -> Tensor:
@@ -405,11 +420,19 @@ def compiled(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module
     """The model compiled by PyTorch for batches like ``example``, or itself where that fails. Its state stays."""
     began, before = time.monotonic(), {name: value.clone() for name, value in model.state_dict().items()}
     fast: nn.Module = torch.compile(model)  # type: ignore[assignment]  # a module for a module
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     try:
-        with torch.autocast(example.device.type, dtype, enabled=dtype != torch.float32):
+        # As in training: what another mode compiles would be thrown away. The generators stay as they are.
+        with (
+            torch.random.fork_rng(devices=[example.device] if example.is_cuda else []),
+            torch.set_grad_enabled(trained),
+            torch.autocast(example.device.type, dtype, enabled=dtype != torch.float32),
+        ):
             logits = fast(example)
-        if logits.requires_grad:
+        if trained:
             logits.float().sum().backward()
+    except torch.OutOfMemoryError:  # the first step takes the batch in parts
+        return fast
     except Exception as error:  # whatever the compiler throws, the model itself can run
         say(f"torch.compile failed, going on without: {textwrap.shorten(str(error), 200)}")
         return model
@@ -426,6 +449,8 @@ def gives_up(recipe: Recipe, row: dict[str, Any], data: DataSet) -> bool:
         return False
     count = len(data.train.labels)
     chance = data.train.labels.bincount().max().item() / count
+    if recipe.balance != "none":  # then the commonest class is no better an answer than another
+        chance = 1 / len(data.classes)
     return row["train_top1"] < chance + 2 * math.sqrt(chance * (1 - chance) / count)
 
 
@@ -479,6 +504,11 @@ class Checkpoint:
         # From newest to oldest; "next" is there only after a kill while the names moved on.
         self.names = ["next", "last", *(f"last-{age}" for age in range(1, run.recipe.keep_checkpoints))]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    @staticmethod
+    def exists(run: Run) -> bool:
+        """Whether the run has a state to go on from."""
+        return any(run.checkpoint(name).is_file() for name in ("next", "last"))
 
     def save(self, at: Position, header: dict[str, Any]) -> None:
         if distributed.RANK != 0:
@@ -540,6 +570,8 @@ class Checkpoint:
             parameter = self.parameters[int(index)]
             if value.shape == parameter.shape:  # with the parameter's own memory format
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            else:  # Adam's count of steps, which its fused form wants beside the parameter
+                value = value.to(parameter.device)
             self.optimizer.state[parameter][key] = value.detach()
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:

@@ -30,6 +30,7 @@ GUESSES: dict[str, dict[str, Any]] = {
     "--teacher-mean 0.5,0.5,0.5 --teacher-std 0.5,0.5,0.5": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
 }
 TOLD = ("image_size", "layout", "scale", "mean", "std")
+CPU = torch.device("cpu")
 NAMES = ("labels", "classes", "names")  # of class names in a file's metadata
 MORE = 0.02  # of top-1: what makes another input worth telling
 
@@ -105,7 +106,7 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self.path, self.layout, self.device = path, layout, device
         self.sessions: dict[str, Any] = {}
-        session = self._session("cpu")
+        session = self._session(CPU)
         (self.input,) = session.get_inputs()
         two = [output for output in session.get_outputs() if len(output.shape) == 2]
         if not two:
@@ -115,30 +116,35 @@ class OnnxNetwork(nn.Module):
         batch = self.input.shape[0]
         self.batch = batch if isinstance(batch, int) and batch > 0 else None
 
-    def _session(self, device: str) -> Any:
+    def _session(self, place: torch.device) -> Any:
+        device = str(place)
         if device not in self.sessions:
             import onnxruntime as ort
+
+            from serve.session import need_cuda
 
             options = ort.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = torch.get_num_threads()
             providers: list[Any] = ["CPUExecutionProvider"]
-            if device == "cuda":
-                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-                providers = [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})]
             try:
+                if place.type == "cuda":
+                    need_cuda()
+                    # Sizes that a graph computes stay on the CPU, by its side.
+                    options_there = {"cudnn_conv_algo_search": "HEURISTIC", "device_id": str(place.index or 0)}
+                    providers.insert(0, ("CUDAExecutionProvider", options_there))
                 session = ort.InferenceSession(self.path, options, providers=providers, enable_fallback=0)
                 session.disable_fallback()
-                if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+                if place.type == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
                     raise RuntimeError("the session runs on the CPU")
             except Exception as error:  # ONNX Runtime's errors share no base class
                 reason = " ".join(str(error).split())[:200]
-                if device == "cpu":
+                if place.type == "cpu":
                     raise TeacherError(f"ONNX Runtime cannot run {self.path}: {reason}") from error
                 if self.device != "auto":
                     raise DeviceError(f"ONNX Runtime cannot run {self.path} on CUDA: {reason}") from error
                 say(f"the teacher {self.path} runs on the CPU: {reason}")
-                session = self._session("cpu")
+                session = self._session(CPU)
             self.sessions[device] = session
         return self.sessions[device]
 
@@ -147,7 +153,7 @@ class OnnxNetwork(nn.Module):
         return torch.compiler.disable(self._answers)(pixels)
 
     def _answers(self, pixels: Tensor) -> Tensor:
-        session = self._session(pixels.device.type)
+        session = self._session(pixels.device)
         if self.layout == "nhwc":
             pixels = pixels.permute(0, 2, 3, 1)
         kinds = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}

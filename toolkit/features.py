@@ -90,4 +90,12 @@ def listed(shapes: Shapes) -> str:
 def same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Two feature maps ``[B,C,H,W]``, each averaged to the smaller height and the smaller width of both."""
     size = min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3])
-    return F.adaptive_avg_pool2d(one, size), F.adaptive_avg_pool2d(other, size)
+    return _averaged(one, size), _averaged(other, size)
+
+
+def _averaged(features: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = features.shape[2:]
+    if height % size[0] or width % size[1]:
+        return F.adaptive_avg_pool2d(features, size)
+    kernel = height // size[0], width // size[1]  # the same, and deterministic on CUDA
+    return features if kernel == (1, 1) else F.avg_pool2d(features, kernel)

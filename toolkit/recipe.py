@@ -72,7 +72,9 @@ class Data(Section):
     )
     split_seed: int = Field(0, description="seed of the validation split; the same for teacher and student")
     memory: float | None = Field(
-        None, gt=0, description="GiB that a folder's decoded images may take; beyond it they stay on disk. null: half"
+        None,
+        gt=0,
+        description="GiB for a folder's images and a padded copy; beyond it they stay on disk. null: half",
     )
     skip_broken: bool = Field(False, description="leave unreadable images of a folder out")
     skip_leaks: bool = Field(False, description="leave training images out that are in val or test too")
@@ -172,13 +174,16 @@ class Teacher(Model):
         None,
         description="YAML: names of its outputs in their order, or a mapping from them (or their numbers) to classes",
     )
+    views: Literal["flip", "flip_and_shift"] | None = Field(
+        None, description="test-time augmentation: its logits are the mean over views of each image"
+    )
     weights: str | None = Field(
         None, description="SHA-256 of that teacher's weights; written when a run starts, and then held to"
     )
     also: tuple[Path | Teacher, ...] = Field(
         (),
         description="more teachers, each by its run directory, weights or ONNX file, or as a mapping of these fields: "
-        "their probabilities are averaged with its own",
+        "their probabilities are averaged with its own, and those without a mapping take its views",
     )
 
     @model_validator(mode="before")
@@ -450,6 +455,8 @@ class Recipe(Section):
                 raise ValueError(f"{needs}, cached_epochs (={self.cached_epochs}) keeps its logits alone: set it to 0")
             if self.teacher is not None and self.teacher.also:
                 raise ValueError(f"{needs}, teacher.also makes it an ensemble that gives logits alone: leave it out")
+            if self.teacher is not None and self.teacher.views:
+                raise ValueError(f"{needs}, teacher.views (={self.teacher.views}) averages its logits: leave it out")
         if self.data.unlabelled and (not self.distils or peak(self.loss.ce_weight) or self.balance == "weights"):
             raise ValueError(
                 "data.unlabelled leaves no labels to learn from: it needs a teacher, loss.ce_weight=0 and a "
@@ -618,11 +625,19 @@ def resolve(
             raise RecipeError("the recipe names no teacher to train: give one by --teacher NAME")
         if isinstance(tree["teacher"], Mapping) and is_external(str(tree["teacher"].get("name"))):
             raise RecipeError(f"{tree['teacher']['name']} is not trained here: toolkit distill takes it as a teacher")
+        if isinstance(tree["teacher"], Mapping):  # how it is looked at later is nothing of its own
+            tree["teacher"] = {key: value for key, value in tree["teacher"].items() if key not in ("views", "also")}
     elif tree.get("student") is None:
         raise RecipeError("the recipe names no student to distil: give one by --student NAME")
     elif tree.get("start_from") == PRETRAINED and isinstance(tree["student"], Mapping):
         tree["student"] = {**pretrained(str(tree["student"].get("name")))[1], **tree["student"]}
     return validate(tree)
+
+
+def check_length(recipe: Recipe) -> None:
+    """Raise ``RecipeError`` where ``minutes`` would give runs that are to be compared different lengths."""
+    if recipe.minutes is not None:
+        raise RecipeError(f"minutes (={recipe.minutes:g}) gives each run a length of its own: give --epochs N instead")
 
 
 def validate(tree: Mapping[str, Any]) -> Recipe:

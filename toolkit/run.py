@@ -57,6 +57,11 @@ class Run:
             longer = recipe.epochs > run.recipe.epochs
             as_long = recipe.model_copy(update={"epochs": run.recipe.epochs})
             if extend and longer and not run.recipe.differences(as_long):
+                if run.finished and (done := run.summary()["epochs"]) < run.recipe.epochs:
+                    raise RunError(
+                        f"{path} was stopped early, after {done} of {run.recipe.epochs} epochs: a longer run would "
+                        "stop there too. Choose another --run-dir, and a larger early_stop.patience."
+                    )
                 (path / "summary.json").unlink(missing_ok=True)
                 write_text(path / "recipe.yaml", recipe.to_yaml())
                 run = cls(path)

@@ -213,6 +213,7 @@ def make_plan(
     problems += [f"{path}: is searched, and given the value {given[path]!r} too" for path in searched if path in given]
     try:
         base = recipes.resolve(source or tree.get("recipe") or "cifar10", stage, given)
+        recipes.check_length(base)
         base = base.model_copy(update={"source": None, "reported_top1": None})  # those of another run
     except RecipeError as error:
         problems += [line.strip() for line in str(error).splitlines() if not line.endswith(":")]

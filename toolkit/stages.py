@@ -90,6 +90,8 @@ def distill(
     """
     wanted = _resolved(wanted, "distill", settings)
     if not wanted.distils:
+        if wanted.teacher is not None:
+            say(f"the teacher {wanted.teacher.name} is not asked: loss.kd_weight is 0")
         return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
     data = load_data(wanted.data, wanted) if wanted.data.unlabelled else check(wanted)
@@ -130,14 +132,16 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
     _, top1 = engine.evaluate(teacher, some, device, dtype)
     every = max(1, count // 200)
     part = datasets.Split(some.images[::every], some.labels[::every])
-    better = external.hint(teacher, lambda: engine.evaluate(teacher, part, device, dtype)[1])
+    one = teacher.classifier if isinstance(teacher, TestTimeAugmentation) else teacher
+    better = external.hint(one, lambda: engine.evaluate(teacher, part, device, dtype)[1])
     chance = data.train.labels.bincount().max().item() / len(data.train)
     said = f"{top1:.1%} of {count:,} {name} images right, a guess {chance:.1%}"
-    if top1 < chance + max(0.1 * (1 - chance), 3 * (chance * (1 - chance) / count) ** 0.5):
+    better_by = max(0.1 * (1 - chance), 3 * (chance * (1 - chance) / count) ** 0.5)
+    if top1 < chance + min(better_by, (1 - chance) / 2):  # where few images of unequal classes were looked at
         if known.external:
             raise TeacherError(
                 f"the teacher {external.title(known)} has nothing to teach: it gets {said}. "
-                + (better or f"It was given {teacher}. --teacher-mean, --teacher-std, --teacher-scale and "
+                + (better or f"It was given {one}. --teacher-mean, --teacher-std, --teacher-scale and "
                    "--teacher-classes say it otherwise.")
             )  # fmt: skip
         assert known.checkpoint is not None
@@ -282,7 +286,7 @@ def options(wanted: Recipe) -> str:
 
 
 def same_images(one: Data, other: Data) -> bool:
-    keys = ("dataset", "image_size", "split_seed", "val_size")
+    keys = ("dataset", "image_size", "split_seed", "val_size", "group_by", "skip_broken", "skip_leaks")
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
@@ -293,25 +297,26 @@ def load_teachers(wanted: Recipe, classes: Sequence[str] | None) -> tuple[nn.Mod
     """
     assert wanted.teacher is not None
     first = wanted.teacher.model_copy(update={"checkpoint": find_teacher(wanted)})
-    members = [first, *(_member(one) for one in wanted.teacher.also)]
+    members = [first, *(_member(one, first.views) for one in wanted.teacher.also)]
     loaded: list[tuple[nn.Module, Teacher]] = []
     for member in members:
         model, known, own = _load_member(member, classes, wanted)
         loaded.append((model, known))
         classes = classes if classes is not None else own
-    (model, known), digests = loaded[0], [str(known.weights) for _, known in loaded]
+    (model, known), digests = loaded[0], [f"{known.weights}{known.views or ''}" for _, known in loaded]
     if len(loaded) > 1:
         model = Ensemble([member for member, _ in loaded])
         digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-        also = tuple(one if one.external else one.checkpoint for _, one in loaded[1:])
+        also = tuple(one if one.external or one.views != known.views else one.checkpoint for _, one in loaded[1:])
         known = known.model_copy(update={"weights": digest, "also": also})
     return model, known, list(classes or ())
 
 
-def _member(entry: Path | Teacher) -> Teacher:
-    """One of ``teacher.also``, with the weights of a run directory."""
+def _member(entry: Path | Teacher, views: Views | None) -> Teacher:
+    """One of ``teacher.also``, with the weights of a run directory; ``views`` where it has no mapping of its own."""
     if isinstance(entry, Path):
-        entry = Teacher(name=str(entry)) if is_external(str(entry)) else Teacher(name="", checkpoint=entry)
+        given = {"name": str(entry)} if is_external(str(entry)) else {"name": "", "checkpoint": entry}
+        entry = Teacher.model_validate({**given, "views": views})
     return entry if entry.checkpoint is None else entry.model_copy(update={"checkpoint": _weights(entry.checkpoint)})
 
 
@@ -320,12 +325,13 @@ def _load_member(
 ) -> tuple[nn.Module, Teacher, list[str]]:
     if teacher.external:
         other, names = external.load(teacher, classes, wanted.device, wanted.data.offline)
-        return other, teacher.model_copy(update={"weights": other.hex_digest, "also": ()}), names
+        return _seen(other, teacher), teacher.model_copy(update={"weights": other.hex_digest, "also": ()}), names
     assert teacher.checkpoint is not None
     model, header = load_model(teacher.checkpoint)
     where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
     digest = hashlib.sha256(teacher.checkpoint.read_bytes()).hexdigest()
-    known = {"name": header["model"], "checkpoint": teacher.checkpoint, "weights": digest, "classes": teacher.classes}
+    known = {"name": header["model"], "checkpoint": teacher.checkpoint, "weights": digest}
+    known |= {"classes": teacher.classes, "views": teacher.views}
     if classes is not None and theirs != list(classes) and teacher.classes is None and set(theirs) != set(classes):
         kind, _, folder = wanted.data.dataset.partition(":")
         ours = f"{kind}:{Path(folder).stem}" if folder else kind
@@ -341,8 +347,16 @@ def _load_member(
     module: nn.Module = model
     if columns is not None:
         side = header["image_size"]
+        if teacher.classes is not None:  # the mapping makes another teacher of it
+            digest = hashlib.sha256(f"{digest}{columns}".encode()).hexdigest()
+            known["weights"] = digest
         module = external.External(model, TeacherInput(image_size=side), columns, digest, stated=True).eval()
-    return module, Teacher(**known, **header["arguments"]), names
+    return _seen(module, teacher), Teacher(**known, **header["arguments"]), names
+
+
+def _seen(model: nn.Module, teacher: Teacher) -> nn.Module:
+    """The model, with the test-time augmentation that the recipe asks of it."""
+    return TestTimeAugmentation(model, teacher.views).eval() if teacher.views else model
 
 
 def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:

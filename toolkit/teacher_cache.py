@@ -35,7 +35,7 @@ class TeacherCache:
         content = {
             "teacher": weights.hexdigest(),
             "data": data.digest,
-            "split": [recipe.data.val_size, recipe.data.split_seed],
+            "split": [recipe.data.val_size, recipe.data.split_seed, recipe.data.group_by],
             "augment": recipe.augment.model_dump(mode="json"),
             "seed": recipe.seed,
             "dtype": str(dtype),
@@ -56,6 +56,7 @@ class TeacherCache:
         """
         rows = self.rows[epoch % len(self.rows)]
         missing = np.isnan(rows[:, 0]).nonzero()[0]
+        distributed.wait()  # all look before any writes: they share the file
         mine = missing[distributed.RANK :: distributed.SIZE]
         count = at_once(augmenter.side)
         for start in range(0, len(mine), count):

@@ -479,6 +479,8 @@ def _job(search: Search, trial: Trial, cpus: int, gpus: float) -> Job:
     recipe = search.recipe(trial.values).model_copy(update={"probe": False})  # the same for all
     if not gpus:  # Ray hides no GPU from a trial that asked for none
         recipe = recipe.model_copy(update={"device": "cpu"})
+    elif recipe.device.startswith("cuda"):  # Ray shows a trial its own GPUs alone
+        recipe = recipe.model_copy(update={"device": "cuda"})
     return Job(
         number=trial.number,
         recipe=recipe.model_dump(mode="json"),
