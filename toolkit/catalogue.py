@@ -47,8 +47,11 @@ def _modules(role: Role) -> dict[str, str]:
     return found
 
 
-def pretrained(name: str) -> tuple[Path, dict[str, Any]]:
-    """The shipped weights of a student, and the arguments that it was built with; or ``UnknownNameError``."""
+def pretrained(name: str, image_size: int | None = None) -> tuple[Path, dict[str, Any]]:
+    """The shipped weights of a student, and the arguments that it was built with; or ``UnknownNameError``.
+
+    For images of another ``image_size`` than its own, without the ``resize`` that was meant for those.
+    """
     spec = importlib.util.find_spec("students")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -57,8 +60,12 @@ def pretrained(name: str) -> tuple[Path, dict[str, Any]]:
     if name not in found:
         raise UnknownNameError(f"no weights of {name!r} are shipped{closest(name, found)}")
     with found[name].open("rb") as file:  # its JSON header alone, without torch
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return found[name], json.loads(header["__metadata__"]["toolkit"])["arguments"]
+        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    header = json.loads(metadata["toolkit"])
+    arguments = header["arguments"]
+    if image_size not in (None, header["image_size"]):
+        arguments.pop("resize", None)
+    return found[name], arguments
 
 
 def names(role: Role) -> list[str]:

@@ -630,7 +630,9 @@ def resolve(
     elif tree.get("student") is None:
         raise RecipeError("the recipe names no student to distil: give one by --student NAME")
     elif tree.get("start_from") == PRETRAINED and isinstance(tree["student"], Mapping):
-        tree["student"] = {**pretrained(str(tree["student"].get("name")))[1], **tree["student"]}
+        data = tree.get("data")
+        side = data.get("image_size", Data().image_size) if isinstance(data, Mapping) else None
+        tree["student"] = {**pretrained(str(tree["student"].get("name")), side)[1], **tree["student"]}
     return validate(tree)
 
 
