@@ -30,7 +30,7 @@ from toolkit import data as datasets
 from toolkit import engine, report, stages
 from toolkit.bench import alternate
 from toolkit.catalogue import check_budget, mac_count, parameter_count
-from toolkit.classifier import Classifier, TestTimeAugmentation, Views
+from toolkit.classifier import Classifier, TestTimeAugmentation, Views, with_views
 from toolkit.errors import DataError, ParityError, UserError
 from toolkit.files import check_free, write_bytes, write_text
 from toolkit.progress import say
@@ -147,7 +147,7 @@ def export(
     if wants(options, "int8"):
         check_calibration_count(options.calibration_images, data)
 
-    network = seen(model, options)
+    network = with_views(model, options.views)
     temperature = fitted_temperature(network, data)
     if options.calibrated and temperature is None:
         raise DataError("--calibrate needs a validation split to fit the temperature on: data.val_size is 0")
@@ -168,7 +168,7 @@ def export(
     if wants(options, "int8"):
         if options.tuning_epochs:
             tuned = stages.load_run(fine_tuned(run, images, options.tuning_epochs))[0]
-            graph = onnx_export.build(seen(tuned, options), about, options.opset)
+            graph = onnx_export.build(with_views(tuned, options.views), about, options.opset)
         scheme = quantise.scheme_for(gpu=candidates[0].session.provider != CPU_PROVIDER)
         candidates.append(measure(*best_int8(graph, about, data, scheme, path, provider, options)))
     if len(candidates) > 1:
@@ -194,11 +194,6 @@ def export(
 
 def wants(options: Options, precision: Precision) -> bool:
     return options.precision in (precision, "auto")
-
-
-def seen(model: Classifier, options: Options) -> nn.Module:
-    """What is exported of the model: itself, or its mean over the views that were asked for."""
-    return TestTimeAugmentation(model, options.views) if options.views else model
 
 
 def describe(header: Mapping[str, Any], model: Classifier, options: Options, temperature: float | None) -> Metadata:

@@ -52,6 +52,11 @@ class Ensemble(nn.Module):
 Views = Literal["flip", "flip_and_shift"]
 
 
+def with_views(classifier: nn.Module, views: Views | None) -> nn.Module:
+    """The classifier's mean over these views of each image, or without any the classifier itself."""
+    return TestTimeAugmentation(classifier, views).eval() if views else classifier
+
+
 class TestTimeAugmentation(nn.Module):
     """A classifier's mean logits over views of each image: ``[B,3,H,W]`` in [0,1] to ``[B,K]``.
 

@@ -64,12 +64,12 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     epochs = int(left / (training + beside + teaching))
     if epochs > recipe.cached_epochs:  # from there on the teacher's answers are replayed
         epochs = int((left - teaching * recipe.cached_epochs) / (training + beside))
-    if recipe.swa_start is not None and recipe.swa_start >= epochs:
-        raise RecipeError(f"swa_start (={recipe.swa_start}) must be less than the {epochs} epochs that fit")
     if epochs < max(1, recipe.schedule.warmup_epochs):
         raise RecipeError(
             f"minutes (={recipe.minutes:g}) is too short for this recipe here: an epoch takes "
             f"{training + beside:.0f} s, starting {starting:.0f} s"
         )
+    if recipe.swa_start is not None and recipe.swa_start >= epochs:
+        raise RecipeError(f"swa_start (={recipe.swa_start}) must be less than the {epochs} epochs that fit")
     say(f"{epochs} epochs of {training + beside:.1f} s fit into {recipe.minutes:g} minutes")
     return recipe.model_copy(update={"minutes": None, "epochs": epochs})

@@ -24,7 +24,7 @@ from torch import nn
 from toolkit import compute, distributed, engine, external, recipe
 from toolkit import data as datasets
 from toolkit.catalogue import build, mac_count, parameter_count
-from toolkit.classifier import Ensemble, TestTimeAugmentation, Views
+from toolkit.classifier import Ensemble, TestTimeAugmentation, Views, with_views
 from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.progress import say
@@ -325,7 +325,11 @@ def _load_member(
 ) -> tuple[nn.Module, Teacher, list[str]]:
     if teacher.external:
         other, names = external.load(teacher, classes, wanted.device, wanted.data.offline)
-        return _seen(other, teacher), teacher.model_copy(update={"weights": other.hex_digest, "also": ()}), names
+        return (
+            with_views(other, teacher.views),
+            teacher.model_copy(update={"weights": other.hex_digest, "also": ()}),
+            names,
+        )
     assert teacher.checkpoint is not None
     model, header = load_model(teacher.checkpoint)
     where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
@@ -351,12 +355,7 @@ def _load_member(
             digest = hashlib.sha256(f"{digest}{columns}".encode()).hexdigest()
             known["weights"] = digest
         module = external.External(model, TeacherInput(image_size=side), columns, digest, stated=True).eval()
-    return _seen(module, teacher), Teacher(**known, **header["arguments"]), names
-
-
-def _seen(model: nn.Module, teacher: Teacher) -> nn.Module:
-    """The model, with the test-time augmentation that the recipe asks of it."""
-    return TestTimeAugmentation(model, teacher.views).eval() if teacher.views else model
+    return with_views(module, teacher.views), Teacher(**known, **header["arguments"]), names
 
 
 def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
