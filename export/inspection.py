@@ -122,7 +122,7 @@ def facts_of(about: Metadata) -> dict[str, str]:
         "model": about.model,
         "labels": f"{len(about.labels)}: {', '.join(about.labels)}",
         "parameters": f"{about.parameters:,}",
-        "multiply-accumulates": about.macs and f"{about.macs:,} an image",
+        "multiply-accumulates": about.macs and f"{about.macs * about.views:,} an image",
         "precision": about.precision,
         "quantisation": about.quantisation,
         "test top-1": percent(about.accuracy),

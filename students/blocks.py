@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+VARIANCE_FLOOR = 5e-4  # added to the variances that patches are whitened by (airbench)
+LOGIT_SCALE = 1 / 9  # of PoolFirstNet (airbench)
+
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -90,8 +93,9 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
-        self.squeeze = nn.Conv2d(channels, channels // reduction, 1)
-        self.excite = nn.Conv2d(channels // reduction, channels, 1)
+        hidden = max(1, channels // reduction)
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.excite = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean((2, 3), keepdim=True)
@@ -119,11 +123,11 @@ class WhiteningConv(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
     @torch.no_grad()
-    def whiten(self, images: Tensor, floor: float = 5e-4) -> None:
-        """Take the filters from normalised images ``[N,3,H,W]``; ``floor`` is added to the variances."""
+    def whiten(self, images: Tensor) -> None:
+        """Take the filters from normalised images ``[N,3,H,W]``."""
         patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12)
         variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (components / (variances + floor).sqrt()).T.reshape(12, 3, 2, 2)
+        filters = (components / (variances + VARIANCE_FLOOR).sqrt()).T.reshape(12, 3, 2, 2)
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
@@ -132,7 +136,7 @@ class PoolFirstNet(nn.Module):
 
     The shape of DAWNBench's ResNet-9 (David Page, 2018) and of airbench96 (arXiv 2404.00498): each stage is
     conv, 2x2 max-pool, BN, GELU, then two convs with a shortcut around them. Global max-pool, a linear layer
-    without bias, logits times ``scale``. ``[B,3,H,W]`` to ``[B,K]``, H and W at least 16. ``stochastic_depth`` is the
+    without bias, logits times 1/9. ``[B,3,H,W]`` to ``[B,K]``, H and W at least 16. ``stochastic_depth`` is the
     probability of leaving out the last stage's pair, the others' rise to it. ``resize`` is the side that images are
     brought to first: a larger one gives the stages more positions to look at, and costs time but no parameters.
     """
@@ -141,7 +145,6 @@ class PoolFirstNet(nn.Module):
         self,
         num_classes: int,
         widths: Sequence[int],
-        scale: float = 1 / 9,
         stochastic_depth: float = 0.0,
         image_size: int = 32,
         resize: int | None = None,
@@ -150,13 +153,20 @@ class PoolFirstNet(nn.Module):
         if resize is not None and resize < 16:
             raise ValueError(f"resize (={resize}) must be at least 16 pixels")
         self.resize = resize
-        stride, self.pools = stem_reduction(resize or image_size)
+        side = resize or image_size
+        stride, self.pools = stem_reduction(side)
+        left = (side - 2) // stride + 1  # pixels that come to the stages, each of which halves them
+        for _ in self.pools:
+            left = (left + 1) // 2
+        if not 0 < len(widths) <= int(math.log2(left)):
+            raise ValueError(
+                f"widths (={list(widths)}) must be 1 to {int(math.log2(left))} for images of {side} pixels"
+            )
         self.first = WhiteningConv(stride)
         inputs = (self.first.out_channels, *widths[:-1])
         left_out = rising(stochastic_depth, len(widths))
         self.stages = nn.Sequential(*map(PoolStage, inputs, widths, left_out))
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
-        self.scale = scale
         for module in self.stages.modules():
             if isinstance(module, nn.Conv2d):  # begin by passing on what comes in (airbench)
                 with torch.no_grad():
@@ -174,7 +184,7 @@ class PoolFirstNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.stages(self.pools(F.gelu(self.first(self.resized(x))))).amax((2, 3))
-        return self.head(features) * self.scale
+        return self.head(features) * LOGIT_SCALE
 
 
 class PoolStage(nn.Module):

@@ -33,6 +33,8 @@ class ResNet(nn.Module):
         image_size: int = 32,
     ) -> None:
         super().__init__()
+        if min(blocks, default=0) < 1:
+            raise ValueError(f"blocks (={list(blocks)}) must each be at least 1")
         stride, self.pools = stem_reduction(image_size)
         self.conv, self.norm = conv3x3(3, stem, stride), nn.BatchNorm2d(stem)
         self.squeeze = SqueezeExcitation(stem, squeeze) if squeeze else nn.Identity()

@@ -460,7 +460,7 @@ def test_memory_stays_bounded_where_the_images_do_not_fit(tmp_path: Path) -> Non
 
 def test_decoded_images_are_kept_until_a_file_changes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_data(f"folder:{photos}")
-    monkeypatch.setattr(module, "read_image", None)  # nothing is decoded again
+    monkeypatch.setattr(module, "decode", None)  # nothing is decoded again
     assert load_data(f"folder:{photos}").digest == before.digest
     os.utime(next(photos.rglob("*.png")))
     with pytest.raises(TypeError):
@@ -510,6 +510,13 @@ def test_folder_with_an_empty_class(photos: Path, part: str) -> None:
         load_data(f"folder:{photos}")
 
 
+def test_folder_with_an_empty_part(photos: Path) -> None:
+    (photos / "val" / "cat").mkdir(parents=True)
+    (photos / "val" / "dog").mkdir()
+    with pytest.raises(DataError, match=r"no readable images in .*val for cat, dog"):
+        load_data(f"folder:{photos}")
+
+
 def test_class_too_small_to_split(tmp_path: Path) -> None:
     fill(tmp_path / "photos" / "cat", 20)
     fill(tmp_path / "photos" / "dog", 1, 100)
@@ -530,7 +537,7 @@ def test_broken_images_are_named_and_counted_or_left_out(photos: Path) -> None:
         load_data(f"folder:{photos}")
     message = str(error.value)
     assert f"7 of 32 images in {photos} cannot be read: train/cat/000.png, " in message
-    assert "train/cat/004.bmp and 2 more; repair them, or leave them out with --skip-broken" in message
+    assert "train/cat/004.bmp and 2 more; repair them (`toolkit data check` says what is wrong), or leave" in message
     assert "train/cat/005" not in message
 
     data = load_data(f"folder:{photos}", skip_broken=True, val_size=0)

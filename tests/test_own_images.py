@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from zlib import crc32
@@ -162,6 +164,14 @@ def test_stratified_groups_is_near_the_shares() -> None:
     assert np.bincount(labels[held]) == pytest.approx(0.2 * np.bincount(labels), abs=10)
 
 
+def test_stratified_groups_takes_small_and_large_groups_alike() -> None:
+    """One of 200 images beside 19 of 40: were the large ones taken first, that would be the test for every seed."""
+    groups, labels = np.repeat(range(20), [200, *[40] * 19]), np.tile([0, 1], 480)
+    held = [stratified_groups(labels, groups, 192, seed) for seed in range(20)]
+    assert len({tuple(np.unique(groups[one])) for one in held}) > 10
+    assert sum(0 in groups[one] for one in held) < 15
+
+
 def test_a_split_that_leaks_is_refused_or_cleaned(tmp_path: Path) -> None:
     for part, count in (("train", 6), ("test", 3)):
         for name in ("cat", "dog"):
@@ -189,6 +199,60 @@ def test_files_that_vanish_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(folders, "find", slow)
     with pytest.raises(DataError, match=r"a/2.png was there a moment ago"):
         load_folder(tmp_path)
+
+
+def test_several_folders_of_one_part_and_linked_ones_are_all_read(tmp_path: Path) -> None:
+    for i, place in enumerate(("train_1/cat", "train_2/cat", "train_1/dog", "elsewhere/more", "test/cat", "test/dog")):
+        draw(tmp_path / place / f"{i}.jfif")
+    (tmp_path / "train_1/dog/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/more/circle").symlink_to(tmp_path / "elsewhere")
+    listing = folders.find(tmp_path)
+    assert [(path.name, label) for path, label in listing.files["train"]] == [
+        ("0.jfif", 0),
+        ("1.jfif", 0),
+        ("2.jfif", 1),
+        ("3.jfif", 1),
+    ]
+
+
+def test_names_need_not_be_utf8_and_trouble_with_the_disk_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(8):
+        draw(tmp_path / "ab"[i % 2] / f"{i}.png")
+    odd = tmp_path / "a" / os.fsdecode(b"f\xfcr.png")
+    odd.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"cannot be read: a/f\\udcfcr.png; repair"):
+        load_folder(tmp_path)
+    odd.unlink()
+
+    def fails(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as trouble:
+        trouble.setattr(Path, "read_bytes", fails)
+        with pytest.raises(DataError, match=r"png cannot be read: Input/output error"):
+            load_folder(tmp_path)
+    assert len(load_folder(tmp_path).broken) == 0  # it was not remembered
+
+    def stops(*arguments: object, **settings: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "a/locked")
+
+    monkeypatch.setattr(os, "walk", stops)
+    with pytest.raises(DataError, match="cannot read a/locked: Permission denied"):
+        load_folder(tmp_path)
+
+
+def test_a_rare_class_may_lack_in_val_where_copies_stay_together(tmp_path: Path) -> None:
+    for part, count in (("train", 40), ("test", 3)):
+        for i in range(count):
+            draw(tmp_path / part / "cat" / f"{i}.png")
+    for i in range(4):
+        draw(tmp_path / ("test" if i == 3 else "train") / "fox" / f"{i}.png")
+    (tmp_path / "train/cat/again.png").write_bytes((tmp_path / "train/cat/1.png").read_bytes())
+    data = load_folder(tmp_path, val_size=0.1)
+    assert data.val is not None
+    assert data.train.labels.bincount().tolist()[1] >= 2
 
 
 # --- data check --------------------------------------------------------------------------------------------
@@ -220,7 +284,27 @@ def test_data_check_finds_what_is_wrong(drawn: Path, tmp_path: Path, toolkit: To
     assert "problem: 1 of 15 images are broken: train/star/cut.jpg" in text
     assert "the split leaks" in text
     assert "--recipe fine-tune" in text
+    (tmp_path / "train/star/iphone.heic").write_bytes(b"")
+    (tmp_path / "train/star/gone.png").symlink_to("nowhere")
+    assert "not read  1 dangling link, 1 .heic" in toolkit("data", "check", tmp_path).stdout
     assert toolkit("data", "check", tmp_path / "nothing").exit_code == 1
+
+
+def test_data_check_names_what_training_would_stop_at(tmp_path: Path, toolkit: Toolkit) -> None:
+    for name in ("cat", "dog"):
+        for i in range(4):
+            draw(tmp_path / "whole" / name / f"{i}.png")
+    for name in ("train/cat", "train/dog", "test/cat"):
+        draw(tmp_path / "parts" / name / f"{name.replace('/', '')}.png")
+    (tmp_path / "parts/test/dog").mkdir()
+    (tmp_path / "whole/fox").mkdir()
+    for path, problem in (("parts", "dog has 0 images in test: at least 1"), ("whole", "fox has 0 images in train")):
+        result = toolkit("data", "check", tmp_path / path)
+        assert result.exit_code == 1
+        assert f"problem: {problem}" in result.stdout
+    for path in (tmp_path / "whole").rglob("*.png"):
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    assert "broken    8" in toolkit("data", "check", tmp_path / "whole").stdout
 
 
 # --- classes of unequal size -------------------------------------------------------------------------------

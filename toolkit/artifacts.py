@@ -124,7 +124,7 @@ def export(
     """
     if target is None:
         target = stages.newest_run().path
-        say(f"exporting the newest run, {target}")
+        say(f"exporting the newest {stages.newest_run().recipe.role}, {target}")
     run = Run(target)
     path = output or run.artifact
     card = path.with_suffix(".md")
@@ -144,6 +144,8 @@ def export(
         )
     images = stages.data_config(run.recipe.data, header["dataset"], header, None, data_dir)
     data = stages.load_data(images, run.recipe)
+    stages.check_classes(header["classes"], data, run.path)
+    stages.check_unchanged(data, header["dataset_digest"], run.path, "export needs the same ones, else train again")
     if wants(options, "int8"):
         check_calibration_count(options.calibration_images, data)
 
@@ -227,14 +229,24 @@ def fitted_temperature(network: nn.Module, data: datasets.DataSet) -> float | No
     """What logits are divided by for the least negative log-likelihood on val (Guo et al. 2017); None without val."""
     if data.val is None:
         return None
-    labels = data.val.labels[:FITTED_ON].numpy()
-    logits = engine.predict(network, data.val.images[:FITTED_ON], CPU).astype(np.float64)
+    images, labels = spread(data.val, FITTED_ON)
+    logits = engine.predict(network, images, CPU).astype(np.float64)
+    # All of n right do not prove the next one: without this doubt the temperature would go to 0 (Platt 1999).
+    doubt = 1 / (len(labels) + 2) if (logits.argmax(1) == labels).all() else 0.0
 
     def nll(log_temperature: float) -> float:
-        return float(-log_softmax(logits / math.exp(log_temperature), axis=1)[np.arange(len(labels)), labels].mean())
+        log_p = log_softmax(logits / math.exp(log_temperature), axis=1)
+        return float(-((1 - doubt) * log_p[np.arange(len(labels)), labels] + doubt * log_p.mean(1)).mean())
 
     # Six digits: more would differ from machine to machine.
     return float(f"{math.exp(minimize_scalar(nll, bounds=(-4, 4), method='bounded').x):.6g}")
+
+
+def spread(split: datasets.Split, most: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Up to ``most`` images and labels from all over the split: those of a folder come class by class."""
+    count = min(len(split), most)
+    index = torch.arange(count) * len(split) // count
+    return split.images[index], split.labels[index].numpy()
 
 
 def measured(
@@ -280,6 +292,11 @@ def opened(
 def check_calibration_count(count: int, data: datasets.DataSet) -> None:
     # Without a validation split some images must be left to choose the calibration method by.
     most = len(data.train) - (quantise.FEWEST if data.val is None else 0)
+    if most < quantise.FEWEST:
+        raise DataError(
+            f"INT8 is calibrated on at least {quantise.FEWEST} training images, and {data.name} has {len(data.train)}: "
+            "take --precision fp32 or fp16"
+        )
     if not quantise.FEWEST <= count <= most:
         raise DataError(
             f"--calibration-images {count} must be between {quantise.FEWEST} and {most:,}: {data.name} has "
@@ -305,9 +322,9 @@ def best_int8(
     images = stages.to_nhwc(data.train.images[index.sort().values])
     chosen_on = data.val
     if chosen_on is None:
-        rest = rest[:CHOSEN_ON].sort().values
-        chosen_on = datasets.Split(data.train.images[rest], data.train.labels[rest])
-    shown, labels = stages.to_nhwc(chosen_on.images[:CHOSEN_ON]), chosen_on.labels[:CHOSEN_ON].numpy()
+        chosen_on = data.train.select(rest[:CHOSEN_ON].sort().values)
+    some, labels = spread(chosen_on, CHOSEN_ON)
+    shown = stages.to_nhwc(some)
     tried = []
     for method in quantise.METHODS:
         quantised = quantise.int8(graph, images, method, scheme)
@@ -318,7 +335,8 @@ def best_int8(
         tried.append((top1, -nll, method, quantised))
     _, _, method, best = max(tried, key=lambda one: one[:2])
     tuned = f", after {options.tuning_epochs} epochs of fine-tuning" if options.tuning_epochs else ""
-    words = f"{scheme.name} QDQ, per channel, {method} on {options.calibration_images} training images{tuned}"
+    calibrated = options.calibration_images // quantise.BATCH * quantise.BATCH  # whole batches
+    words = f"{scheme.name} QDQ, per channel, {method} on {calibrated} training images{tuned}"
     return best, about.model_copy(update={"precision": "int8", "quantisation": words})
 
 
@@ -345,8 +363,10 @@ def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
     # What belongs to the length of the whole training is left at its defaults.
     dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select")
     wanted = Recipe.model_validate({key: value for key, value in own.items() if key not in dropped} | changes)
-    # The digest tells apart what was trained on since.
-    return stages.distill(wanted, run.path / f"int8-{epochs}-{run.recipe.digest()[:8]}", resume=True)
+    # The digests tell apart what was trained on since, and the places that it was called by.
+    folder = run.path / f"int8-{epochs}-{run.recipe.digest()[:8]}-{wanted.digest()[:8]}"
+    fit = stages.distill if wanted.distils else stages.train
+    return fit(wanted, folder, resume=True)
 
 
 def raced(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -58,7 +58,7 @@ class Augmenter:
     ) -> None:
         self.config, self.seed, self.device, self.balanced = config, seed, labels.device, balanced
         self.originals, _, self.side, _ = images.shape
-        self.count = 2 * self.originals if config.plain_copy else self.originals
+        self.count = self.originals * config.copies
         self.padded_side = self.side + 2 * config.crop_padding
         self.stored = images if isinstance(images, StoredImages) else None
         # Of images that stay in a file, the first shows whether they can be padded.

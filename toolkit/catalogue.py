@@ -111,7 +111,7 @@ def build(
             raise RecipeError(f"{role}.{key}: {name} takes no such argument{closest(key, known)}")
     try:
         network = make(num_classes, **arguments, image_size=image_size)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise RecipeError(f"{role}: {name} cannot be built from {arguments}: {error}") from error
     return Classifier(network, mean, std)
 

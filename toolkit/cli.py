@@ -5,8 +5,8 @@ Results go to stdout, everything else to stderr. Exit code 0: success, 1: a clea
 
 from __future__ import annotations
 
-import errno
 import json
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from toolkit import __version__
 from toolkit.catalogue import BUDGET
 from toolkit.errors import UserError, next_step
+from toolkit.files import is_full
 
 
 class Commands(TyperGroup):
@@ -31,7 +32,7 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted")
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if is_full(error):
                 _fail(f"the disk is full: {error.filename or 'a file'} could not be written")
             raise
 
@@ -126,7 +127,9 @@ Deterministic = Annotated[
 NoProbe = Annotated[
     bool, typer.Option("--no-probe", help="Do not time precision and memory format first: bf16 where it is fast.")
 ]
-Extend = Annotated[bool, typer.Option("--extend", help="Go on with a run for more --epochs than it began with.")]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Go on with the run in --run-dir, for more --epochs than it began with.")
+]
 Keep = Annotated[int | None, typer.Option("--keep", help="Newest training states that are kept.")]
 Log = Annotated[LogName | None, typer.Option("--log", help="Also write the metrics for TensorBoard.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train the student without a teacher too, and compare.")]
@@ -268,6 +271,7 @@ def train(
     """Train a teacher, with no limit on its size."""
     from toolkit.recipe import resolve
 
+    _check_extend(extend, run_dir)
     wanted = resolve(_source(ctx, "cifar10"), "train", _overrides(ctx))
     from toolkit import stages  # imports torch: a misspelt name is told before that
 
@@ -275,7 +279,14 @@ def train(
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
     _print_run(run)
-    print(f"next: toolkit distill {stages.options(run.recipe)} --teacher {run.recipe.model.name} --student NAME")
+    given = stages.options(run.recipe, recipe)
+    print(f"next: toolkit distill {given} --teacher {run.recipe.model.name} --student NAME")
+
+
+def _check_extend(extend: bool, run_dir: Path | None) -> None:
+    """A longer recipe has another default directory, where it would begin anew."""
+    if extend and run_dir is None:
+        raise typer.BadParameter("which run is to go on? Give its --run-dir", param_hint="--extend")
 
 
 @app.command()
@@ -322,17 +333,19 @@ def distill(
     """Distil a student from a trained teacher's soft targets."""
     from toolkit.recipe import resolve
 
+    _check_extend(extend, run_dir)
     source, overrides = _source(ctx, "cifar10"), _overrides(ctx)
     wanted = resolve(source, "distill", overrides)
+    if baseline and wanted.data.unlabelled:
+        raise typer.BadParameter("images without labels have no baseline without a teacher", param_hint="--baseline")
     from toolkit import stages  # imports torch: a misspelt name is told before that
 
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
         wanted = stages.from_teacher(wanted, _trained_teacher(wanted, source, overrides))
     run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
-        alone = stages.train(
-            stages.without_teacher(wanted), run_dir and run_dir.with_name(f"{run_dir.name}-baseline"), True
-        )
+        beside = run_dir and run_dir.with_name(f"{run_dir.name}-baseline")
+        alone = stages.train(stages.without_teacher(wanted), beside, resume=True, extend=extend)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
     _print_run(run)
@@ -340,9 +353,10 @@ def distill(
         ours, theirs = (stages.validate(path)[0]["top1"] for path in (run.path, alone.path))
         print(
             f"test top-1 with the teacher {ours:.2%}, without {theirs:.2%}: {100 * (ours - theirs):+.2f} points "
-            "(one seed each; seeds differ by about 0.15)"
+            "(one seed each: `toolkit compare` says whether that is more than chance)"
         )
-    print(f"next: toolkit validate {run.path}, toolkit export {run.path}")
+    path = shlex.quote(str(run.path))
+    print(f"next: toolkit validate {path}, toolkit export {path}")
 
 
 SHARED = ("seed", "device", "data.", "teacher.", "train.")
@@ -392,7 +406,6 @@ def compare(
     data_memory: DataMemory = None,
     device: Device = None,
     deterministic: Deterministic = False,
-    no_probe: NoProbe = False,
     budget: Budget = None,
     keep: Keep = None,
     settings: Settings = None,
@@ -467,7 +480,7 @@ def pipeline(
     _print_export(chain.exported)
     print(f"report    {chain.student.report / 'report.md'}")
     print(f"took      {chain.seconds:,.0f} s, at most {peak_memory() / 2**30:.2f} GiB of memory")
-    print(f"next: toolkit serve {chain.exported.path}")
+    print(f"next: toolkit serve {shlex.quote(str(chain.exported.path))}")
 
 
 @app.command()
@@ -558,14 +571,17 @@ def tune(
     assert best is not None
     print(f"best      trial {best.number}: val top-1 {best.val_top1:.2%} with {best.told}")
     print(f"search    {output / 'trials.csv'}, {output / 'scatter.png'}")
-    print(f"next: toolkit validate {search.path(best)}, toolkit {plan.space.stage} --recipe {output / 'best.yaml'}")
+    run, file = shlex.quote(str(search.path(best))), shlex.quote(str(output / "best.yaml"))
+    print(f"next: toolkit validate {run}, toolkit {plan.space.stage} --recipe {file}")
 
 
 @app.command()
 def validate(
     target: Annotated[
         Path | None,
-        typer.Argument(help="Run directory, weights (.safetensors) or artifact (.onnx); else the newest run."),
+        typer.Argument(
+            help="Run directory, weights (.safetensors) or artifact (.onnx); else the newest distilled student."
+        ),
     ] = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
@@ -614,7 +630,7 @@ def report(
 
 @app.command()
 def export(
-    target: Annotated[Path | None, typer.Argument(help="Run directory; else the newest finished run.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="Run directory; else the newest distilled student.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
     precision: Annotated[
         PrecisionName, typer.Option(help="auto makes all, and ships the fastest that loses too little.")
@@ -683,7 +699,7 @@ def export(
         )
         return
     _print_export(exported)
-    print(f"next: toolkit serve {exported.path}")
+    print(f"next: toolkit serve {shlex.quote(str(exported.path))}")
 
 
 @app.command()
@@ -736,17 +752,18 @@ def bench(
     names: Any = [provider.value for provider in providers or [ProviderName.auto]]
     rows, used = timing.bench(artifacts, names, batches or (1, 8, 64, 256), rounds, threads, compiled)
     document = timing.document(rows, used)
-    write_text(output / "bench.json", json.dumps(document, indent=2))
-    write_bytes(output / "bench.png", timing.plot(rows))
     if as_json:
         _print_json(document)
-        return
-    print(
-        f"{used} threads, {rounds} turns, all in one process; peak: of a large matrix product, in GOP/s; speed: to the "
-        "first line of the batch size"
-    )
-    print(timing.table(rows))
-    print(f"bench     {output / 'bench.json'}, {output / 'bench.png'}")
+    else:
+        print(
+            f"{used} threads, {rounds} turns, all in one process; peak: of a large matrix product, in GOP/s; speed: "
+            "to the first line of the batch size"
+        )
+        print(timing.table(rows))
+    write_text(output / "bench.json", json.dumps(document, indent=2))
+    write_bytes(output / "bench.png", timing.plot(rows))
+    if not as_json:
+        print(f"bench     {output / 'bench.json'}, {output / 'bench.png'}")
 
 
 @app.command()
@@ -853,7 +870,8 @@ def data_check(
 def models(
     budget: Annotated[int, typer.Option(help="Parameters that a student must stay under.")] = BUDGET,
     image_size: Annotated[
-        int | None, typer.Option(min=16, help="Side of the images; then images a second and memory are measured here.")
+        int | None,
+        typer.Option(min=16, max=512, help="Side of the images; then images a second and memory are measured here."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -879,6 +897,8 @@ def models(
                 rows.append(row)
             except RecipeError as error:
                 left_out.append(f"{name}: {error}")
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     if as_json:
         _print_json([asdict(row) | (asdict(taken[i]) if taken else {}) for i, row in enumerate(rows)])
         return
@@ -906,8 +926,6 @@ def models(
             cells += [f"{taken[i].training:,.0f}", f"{taken[i].inference:,.0f}", f"{taken[i].memory / 2**20:.1f}"]
         table.add_row(*cells, end_section=i + 1 < len(rows) and rows[i + 1].role != row.role)  # teachers, then students
     Console().print(table)
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
 
 
 @app.command()

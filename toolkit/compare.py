@@ -116,7 +116,7 @@ def _read_method(method: str, base: Recipe) -> tuple[str, dict[str, Any]]:
     """The name of a method and, by their paths, the recipe fields that it sets."""
     if Path(method).suffix in (".yaml", ".yml"):
         tree = recipes.read_tree(method, Path(), "method", RecipeError)
-        return Path(method).stem, {path: value for path, value in tree.items() if path != "name"}
+        return Path(method).stem, recipes.flattened({path: value for path, value in tree.items() if path != "name"})
     if method not in losses.names():
         raise RecipeError(f"there is no method {method!r}, and it is no YAML file{closest(method, losses.names())}")
     if not base.distils:
@@ -170,7 +170,7 @@ def compare(plan: Plan) -> Comparison:
 
     data = stages.check(plan.baseline)
     base = next(recipe for recipe in plan.methods.values() if recipe.teacher is not None)
-    teacher, known = stages.teacher_of(base, data)
+    teacher, known = stages.teacher_of(_with_its_teacher(base, plan), data)
     methods = {  # whichever is the newest run later on: the teacher stays the same
         method: recipe.model_copy(update={"teacher": known}) if recipe.distils else recipe
         for method, recipe in plan.methods.items()
@@ -180,10 +180,22 @@ def compare(plan: Plan) -> Comparison:
     return _measure(plan, data, teacher, known)
 
 
+def _with_its_teacher(base: Recipe, plan: Plan) -> Recipe:
+    """The recipe with the teacher that the plan's finished or unfinished runs have, unless it names one."""
+    assert base.teacher is not None
+    if base.teacher.checkpoint is None and not base.teacher.external:
+        for method, seed in plan.runs:
+            path = plan.path(method, seed)
+            known = Run(path).recipe.teacher if (path / "recipe.yaml").is_file() else None
+            if known is not None and known.name == base.teacher.name:
+                return base.model_copy(update={"teacher": known})
+    return base
+
+
 def _train(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> None:
     from toolkit import stages
 
-    waiting = _waiting(plan)
+    waiting = _waiting(plan, data)
     if waiting:  # a poor teacher is told before the first baseline is trained
         stages.preflight(teacher, known, data, plan.baseline)
     recipe = plan.baseline
@@ -209,8 +221,10 @@ def _train(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> Non
         say(f"{run.path} is finished, {done} of {len(waiting)} runs" + (f"; about {left} left" if seconds else ""))
 
 
-def _waiting(plan: Plan) -> list[tuple[str, int]]:
-    """The runs that are not finished. Raises ``RunError`` where a directory holds another run."""
+def _waiting(plan: Plan, data: DataSet) -> list[tuple[str, int]]:
+    """The runs that are not finished. Raises ``RunError`` where a directory holds another run, or other images."""
+    from toolkit import stages
+
     waiting = []
     for method, seed in plan.runs:
         path = plan.path(method, seed)
@@ -222,6 +236,8 @@ def _waiting(plan: Plan) -> list[tuple[str, int]]:
             )
         if run is None or not run.finished:
             waiting.append((method, seed))
+        else:
+            stages.check_unchanged(data, run.summary()["dataset_digest"], path)
     return waiting
 
 
@@ -238,15 +254,10 @@ def _estimate(
     for method, seed in waiting:
         recipe, path = plan.recipe(method, seed), plan.path(method, seed)
         done = len(Run(path).history()) if (path / "recipe.yaml").is_file() else 0
-        epochs, samples = recipe.epochs - done, _samples(recipe, data)
+        epochs, samples = recipe.epochs - done, len(data.train) * recipe.augment.copies
         images = epochs * samples * _passes(recipe)
         found[method, seed] = images * learning + _taught(recipe, epochs, images, samples) * teaching
     return found
-
-
-def _samples(recipe: Recipe, data: DataSet) -> int:
-    """Samples an epoch."""
-    return len(data.train) * (2 if recipe.augment.plain_copy else 1)
 
 
 def _passes(recipe: Recipe) -> int:
@@ -289,7 +300,8 @@ def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> C
         model, _ = stages.load_run(run)
         logits = engine.predict(model.to(device), test.images, device)
         metrics, summary = report.measure(logits, test.labels.numpy(), data.classes, answers), run.summary()
-        work = flops(run.recipe, run.history(), _samples(run.recipe, data), student_macs, teacher_macs)
+        samples = len(data.train) * run.recipe.augment.copies
+        work = flops(run.recipe, run.history(), samples, student_macs, teacher_macs)
         results.append(
             Result(
                 method=method,

@@ -18,7 +18,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from export import preprocess
-from serve.decode import read_image
+from serve.decode import decode
 from toolkit import cifar, folders, recipe
 from toolkit.errors import DataError, ImageError
 from toolkit.files import write_atomic
@@ -26,6 +26,7 @@ from toolkit.folders import listed
 from toolkit.machine import available_cores, total_memory
 
 TEST_FRACTION = 0.2  # where a data set brings no test images of its own
+ORDERS = 20  # of groups that are tried, for a split that is near each class's share
 DECODED_AT_ONCE = 256  # images of a folder
 DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
 
@@ -110,7 +111,8 @@ def load(config: recipe.Data) -> DataSet:
     digest = _digest(classes, parts)
     train, val, test = parts["train"], parts.get("val"), parts["test"]
     if val is None and config.val_size:
-        train, val = _hold_out(train, _val_count(train, config.val_size, classes), config.split_seed, classes)
+        count = _val_count(train, config.val_size, classes)
+        train, val = _hold_out(train, count, config.split_seed, classes, rare_may_lack=True)
     mean, std = _statistics(train.images)
     return DataSet(name, classes, train, val, test, mean, std, digest, broken)
 
@@ -164,15 +166,16 @@ def _folder(root: Path, config: recipe.Data) -> tuple[tuple[str, ...], dict[str,
         broken += [listing.name(path) for (path, _), fine in zip(found, good, strict=True) if not fine]
     if broken and not config.skip_broken:
         raise DataError(
-            f"{len(broken)} of {total} images in {root} cannot be read: {listed(broken)}; "
-            "repair them, or leave them out with --skip-broken"
+            f"{len(broken)} of {total} images in {root} cannot be read: {listed(broken)}; repair them (`toolkit data "
+            "check` says what is wrong), or leave them out with --skip-broken"
         )
     parts = _grouped(parts, names, digests, config)
     for part, split in parts.items():
         missing = _missing(split, listing.classes)
         # Validation without a rare class is poor but possible.
         if missing and (part != "val" or not len(split)):
-            raise DataError(f"no readable images in {listing.places[part]} for {listed(missing)}")
+            what = f" for {listed(missing)}" if listing.classes != ("",) else ""
+            raise DataError(f"no readable images in {listing.places[part]}{what}")
     if "test" not in parts:
         held = max(len(listing.classes), round(TEST_FRACTION * len(parts["train"])))
         parts["train"], parts["test"] = _hold_out(parts["train"], held, config.split_seed, listing.classes)
@@ -193,11 +196,15 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
 
     def read(path: Path) -> np.ndarray | None:
         try:
-            return preprocess.fit(read_image(path), side)
+            data = path.read_bytes()
+        except OSError as error:  # may pass, and is no fault of the image: not to be remembered
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            return preprocess.fit(decode(data, str(path)), side)
         except ImageError:
             return None
 
-    def decode(temporary: Path) -> None:
+    def decode_all(temporary: Path) -> None:
         digests = np.zeros((len(files), DIGEST_BYTES), dtype=np.uint8)
         array = npy.open_memmap(temporary, "w+", np.uint8, (len(files), side, side, 3))
         if hasattr(os, "posix_fallocate"):  # a disk that is too small is told now, not as a fault in mapped memory
@@ -217,11 +224,11 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     path = cache_folder() / f"{_files_digest(files, side)}.npy"
     known = path.with_suffix(".digests")
     if not (path.is_file() and known.is_file()):
-        write_atomic(path, decode)
+        write_atomic(path, decode_all)
     array = np.load(path, mmap_mode="r")
     digests = np.frombuffer(known.read_bytes(), dtype=np.uint8).reshape(len(files), DIGEST_BYTES)
     rows = torch.from_numpy(np.flatnonzero((digests != 0).any(axis=1)))
-    labels = torch.tensor([label for _, label in files])
+    labels = torch.tensor([label for _, label in files], dtype=torch.int64)  # also where there are none
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # nobody writes to it
         stored = StoredImages(torch.from_numpy(array).permute(0, 3, 1, 2), rows)
@@ -299,7 +306,8 @@ def _files_digest(files: Sequence[tuple[Path, int]], side: int) -> str:
             facts = path.stat()
         except OSError as error:
             raise DataError(f"{path} was there a moment ago: {error.strerror}") from error
-        digest.update(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        # A name need not be UTF-8.
+        digest.update(os.fsencode(path.resolve()) + f" {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
 
@@ -358,8 +366,13 @@ def _val_count(train: Split, size: float, classes: Sequence[str]) -> int:
     return count
 
 
-def _hold_out(whole: Split, count: int, seed: int, classes: Sequence[str]) -> tuple[Split, Split]:
-    """Split ``count`` images off, each class in proportion. Both parts keep the order of the whole."""
+def _hold_out(
+    whole: Split, count: int, seed: int, classes: Sequence[str], rare_may_lack: bool = False
+) -> tuple[Split, Split]:
+    """Split ``count`` images off, each class in proportion. Both parts keep the order of the whole.
+
+    Where groups stay together a rare class may have none among them, if ``rare_may_lack``.
+    """
     per_class = torch.bincount(whole.labels, minlength=len(classes))
     if per_class.min() < 2 or not len(classes) <= count <= len(whole) - len(classes):
         few = int(per_class.argmin())
@@ -372,7 +385,8 @@ def _hold_out(whole: Split, count: int, seed: int, classes: Sequence[str]) -> tu
     else:
         held = stratified_groups(whole.labels.numpy(), whole.groups, count, seed)
         for side, kept in (("the rest", ~held), ("what is held out", held)):
-            if missing := _missing(whole.select(torch.from_numpy(np.flatnonzero(kept))), classes):
+            missing = _missing(whole.select(torch.from_numpy(np.flatnonzero(kept))), classes)
+            if missing and not (rare_may_lack and kept is held and held.any()):
                 raise DataError(
                     f"no images of {listed(missing)} in {side}, where {count} of {len(whole)} images are split off and "
                     f"groups stay together: these are {len(np.unique(whole.groups))} groups, too few or too large"
@@ -401,17 +415,23 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 def stratified_groups(labels: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.ndarray:
     """``stratified`` where images of one group (int64 [N]) stay together: as near to each class's share as that goes.
 
-    The largest groups come first, equal ones in random order; each is taken if that brings the counts nearer.
+    Groups come in random order, and each is taken if that brings the counts nearer; of several orders the best counts.
     """
     _, groups = np.unique(groups, return_inverse=True)
     table = np.zeros((groups.max() + 1, labels.max() + 1))
     np.add.at(table, (groups, labels), 1)
-    order = np.random.RandomState(seed).permutation(len(table))
-    lacking, taken = table.sum(0) * (count / len(labels)), np.zeros(len(table), dtype=bool)
-    for group in order[np.argsort(-table[order].sum(1), kind="stable")]:
-        if np.abs(lacking - table[group]).sum() < np.abs(lacking).sum():
-            lacking, taken[group] = lacking - table[group], True
-    return taken[groups]
+    random, best = np.random.RandomState(seed), np.zeros(len(table), dtype=bool)
+    left = shares = table.sum(0) * (count / len(labels))
+    for _ in range(ORDERS):
+        lacking, taken = shares, np.zeros(len(table), dtype=bool)
+        for group in random.permutation(len(table)):
+            if np.abs(lacking - table[group]).sum() < np.abs(lacking).sum():
+                lacking, taken[group] = lacking - table[group], True
+        if np.abs(lacking).sum() < np.abs(left).sum():
+            left, best = lacking, taken
+        if np.abs(left).max() < 1:
+            break
+    return best[groups]
 
 
 def _missing(split: Split, classes: Sequence[str]) -> list[str]:
@@ -426,7 +446,7 @@ def _statistics(images: Tensor | StoredImages) -> tuple[tuple[float, float, floa
     mean, std = [], []
     for channel in range(3):
         counts = torch.zeros(256, dtype=torch.float64)
-        for chunk in images.split(4096):
+        for chunk in images.split(at_once(images.shape[-1], 4096)):
             counts += torch.bincount(chunk[:, channel].flatten(), minlength=256)
         share = counts / counts.sum()
         mean.append(float(share @ values))
@@ -439,7 +459,7 @@ def _digest(classes: Sequence[str], parts: dict[str, Split]) -> str:
     digest = hashlib.sha256(repr(tuple(classes)).encode())
     for part, split in sorted(parts.items()):
         digest.update(f"{part} {tuple(split.images.shape)}".encode())
-        for images in split.images.split(4096):
+        for images in split.images.split(at_once(split.images.shape[-1], 4096)):
             digest.update(images.contiguous().numpy().data)
         digest.update(split.labels.numpy().data)
     return digest.hexdigest()

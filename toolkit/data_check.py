@@ -18,11 +18,12 @@ from PIL import Image
 
 from serve.decode import decode
 from toolkit.errors import ImageError
-from toolkit.folders import find, listed
+from toolkit.folders import find, listed, passed_over
 from toolkit.machine import available_cores
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)  # that are suggested: what students are made for
 REACHED = 0.9  # share of the images that are at least as large as the suggested size
+FEWEST = 3  # images of a class, where the test is held out of them
 FEW = 2000  # training images: with fewer a trained student is the better start
 IMBALANCED = 3  # largest class over smallest: from here on balance is suggested
 LOOK = 16  # side of the grey thumbnails that near duplicates are found by
@@ -47,8 +48,11 @@ class Look:
 
 @dataclass
 class Report:
-    """``classes``: name to its images in each part. Pairs of names: ``copies`` are the same bytes, ``near`` look the
-    same; ``leaks`` those of either that lie in two parts; ``contradictions`` those of two classes."""
+    """``classes``: name to its images in each part; ``passed_over``: files that are not read, by suffix.
+
+    Pairs of names: ``copies`` are the same bytes, ``near`` look the same; ``leaks`` those of either that lie in two
+    parts; ``contradictions`` those of two classes. ``command`` distils with what is suggested.
+    """
 
     images: int
     classes: dict[str, dict[str, int]]
@@ -56,6 +60,7 @@ class Report:
     sizes: dict[str, int]
     formats: dict[str, int]
     broken: dict[str, str]
+    passed_over: dict[str, int]
     copies: list[tuple[str, str]]
     near: list[tuple[str, str]]
     leaks: list[tuple[str, str]]
@@ -95,6 +100,7 @@ def check(root: Path, unlabelled: bool = False) -> Report:
         sizes=sides,
         formats=dict(Counter(looks[i].format for i in good).most_common()),
         broken={names[i]: str(one.error) for i, one in enumerate(looks) if one.error is not None},
+        passed_over=dict(passed_over(root).most_common()),
         copies=named(copies),
         near=named(near),
         leaks=named([(a, b) for a, b in (*copies, *near) if files[a][1] != files[b][1]]),
@@ -136,7 +142,7 @@ def same_bytes(looks: Sequence[Look], good: Sequence[int]) -> Iterator[tuple[int
 def look_alikes(looks: Sequence[Look], good: Sequence[int]) -> list[tuple[int, int]]:
     """Each image that looks like an earlier one, after the first such: their difference hashes (64 bits: is a pixel
     brighter than its left neighbour) and their thumbnails are near."""
-    thumbnails = np.array([looks[i].thumbnail for i in good], dtype=np.float32).reshape(len(good), -1)
+    thumbnails = np.array([looks[i].thumbnail for i in good], dtype=np.float32).reshape(len(good), LOOK * LOOK)
     telling = thumbnails.std(1) >= FLAT
     some, thumbnails = np.asarray(good)[telling], thumbnails[telling]
     hashes = np.array([looks[i].hash for i in some], dtype=np.uint64)
@@ -159,8 +165,12 @@ def problems(report: Report) -> list[str]:
     found = []
     if report.broken:
         found.append(f"{len(report.broken)} of {report.images} images are broken: {listed(list(report.broken))}")
-    if few := [name for name, parts in report.classes.items() if sum(parts.values()) < 2]:
-        found.append(f"{len(few)} classes have fewer than 2 images: {listed(few)}")
+    for name, counts in report.classes.items():
+        # Without test images some of the training images are held out.
+        wanted = {"train": 1, "test": 1} if "test" in counts else {"train": FEWEST}
+        for part, least in wanted.items():
+            if counts.get(part, 0) < least:
+                found.append(f"{name} has {counts.get(part, 0)} images in {part}: at least {least} are needed")
     for what, pairs in (
         ("pairs of copies lie in different classes", report.contradictions),
         ("pairs of copies or near copies lie in different parts: the split leaks", report.leaks),
@@ -177,10 +187,14 @@ def suggest(report: Report, root: Path, training: int, unlabelled: bool) -> None
     short = report.sizes["tenth"]
     report.image_size = max((size for size in SIZES if size <= short), default=SIZES[0])
     # Without classes there is nothing to learn but the teacher's answers.
-    report.recipe = "fine-tune" if training < FEW and not unlabelled else "own-images"
+    tuned = training < FEW and not unlabelled
+    report.recipe = "fine-tune" if tuned else "own-images"
     options = ["--unlabelled"] * unlabelled + ["--skip-broken"] * bool(report.broken)
+    options += ["--skip-leaks"] * bool(set(report.leaks) & set(report.copies))
     if report.imbalance >= IMBALANCED:
         options += ["--balance", "sampling"]
+    if not tuned:
+        options += ["--teacher", "FILE.onnx"] if unlabelled else ["--teacher", "resnet9_wide", "--train-teacher"]
     report.command = shlex.join(
         ["toolkit", "distill", "--recipe", report.recipe, "--dataset", f"folder:{root}",
          "--image-size", str(report.image_size), *options]
@@ -199,6 +213,8 @@ def show(report: Report) -> Iterator[str]:
     if report.sizes:
         yield "sizes     short side " + ", ".join(f"{name} {side}" for name, side in report.sizes.items())
     yield "formats   " + ", ".join(f"{count:,} {name}" for name, count in report.formats.items())
+    if report.passed_over:
+        yield "not read  " + ", ".join(f"{count:,} {kind}" for kind, count in report.passed_over.items())
     yield f"broken    {len(report.broken):,}"
     yield from (f"  {reason}" for reason in list(report.broken.values())[:SHOWN])
     for name, pairs in (("copies", report.copies), ("near", report.near), ("leaks", report.leaks)):
@@ -207,8 +223,11 @@ def show(report: Report) -> Iterator[str]:
     yield from (f"problem: {line}" for line in report.problems)
     if report.command:
         yield f"suggested {report.image_size} pixels, recipe {report.recipe}"
-        weight = " --set loss.kd_weight=0.9" if report.recipe == "fine-tune" else ""
-        yield f"next: {report.command} --teacher NAME|FILE.onnx{weight}"
+        yield f"next: {report.command}"
+        if report.recipe == "fine-tune":
+            yield "      (with a teacher: add --teacher FILE.onnx --set loss.kd_weight=0.9)"
+        elif report.classes:
+            yield "      (with a teacher of your own: --teacher FILE.onnx in place of the last three words)"
 
 
 def document(report: Report) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
         except Interrupted as error:
             raise Interrupted("stopped while two short epochs were timed; the run had not begun") from error
     # Of the second epoch: the first one's seconds hold what comes once, as the choice of kernels.
-    samples = len(data.train) * (2 if recipe.augment.plain_copy else 1)
+    samples = len(data.train) * recipe.augment.copies
     training = samples // recipe.batch_size * recipe.batch_size / rows[1]["images_per_second"]
     teaching = rows[1]["teacher_seconds"] * len(data.train) / len(images)  # of one epoch's views
     beside = max(ends[1] - ends[0] - rows[1]["seconds"] - rows[1]["teacher_seconds"], 0)  # val and the checkpoint

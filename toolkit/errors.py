@@ -87,6 +87,11 @@ NEXT: dict[type[UserError], str] = {
 }
 
 
+def install(extra: str) -> str:
+    """How to get what an optional part of the toolkit needs."""
+    return f"run pip install -e '.[{extra}]' in the toolkit's folder"
+
+
 def next_step(error: UserError) -> str:
     """The line from ``NEXT`` for this error, or an empty string."""
     return next((text for kind, text in NEXT.items() if isinstance(error, kind)), "")

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from toolkit.catalogue import closest
-from toolkit.errors import DeviceError, TeacherError
+from toolkit.errors import DeviceError, TeacherError, install
 from toolkit.folders import listed
 from toolkit.progress import say
 from toolkit.recipe import Teacher, TeacherInput
@@ -204,7 +205,8 @@ def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, list[
     data = read_bytes(path)
     proto = load_onnx(data, str(path))
     told = {item.key: item.value for item in proto.metadata_props}
-    given = {key: _read(told[key]) for key in TOLD if key in told} | teacher.input.model_dump(exclude_none=True)
+    given = _told_input(path, {key: _read(told[key]) for key in TOLD if key in told})
+    given |= teacher.input.model_dump(exclude_none=True)
     inputs = [value for value in proto.graph.input if value.name not in {t.name for t in proto.graph.initializer}]
     shape = (
         [d.dim_value if d.HasField("dim_value") else 0 for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
@@ -225,8 +227,24 @@ def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, list[
     if isinstance(names, Mapping):
         names = list(names.values())
     theirs = [str(name) for name in names] if isinstance(names, list | tuple) else None
-    digest = hashlib.sha256(data).hexdigest()
-    return OnnxNetwork(path, layout, device), TeacherInput.model_validate(given), theirs, digest, stated
+    network, digest = OnnxNetwork(path, layout, device), hashlib.sha256(data)
+    entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
+    for file in sorted({entry.value for entry in entries if entry.key == "location"}):  # weights beside the graph
+        digest.update((path.parent / file).read_bytes())
+    return network, TeacherInput.model_validate(given), theirs, digest.hexdigest(), stated
+
+
+def _told_input(path: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """What a file's metadata say of its input, as fields of ``TeacherInput``."""
+    told = {key: value.lower() if key == "layout" and isinstance(value, str) else value for key, value in told.items()}
+    try:
+        return TeacherInput.model_validate(told).model_dump(exclude_none=True)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise TeacherError(
+            f"{path} says {key} = {told[key]!r} of its input, which is not understood: say it by "
+            f"--teacher-{key.replace('_', '-')} and take it out of the file's metadata"
+        ) from error
 
 
 def _read(text: str) -> Any:
@@ -243,7 +261,7 @@ def _timm(
     try:
         import timm
     except ImportError as error:
-        raise TeacherError(f"{teacher.name} needs timm: pip install 'distillation-toolkit[timm]'") from error
+        raise TeacherError(f"{teacher.name} needs timm: {install('timm')}") from error
     name, path = teacher.name.removeprefix("timm:"), teacher.checkpoint
     if not timm.is_model(name):
         raise TeacherError(f"timm has no model {name!r}{closest(name, timm.list_models())}")
@@ -277,7 +295,11 @@ def _with_weights(timm: Any, name: str, path: Path, arguments: dict[str, Any], c
             f"{path} is not a safetensors file: {error}. Weights of torch.save become one by "
             "safetensors.torch.save_file(state_dict, path)."
         ) from error
-    model = timm.create_model(name, num_classes=classes or 1000, **arguments)
+    try:
+        model = timm.create_model(name, **({"num_classes": classes or 1000} | arguments))
+    except Exception as error:  # a model's builder raises what it likes
+        reason = " ".join(str(error).split())[:200]
+        raise TeacherError(f"timm cannot build {name} with {arguments or 'no arguments'}: {reason}") from error
     last = str(model.pretrained_cfg.get("classifier") or "")
     if f"{last}.weight" in tensors:  # as many classes as the weights have
         model.reset_classifier(len(tensors[f"{last}.weight"]))
@@ -329,7 +351,7 @@ def match_classes(
         mapping = {name: name for name in theirs if name in ours}
     place = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(theirs or ())}
     columns: dict[str, list[int]] = {
-        name: [] for name in ours or dict.fromkeys(map(str, filter(None, mapping.values())))
+        name: [] for name in ours or dict.fromkeys(str(name) for name in mapping.values() if name is not None)
     }
     unknown = [str(key) for key in mapping if str(key) not in place]
     strange = sorted({str(value) for value in mapping.values() if value is not None and str(value) not in columns})
@@ -346,14 +368,17 @@ def match_classes(
 
 
 def _mapping(file: Path) -> Any:
+    """A list or a mapping of texts: ``no`` and ``010`` are names of classes. Empty, ``~`` and ``null`` are None."""
     try:
-        mapping = yaml.safe_load(file.read_text(encoding="utf-8"))
+        mapping = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise TeacherError(f"cannot read the classes in {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TeacherError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, list | dict):
         raise TeacherError(f"{file} must hold a list of the teacher's classes, or a mapping from them to the data's")
+    if isinstance(mapping, dict):
+        return {key: None if value in ("", "~", "null") else value for key, value in mapping.items()}
     return mapping
 
 

@@ -74,7 +74,9 @@ def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> 
 
 
 def outer(shapes: Shapes) -> Shapes:
-    return {path: shape for path, shape in shapes.items() if path.count(".") < OUTER}
+    """The modules that are not deep within others; a net that is resized for (``external.External``) is one deeper."""
+    depth = {path: path.replace("network.network.", "network.", 1).count(".") for path in shapes}
+    return {path: shape for path, shape in shapes.items() if depth[path] < OUTER}
 
 
 def deepest(shapes: Shapes) -> list[str]:

@@ -32,24 +32,35 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except Exception as error:
-        # safetensors reports a full disk in an error of its own
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_full(error):
             raise UserError(
                 f"the disk is full: {path} could not be written; what was there before is kept. "
                 "Free some space and try again."
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        read_only = getattr(error, "errno", None) == errno.EROFS
+        if read_only or isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
+            raise UserError(f"cannot write {path}: {getattr(error, 'strerror', error)}") from error
         raise
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the disk is full, or the user's share of it. safetensors says so in an error of its own."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 @contextmanager
 def locked(folder: Path, refused: type[UserError]) -> Iterator[None]:
     """Keep every other process from writing this folder, or raise ``refused`` where one does."""
-    import fcntl  # not on Windows, where serving works and training does not
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    try:
+        import fcntl
+    except ImportError as error:
+        raise refused("training wants Linux, macOS or WSL 2: this system locks files in another way") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise refused(f"cannot write {folder}: {error.strerror}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

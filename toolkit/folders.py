@@ -8,6 +8,7 @@ paths, one of labels and, if it likes, one of parts.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from toolkit.errors import DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp")
 PART = re.compile(r"(?:(train|training)|(val|valid|validation|dev)|(test|testing|tests))(set|split|data|images)?")
 PARTS = ("train", "val", "test")
 # What people call the columns of a table.
@@ -41,8 +42,9 @@ class Listing:
     places: Mapping[str, Path]
 
     def name(self, path: Path) -> str:
-        """The path of a file as messages give it: from the root, where it lies there."""
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+        """The path of a file as messages give it: from the root, where it lies there. A name need not be UTF-8."""
+        name = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+        return name.encode(errors="backslashreplace").decode()
 
 
 def part_of(name: str) -> str | None:
@@ -56,6 +58,13 @@ def find(root: Path, unlabelled: bool = False) -> Listing:
 
     ``unlabelled``: all images count, wherever they lie, and folders say nothing about classes.
     """
+    try:
+        return _find(root, unlabelled)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or root}: {error.strerror}") from error
+
+
+def _find(root: Path, unlabelled: bool) -> Listing:
     if root.is_file():
         return _table(root)
     if not root.is_dir():
@@ -74,8 +83,10 @@ def find(root: Path, unlabelled: bool = False) -> Listing:
         if within:
             return _labelled(root, within, dict.fromkeys(within, root))
         parts = {"train": [root]}
-    layout = {part: {folder.name: [folder] for one in found for folder in subfolders(one)}
-              for part, found in parts.items()}  # fmt: skip
+    layout: dict[str, dict[str, list[Path]]] = {part: defaultdict(list) for part in parts}
+    for part, found in parts.items():
+        for folder in (folder for one in found for folder in subfolders(one)):
+            layout[part][folder.name].append(folder)
     return _labelled(root, layout, {part: found[0] for part, found in parts.items()})
 
 
@@ -88,10 +99,34 @@ def subfolders(folder: Path) -> list[Path]:
 
 def images(folder: Path) -> Iterator[Path]:
     """Files below ``folder`` that are named as images are, sorted; hidden ones are left out."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
-            yield path
+    return (path for path in _files(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def passed_over(root: Path) -> Counter[str]:
+    """What else lies in a folder, by suffix, and links that lead nowhere; a table names what it wants."""
+    if root.is_file():
+        return Counter()
+    return Counter(
+        (path.suffix.lower() or "no suffix") if path.is_file() else "dangling link"
+        for path in _files(root)
+        if path.suffix.lower() not in SUFFIXES or not path.is_file()
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below ``folder`` but hidden ones, sorted. Links to folders are followed, but not in circles."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for place, inside, names in os.walk(folder, onerror=stop, followlinks=True):
+        seen.add(os.path.realpath(place))
+        inside[:] = [
+            name for name in inside if not name.startswith(".") and os.path.realpath(Path(place, name)) not in seen
+        ]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _labelled(root: Path, layout: Mapping[str, Mapping[str, Sequence[Path]]], places: Mapping[str, Path]) -> Listing:
@@ -101,6 +136,7 @@ def _labelled(root: Path, layout: Mapping[str, Mapping[str, Sequence[Path]]], pl
         if odd := sorted(set(folders) ^ set(classes)):
             raise DataError(
                 f"{places['train']} and {places[part]} do not hold the same classes: only one of them has {listed(odd)}"
+                + ("" if folders else _instead(places[part]))
             )
     files = {
         part: [(path, label) for label, name in enumerate(classes) for one in folders[name] for path in images(one)]

@@ -135,6 +135,11 @@ class Augment(Section):
     )
     plain_copy: bool = Field(False, description="each epoch also shows every image as it is: twice as many samples")
 
+    @property
+    def copies(self) -> int:
+        """Samples of each image in an epoch."""
+        return 2 if self.plain_copy else 1
+
 
 class Model(BaseModel):
     """A name from the catalogue; every further key is an argument of that architecture's builder."""
@@ -562,6 +567,19 @@ def read_tree(source: str | Path, folder: Path, what: str, wrong: type[UserError
         raise wrong(f"{path} must hold a mapping of {what} fields, not {type(tree).__name__}")
     tree.setdefault("name", path.stem)
     return tree
+
+
+def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe fields by their paths, as ``resolve`` takes them: of a section those that it names, the others stay."""
+    found: dict[str, Any] = {}
+    for path, value in tree.items():
+        field = Recipe.model_fields.get(path)
+        section = field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        if section and isinstance(value, Mapping):
+            found |= {f"{path}.{key}": own for key, own in value.items()}
+        else:
+            found[path] = value
+    return found
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

@@ -131,7 +131,6 @@ def write(
     ``report.md``, and with a history ``curves.png``, ``schedule.png`` and ``history.csv``. The same input gives
     the same bytes; each file is replaced whole, the page last.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "metrics.json", _json(metrics))
     if history:
         write_bytes(folder / "history.csv", as_csv(history))

@@ -12,8 +12,8 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from toolkit import __version__
-from toolkit.errors import CheckpointError, RunError
+from toolkit.errors import CheckpointError, RecipeError, RunError
 from toolkit.files import locked, write_atomic, write_text
 from toolkit.recipe import Recipe, validate
 
@@ -62,8 +62,10 @@ class Run:
                         f"{path} was stopped early, after {done} of {run.recipe.epochs} epochs: a longer run would "
                         "stop there too. Choose another --run-dir, and a larger early_stop.patience."
                     )
-                (path / "summary.json").unlink(missing_ok=True)
-                write_text(path / "recipe.yaml", recipe.to_yaml())
+                with run.lock():  # it may still be training
+                    (run.report / "metrics.json").unlink(missing_ok=True)  # of weights that are to be replaced
+                    (path / "summary.json").unlink(missing_ok=True)
+                    write_text(path / "recipe.yaml", recipe.to_yaml())
                 run = cls(path)
             if differences := run.recipe.differences(recipe):
                 advice = "or --extend this one" if longer and len(differences) == 1 else "or repeat that run's recipe"
@@ -115,13 +117,13 @@ class Run:
         """What the finished run reached."""
         if not self.finished:
             raise RunError(f"{self.path} is not finished; go on with it by --run-dir {self.path} --resume")
-        return json.loads((self.path / "summary.json").read_text())
+        return _read_json(self.path / "summary.json")
 
     @staticmethod
     def facts(path: Path) -> dict[str, Any]:
         """What environment.json says, of a directory that need not be there."""
         file = path / "environment.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return _read_json(file) if file.is_file() else {}
 
     def note(self, **facts: Any) -> None:
         """Add to environment.json."""
@@ -153,17 +155,21 @@ class Run:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
 def runs(root: Path = RUNS) -> list[Run]:
     """The run directories under ``root``, newest first; damaged ones are left out."""
     found = []
     for path in root.glob("*/recipe.yaml"):
         try:
             found.append((path.stat().st_mtime, Run(path.parent)))
-        except (RunError, OSError, ValueError):
+        except (RecipeError, RunError, OSError, ValueError):
             continue
-        except Exception as error:
-            if type(error).__name__ != "RecipeError":
-                raise
     return [run for _, run in sorted(found, key=lambda item: (-item[0], str(item[1].path)))]
 
 
@@ -178,13 +184,13 @@ def newest_artifact() -> Path:
     return found[-1] if found else SHIPPED
 
 
-def default_path(recipe: Recipe, root: Path = RUNS) -> Path:
+def default_path(recipe: Recipe) -> Path:
     """``runs/<what>-<digest>``: the same recipe finds its own run again."""
     dataset = recipe.data.dataset.split(":")[0]
     parts = [recipe.model.name]
     if recipe.distils and recipe.teacher:
         parts += ["from", recipe.teacher.name]
-    return root / "-".join([*parts, dataset, recipe.digest()[:8]])
+    return RUNS / "-".join([*parts, dataset, recipe.digest()[:8]])
 
 
 def environment() -> dict[str, Any]:
@@ -208,8 +214,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     write_atomic(path, lambda temporary: save_file(plain, temporary, metadata=text))
 
 
+def load_header(path: Path) -> dict[str, Any]:
+    """The header of a file of ``save_tensors``, without its tensors. Raises ``CheckpointError``."""
+    with _opened(path) as (_, header):
+        return header
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors on the CPU and header of a file of ``save_tensors``. Raises ``CheckpointError``."""
+    with _opened(path) as (file, header):
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -217,9 +235,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("toolkit")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if text is None:
+                raise CheckpointError(f"{path} is a safetensors file, but not one of this toolkit")
+            yield file, json.loads(text)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    if text is None:
-        raise CheckpointError(f"{path} is a safetensors file, but not one of this toolkit")
-    return tensors, json.loads(text)

@@ -7,6 +7,7 @@ return what happened. The command line prints it.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import textwrap
 import time
@@ -29,7 +30,7 @@ from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe, Teacher, TeacherInput, is_external
-from toolkit.run import RUNS, SHIPPED, Run, default_path, load_tensors, runs
+from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_tensors, runs
 from toolkit.tracking import tensorboard
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def distill(
     sources = [_source(one) for one in (known, *known.also)]
     doing = f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
     path = run_dir or default_path(wanted)
-    measured = None if "teacher" in Run.facts(path) else preflight(teacher, known, data, wanted)
+    # Without labels there is nothing to compare its answers with.
+    looked_at = wanted.data.unlabelled or "teacher" in Run.facts(path)
+    measured = None if looked_at else preflight(teacher, known, data, wanted)
     return _fit(wanted, data, teacher, path, resume, doing, on_epoch, extend, log, measured)
 
 
@@ -139,19 +142,27 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
     better_by = max(0.1 * (1 - chance), 3 * (chance * (1 - chance) / count) ** 0.5)
     if top1 < chance + min(better_by, (1 - chance) / 2):  # where few images of unequal classes were looked at
         if known.external:
+            members = one.members if isinstance(one, Ensemble) else [one]
+            given = "; ".join(str(member) for member in members if isinstance(member, external.External))
             raise TeacherError(
                 f"the teacher {external.title(known)} has nothing to teach: it gets {said}. "
-                + (better or f"It was given {one}. --teacher-mean, --teacher-std, --teacher-scale and "
-                   "--teacher-classes say it otherwise.")
+                + (better or f"It was given {given or 'images as they are'}. --teacher-mean, --teacher-std, "
+                   "--teacher-scale and --teacher-classes say it otherwise.")
             )  # fmt: skip
         assert known.checkpoint is not None
-        _, header = load_model(known.checkpoint)
+        header = load_header(known.checkpoint)
         ours = {"dataset": data.name, "dataset_digest": data.digest, "image_size": wanted.data.image_size}
         differing = [f"{key} {header[key]} there, {value} here" for key, value in ours.items() if header[key] != value]
         why = f"other images: {'; '.join(differing)}" if differing else "these images"
         raise TeacherError(
             f"the teacher {known.checkpoint} has nothing to teach: it gets {said}. It was trained on {why}."
         )
+    if known.checkpoint is not None and not known.external:
+        header = load_header(known.checkpoint)
+        same = header["dataset"] == data.name and header["image_size"] == wanted.data.image_size
+        if same and header["dataset_digest"] != data.digest:
+            say(f"the images of {data.name} have changed since {known.checkpoint} was trained: it may know some of the "
+                "val and test images")  # fmt: skip
     say(f"the teacher {external.title(known)} gets {said}" + (f"; {better}" if better else ""))
     return {"top1": top1, "images": count, "split": name}
 
@@ -187,15 +198,15 @@ def _fit(
     fresh = not (path / "recipe.yaml").exists()
     with distributed.joined(distributed.own_device(compute.pick_device(wanted.device))):
         if distributed.RANK == 0:
+            if extend and (path / "summary.json").is_file():  # it is finished no more once it is extended
+                check_unchanged(data, Run(path).summary()["dataset_digest"], path)
             run = Run.start(path, wanted, resume, extend)
             if measured is not None:
                 run.note(teacher=measured)
         distributed.wait()
         run = Run(path)
-        if run.finished and run.summary()["dataset_digest"] != data.digest:
-            raise RunError(
-                f"the images of {data.name} have changed since {run.path} was trained: choose another --run-dir"
-            )
+        if run.finished:
+            check_unchanged(data, run.summary()["dataset_digest"], run.path)
         say(f"{run.path} is finished already; its results are kept" if run.finished else f"{doing} in {run.path}")
         try:
             board = tensorboard(run.path / "tensorboard") if log and distributed.RANK == 0 else None
@@ -207,6 +218,17 @@ def _fit(
                 shutil.rmtree(path)  # nothing was reached
             raise
     return run
+
+
+def check_unchanged(
+    data: datasets.DataSet, digest: str, what: Path, advice: str = "move it away, or choose another --run-dir"
+) -> None:
+    """Raise ``RunError`` unless the images are those, of SHA-256 ``digest``, that ``what`` was trained on.
+
+    Of other images others would be held out for the test: some that were trained on.
+    """
+    if digest != data.digest:
+        raise RunError(f"the images of {data.name} have changed since {what} was trained: {advice}")
 
 
 def _watch(*watchers: OnEpoch | None) -> OnEpoch:
@@ -279,10 +301,13 @@ def _source(teacher: Teacher | Path) -> str:
     return str(path.parent.parent)
 
 
-def options(wanted: Recipe) -> str:
-    """The options that name the recipe's file and data again, for a line that says what to run next."""
-    file = wanted.name if wanted.name in recipe.shipped() else f"{wanted.name}.yaml"
-    return f"--recipe {file} --dataset {wanted.data.dataset}"
+def options(wanted: Recipe, file: str | None = None) -> str:
+    """The options that name the recipe (by its ``file``, where that is known) and its data again, for a shell."""
+    name = wanted.name if wanted.name in recipe.shipped() else f"{wanted.name}.yaml"
+    given = ["--recipe", file or name, "--dataset", wanted.data.dataset]
+    if wanted.data.dataset.startswith("folder"):
+        given += ["--image-size", str(wanted.data.image_size)]
+    return shlex.join(given)
 
 
 def same_images(one: Data, other: Data) -> bool:
@@ -349,8 +374,8 @@ def _load_member(
         )
     names, columns = external.match_classes(where, theirs, len(theirs), classes, teacher.classes)
     module: nn.Module = model
-    if columns is not None:
-        side = header["image_size"]
+    side = header["image_size"]
+    if columns is not None or side != wanted.data.image_size:
         if teacher.classes is not None:  # the mapping makes another teacher of it
             digest = hashlib.sha256(f"{digest}{columns}".encode()).hexdigest()
             known["weights"] = digest
@@ -414,6 +439,8 @@ def newest_run() -> Run:
 
 # --- validation --------------------------------------------------------------------------------------------
 
+ANYWAY = "its test images may be among them; --dataset folder:PATH measures on what lies there now"
+
 
 def validate(
     target: Path | None = None,
@@ -425,7 +452,7 @@ def validate(
 ) -> tuple[dict[str, Any], Path]:
     """Measure a run directory, a file of weights or an artifact on the test set.
 
-    Without a target the newest finished run is taken, else the student that comes with the toolkit. Returns the
+    Without a target ``newest_run`` is taken, else the student that comes with the toolkit. Returns the
     metrics (see ``report.measure``) and the folder of the report. A model of PyTorch is measured in fp32. ``tta`` adds
     ``tta_top1``, its accuracy over these views; all other figures are of the plain images. Raises ``UserError`` for an
     artifact, which is run as it is.
@@ -433,7 +460,7 @@ def validate(
     if target is None:
         try:
             target = newest_run().path
-            say(f"validating the newest run, {target}")
+            say(f"validating the newest {newest_run().recipe.role}, {target}")
         except RunError:
             target = SHIPPED
             say(f"validating the student that comes with the toolkit, {target}")
@@ -446,7 +473,9 @@ def validate(
     model, header = load_run(run) if run else load_model(weights)
     config = data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir)
     data = load_data(config, run.recipe if run else None)
-    _check_classes(header["classes"], data, weights)
+    check_classes(header["classes"], data, weights)
+    if dataset is None:
+        check_unchanged(data, header["dataset_digest"], weights, ANYWAY)
     place = compute.pick_device(device)
     began = time.monotonic()
     logits = engine.predict(model.to(place), data.test.images, place)
@@ -504,7 +533,9 @@ def _validate_artifact(
         run.recipe.data if run else None, about.dataset, {"image_size": about.image_size}, dataset, data_dir
     )
     data = load_data(config, run.recipe if run else None)
-    _check_classes(list(about.labels), data, path)
+    check_classes(list(about.labels), data, path)
+    if dataset is None:
+        check_unchanged(data, about.dataset_digest, path, ANYWAY)
     began = time.monotonic()
     logits, _ = session.run_batches(to_nhwc(data.test.images[:]))
     seconds = time.monotonic() - began
@@ -585,7 +616,7 @@ def data_config(
     return Data.model_validate(of_run.model_dump() | changes)
 
 
-def _check_classes(classes: list[str], data: datasets.DataSet, what: Path) -> None:
+def check_classes(classes: list[str], data: datasets.DataSet, what: Path) -> None:
     if list(classes) != list(data.classes):
         raise DataError(
             f"{what} knows the classes {', '.join(classes[:5])}... ({len(classes)}), {data.name} has "

@@ -41,7 +41,7 @@ class TeacherCache:
             "dtype": str(dtype),
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        samples = len(data.train.labels) * (2 if recipe.augment.plain_copy else 1)
+        samples = len(data.train) * recipe.augment.copies
         shape = (recipe.cached_epochs, samples, len(data.classes))
         self.path = folder / f"{digest[:16]}-{shape[0]}.npy"
         if distributed.RANK == 0 and not self.path.is_file():
@@ -55,7 +55,7 @@ class TeacherCache:
         What is missing is computed first and kept at once. The augmenter stands at this epoch.
         """
         rows = self.rows[epoch % len(self.rows)]
-        missing = np.isnan(rows[:, 0]).nonzero()[0]
+        missing = np.isnan(rows).any(1).nonzero()[0]  # any: a power cut may leave half a row
         distributed.wait()  # all look before any writes: they share the file
         mine = missing[distributed.RANK :: distributed.SIZE]
         count = at_once(augmenter.side)

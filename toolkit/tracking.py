@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, install
 
 
 def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
@@ -14,7 +14,7 @@ def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("--log tensorboard needs TensorBoard: pip install 'distillation-toolkit[log]'") from error
+        raise UserError(f"--log tensorboard needs TensorBoard: {install('log')}") from error
     writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
 
     def write(row: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from toolkit import recipe as recipes
 from toolkit.catalogue import ModelInfo
-from toolkit.errors import RecipeError, SearchError
+from toolkit.errors import RecipeError, SearchError, install
 from toolkit.files import write_bytes, write_text
 from toolkit.recipe import Recipe
 from toolkit.space import Domain, Plan, Space, Values, measure
@@ -341,4 +341,4 @@ def read_trials(output: Path) -> list[Trial]:
 def not_installed(what: str, error: ImportError) -> SearchError:
     """The error that names the extra."""
     name = error.name or error
-    return SearchError(f"{what}, which is not installed ({name}): pip install 'distillation-toolkit[tune]'")
+    return SearchError(f"{what}, which is not installed ({name}): {install('tune')}")

@@ -71,6 +71,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     ``Interrupted`` after Ctrl-C or SIGTERM.
     """
     from toolkit import compute, stages
+    from toolkit.run import Run
 
     started = (output / "search.yaml").is_file()
     if started and not resume:
@@ -91,6 +92,9 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         pinned = base.model_copy(update={"teacher": teacher})
         plan = plan.model_copy(update={"recipe": pinned.model_dump(mode="json")})
     search = Search(plan, output, len(data.classes), read_trials(output))
+    for trial in search.kept:
+        if (run := Run(search.path(trial))).finished:
+            stages.check_unchanged(data, run.summary()["dataset_digest"], run.path, "choose another --output")
     if search.bounds and not search.trials:
         say(f"drawing trials with {search.constraints}")
     search.prepare()
@@ -139,7 +143,12 @@ def resumed(output: Path, wanted: Plan | None, trials: int | None) -> Plan:
         )
     if plan.sampler == "grid" and trials is not None:
         raise SearchError(f"--trials {trials}: a grid has as many trials as points, leave it out")
-    return plan.model_copy(update={"trials": trials or plan.trials})
+    recipe = plan.recipe
+    if wanted is not None:  # the same search, perhaps on another device or with the data in another place
+        recipe = dict(wanted.recipe)
+        if recipe["teacher"] and not recipe["teacher"]["checkpoint"]:
+            recipe["teacher"] = plan.recipe["teacher"]
+    return plan.model_copy(update={"recipe": recipe, "trials": trials or plan.trials})
 
 
 def default_output(plan: Plan) -> Path:
