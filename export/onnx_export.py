@@ -61,11 +61,6 @@ def deployed(model: nn.Module, metadata: Metadata) -> Deployed:
     return Deployed(fp32_copy(model), temperature or 1.0).eval()
 
 
-def export(model: nn.Module, metadata: Metadata, path: Path, opset: int = OPSET) -> None:
-    """Write ``model`` to ``path`` in fp32: ``build``, then ``save``."""
-    save(build(model, metadata, opset), metadata, path)
-
-
 def build(model: nn.Module, metadata: Metadata, opset: int = OPSET) -> onnx.ModelProto:
     """The graph of ``model`` in fp32, with the preprocessing and the temperature that ``metadata`` speaks of.
 
@@ -113,9 +108,14 @@ def check_opset(opset: int) -> None:
 
 def save(proto: onnx.ModelProto, metadata: Metadata, path: Path) -> None:
     """Write a graph with its metadata; the file appears whole or not at all. ``UserError`` where it cannot."""
+    write_bytes(path, to_bytes(proto, metadata))
+
+
+def to_bytes(proto: onnx.ModelProto, metadata: Metadata) -> bytes:
+    """The content of an artifact; the same graph and metadata give the same bytes."""
     onnx.helper.set_model_props(proto, metadata.to_properties())
     onnx.checker.check_model(proto, full_check=True)
-    write_bytes(path, proto.SerializeToString(deterministic=True))
+    return proto.SerializeToString(deterministic=True)
 
 
 def fp32_copy(model: nn.Module) -> nn.Module:

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from export.onnx_export import Deployed, fp32_copy
 from export.preprocess import fit
 from serve.decode import decode
 from toolkit.errors import ImageError, ParityError
@@ -247,21 +246,6 @@ def compare(
         top1_artifact=float((best[1] == reference.labels).mean()),
         agreement=float((best[0] == best[1]).mean()),
     )
-
-
-def check(
-    run: Run,
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    provider: str,
-    batches: Sequence[int] = BATCHES,
-    tolerance: Tolerance = Tolerance(),  # noqa: B008 - frozen
-) -> ParityReport:
-    """``compare`` with a model that takes float ``[B,3,S,S]`` in [0,1] and gives logits (see ``Reference``)."""
-    reference = Reference(Deployed(fp32_copy(model)).eval(), images, labels, batches)
-    return compare(run, reference, provider=provider, tolerance=tolerance)
 
 
 def _kinds(real: Images) -> Iterator[tuple[str, Images]]:

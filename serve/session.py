@@ -46,7 +46,7 @@ class Prediction(BaseModel):
 
 
 class Session:
-    """An artifact, ready to answer; calls from several threads are safe.
+    """An artifact, by its path or as bytes, ready to answer; calls from several threads are safe.
 
     ``metadata`` is what the artifact says of itself, ``provider`` the ONNX Runtime provider that runs it. With
     ``provider="cuda"`` or ``"tensorrt"`` nothing falls back to the CPU: what cannot be had raises ``DeviceError``.
@@ -58,15 +58,15 @@ class Session:
 
     def __init__(
         self,
-        path: Path | str,
+        source: Path | str | bytes,
         provider: Provider = "auto",
         threads: int | None = None,
         tf32: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        path = Path(path)
-        data = artifact.read_bytes(path)
-        self.metadata = artifact.parse(data, str(path))
+        name = "the artifact" if isinstance(source, bytes) else str(source)
+        data = source if isinstance(source, bytes) else artifact.read_bytes(Path(source))
+        self.metadata = artifact.parse(data, name)
         self.threads = threads or available_cores()
         session = None
         if provider != "cpu":
@@ -79,7 +79,7 @@ class Session:
             try:
                 session = self._open(data, {CPU: {}})
             except Exception as error:  # ONNX Runtime's errors share no base class
-                raise ArtifactError(f"ONNX Runtime cannot run {path}: {_line(error)}") from error
+                raise ArtifactError(f"ONNX Runtime cannot run {name}: {_line(error)}") from error
         self._session = session
         self.provider: str = session.get_providers()[0]
         self.tf32 = tf32 and self.provider != CPU

@@ -1,12 +1,14 @@
 """A small trained-looking classifier and its artifact, for the tests of export and serving."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from export import parity
 from export.artifact import Metadata
-from export.onnx_export import export
+from export.onnx_export import OPSET, Deployed, build, fp32_copy, save
 
 SIZE = 16
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -82,3 +84,23 @@ def small_metadata() -> Metadata:
 def small_artifact(path: Path) -> Path:
     export(small_net(), small_metadata(), path)
     return path
+
+
+def export(model: nn.Module, metadata: Metadata, path: Path, opset: int = OPSET) -> None:
+    """An artifact in fp32, without the gate."""
+    save(build(model, metadata, opset), metadata, path)
+
+
+def check(
+    run: parity.Run,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    provider: str,
+    batches: Sequence[int] = parity.BATCHES,
+    tolerance: parity.Tolerance = parity.Tolerance(),  # noqa: B008 - frozen
+) -> parity.ParityReport:
+    """The gate, for a model that takes float ``[B,3,S,S]`` in [0,1] and gives logits."""
+    reference = parity.Reference(Deployed(fp32_copy(model)).eval(), images, labels, batches)
+    return parity.compare(run, reference, provider=provider, tolerance=tolerance)

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from export.artifact import read
 from export.preprocess import fit
 from serve.session import Session
 from toolkit import artifacts, bench, stages
+from toolkit import data as datasets
 from toolkit.run import Run
 
 SHIP = ("--even-if-slower", "--max-drop", 100, "--calibration-images", 64)  # a small net is no faster in INT8
@@ -141,6 +143,30 @@ def test_the_temperature_is_the_best_on_val_and_applied_by_flag(chain: Chain, to
     images = stages.to_nhwc(data.test.images[:9])
     plain, divided = (Session(path, "cpu").run(images)[0] for path in (chain.artifact, Path("calibrated.onnx")))
     np.testing.assert_allclose(divided, plain / temperature, atol=1e-4)
+
+
+def test_what_is_fitted_on_val_sees_all_of_it() -> None:
+    """A folder's images come class by class."""
+    split = datasets.Split(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.tensor([0] * 6 + [1] * 4))
+    images, labels = artifacts.spread(split, 5)
+    assert (images.flatten().tolist(), labels.tolist()) == ([0, 2, 4, 6, 8], [0, 0, 0, 1, 1])
+    assert artifacts.spread(split, 20)[0].flatten().tolist() == list(range(10))
+
+
+class Fixed(torch.nn.Module):
+    """Logits that lie in the images' first pixels, 0 to 255."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, 0, 0] * 255
+
+
+def test_where_all_of_val_is_right_the_temperature_does_not_make_it_certain(chain: Chain) -> None:
+    data = stages.load_data(Run(chain.student).recipe.data)
+    images = torch.eye(3, dtype=torch.uint8).repeat(20, 1)[:, :, None, None].expand(-1, 3, 8, 8)
+    val = datasets.Split(images * 20, torch.tensor([0, 1, 2] * 20))
+    temperature = artifacts.fitted_temperature(Fixed(), replace(data, val=val))
+    assert temperature is not None
+    assert 1 < temperature < 10  # exp(-4) is what the search ends with else
 
 
 def test_fine_tuning_starts_from_the_run_and_is_found_again(toolkit: Toolkit, chain: Chain, tolerant: None) -> None:

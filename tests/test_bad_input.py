@@ -75,6 +75,9 @@ def files(folder: Path) -> dict[Path, bytes]:
                 "--budget",
             ],
         ),
+        ("distill --recipe digits --set student.widths=[8,8,8,8,8]", ["must be 1 to 4 for images of 32 pixels"]),
+        ("distill --recipe digits --set student.widths=[]", ["widths (=[]) must be 1 to 4"]),
+        ("distill --student resnet18_42 --set student.blocks=[0,2,2,2]", ["blocks (=[0, 2, 2, 2])", "at least 1"]),
         ("validate nowhere", ["nowhere"]),
         ("export", ["no finished run under runs", "toolkit distill"]),
         ("predict --artifact none.onnx missing.png", ["missing.png", "No such file"]),
@@ -197,9 +200,22 @@ def test_a_folder_whose_images_changed_is_not_the_same_run(toolkit: Toolkit, pho
     arguments = (*FOLDER, "--set", "batch_size=8")
     assert toolkit(*arguments).exit_code == 0
     before = files(Path("runs"))
+    (run,) = Path("runs").iterdir()
     (photos / "day/3.png").unlink()
     refused(toolkit(*arguments), "photos have changed since", "--run-dir")
+    extend = ("--extend", "--run-dir", run, "--epochs", 9)
+    for command, words in (
+        ((*arguments, *extend), "photos have changed since"),
+        (("validate", run), "--dataset folder:PATH measures"),
+        (("export", run), "export needs the same ones"),
+    ):
+        refused(toolkit(*command), "photos have changed since", words)
     assert files(Path("runs")) == before
+    assert toolkit("validate", run, "--dataset", "folder:photos").exit_code == 0
+    (photos / "evening").mkdir()
+    Image.new("RGB", (32, 32)).save(photos / "evening/1.png")
+    Image.new("RGB", (32, 32), "white").save(photos / "evening/2.png")
+    refused(toolkit("export", run), "knows the classes day, night... (2), folder:photos has day, evening, night")
 
 
 def test_two_folders_given_by_data_dir_are_two_runs(toolkit: Toolkit, photos: Path) -> None:
@@ -220,6 +236,12 @@ def test_a_run_directory_that_holds_a_different_run(toolkit: Toolkit, chain: Cha
     result = toolkit("train", "--recipe", "digits", "--epochs", 5, "--lr", 0.3, "--run-dir", chain.teacher)
     refused(result, chain.teacher, "different run", "epochs: 2 -> 5", "optimizer.lr: 0.4 -> 0.3", "--run-dir")
     assert files(chain.folder) == before
+
+
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_damaged_summary_of_a_run(toolkit: Toolkit, chain: Chain, content: str) -> None:
+    (chain.student / "summary.json").write_text(content)
+    refused(toolkit("validate", chain.student), chain.student / "summary.json", "is damaged")
 
 
 def test_a_directory_that_is_not_a_run(toolkit: Toolkit, nowhere: Path) -> None:

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 from served import serving
-from small_net import small_metadata, small_net
-
-from export.onnx_export import export
+from small_net import export, small_metadata, small_net
 
 pytestmark = pytest.mark.browser
 api = pytest.importorskip("playwright.sync_api")

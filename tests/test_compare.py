@@ -254,6 +254,15 @@ def test_bad_input(toolkit: Toolkit, nowhere: Path, arguments: str, message: str
     assert {path.suffix for path in nowhere.iterdir()} == {".yaml"}  # nothing was made
 
 
+def test_a_method_s_section_leaves_its_other_fields(nowhere: Path) -> None:
+    Path("cool.yaml").write_text("loss: {temperature: 2, methods: {dkd: {beta: 3}}}\noptimizer: {lr: 0.05}\n")
+    plan = make_plan(["cool.yaml"], "digits", {}, 1)
+    cool, plain = plan.methods["cool"], resolve("digits", "distill")
+    assert cool.loss == plain.loss.model_copy(update={"temperature": 2, "methods": cool.loss.methods})
+    assert cool.loss.methods["dkd"].model_dump()["beta"] == 3
+    assert cool.optimizer == plain.optimizer.model_copy(update={"lr": 0.05})
+
+
 def test_no_seeds_is_wrong_usage(toolkit: Toolkit, nowhere: Path) -> None:
     result = toolkit("compare", "soft_targets", "--seeds", 0)
     assert result.exit_code == 2

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,20 @@ def test_the_artifact_answers_as_pytorch_for_each_test_image(chain: Chain) -> No
     assert list(session.metadata.labels) == header["classes"] == [str(digit) for digit in range(10)]
 
 
+def test_the_program_of_the_docs_says_what_the_toolkit_says(
+    chain: Chain, toolkit: Toolkit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[1] / "docs/export.md").read_text()
+    program = text.partition("```python\n")[2].partition("```")[0]
+    shutil.copy(chain.artifact, "student.onnx")
+    shutil.copy(chain.example, "ship.png")
+    exec(compile(program, "docs/export.md", "exec"), {})
+    label, probability = capsys.readouterr().out.split()
+    (said,) = json.loads(toolkit("predict", "ship.png", "--json").stdout)
+    assert label == said["labels"][0]
+    assert float(probability) == pytest.approx(said["probabilities"][0], abs=1e-4)
+
+
 def test_serve_answers_until_sigterm(chain: Chain) -> None:
     command = [sys.executable, "-m", "toolkit", "serve", "--port", "0", "--provider", "cpu"]
     pipe = subprocess.PIPE
@@ -207,6 +222,21 @@ def test_a_written_recipe_starts_the_same_run_again(toolkit: Toolkit, chain: Cha
     other = toolkit("distill", "--recipe", chain.student / "recipe.yaml", "--run-dir", "elsewhere")
     assert other.exit_code == 0, other.output
     assert best(Path("elsewhere")) == before == best(chain.student)
+
+
+def test_a_longer_run_is_not_shown_with_what_the_shorter_one_reached(toolkit: Toolkit, chain: Chain) -> None:
+    longer = ("train", "--recipe", "digits", "--extend", "--epochs", 3)
+    refused = toolkit(*longer)
+    assert refused.exit_code == 2
+    assert "--run-dir" in refused.output  # a longer recipe has another directory, where it would begin anew
+    assert toolkit("validate", chain.teacher).exit_code == 0
+    result = toolkit(*longer, "--run-dir", chain.teacher)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(toolkit("report", chain.teacher, "--json").stdout)["runs"]
+    assert (row["epochs"], row["test_top1"]) == (3, None)
+    with Run(chain.teacher).lock():  # as a training that goes on
+        assert "is being written by another process" in toolkit(*longer[:-1], 4, "--run-dir", chain.teacher).stderr
+    assert Run(chain.teacher).recipe.epochs == 3
 
 
 def test_train_teacher_and_baseline(toolkit: Toolkit, nowhere: Path) -> None:
@@ -273,4 +303,4 @@ def test_tensorboard_is_written_or_its_extra_is_named(toolkit: Toolkit, nowhere:
         assert list(Path("runs/one/tensorboard").iterdir())
     else:
         assert result.exit_code == 1
-        assert "distillation-toolkit[log]" in result.stderr
+        assert ".[log]" in result.stderr

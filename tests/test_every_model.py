@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
+from small_net import check, export
 
-from export import onnx_export, parity
 from export.artifact import Metadata
 from serve.session import Session
 from students.blocks import ResidualBlock
@@ -171,10 +171,10 @@ def test_the_artifact_computes_what_pytorch_computes(role, name, tmp_path):
         dataset="random",
         dataset_digest="",
     )
-    onnx_export.export(model, about, tmp_path / "model.onnx")
+    export(model, about, tmp_path / "model.onnx")
     session = Session(tmp_path / "model.onnx", "cpu")
     labels = torch.zeros(8, dtype=torch.int64)
-    report = parity.check(session.run, model, images, labels, provider=session.provider, batches=(1, 3))
+    report = check(session.run, model, images, labels, provider=session.provider, batches=(1, 3))
     report.raise_if_failed()
     assert max(abs(session.run(images.permute(0, 2, 3, 1).numpy())[0]).ravel()) > 1e-3
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from scipy.special import softmax
-from small_net import LABELS, SIZE, small_artifact, small_images, small_metadata, small_net
+from small_net import LABELS, SIZE, check, export, small_artifact, small_images, small_metadata, small_net
 from torchvision.transforms.v2 import functional as tv
 
 from export import artifact, parity
-from export.onnx_export import OPSETS, export
+from export.onnx_export import OPSETS
 from export.preprocess import fit
 from serve.session import Session
 from toolkit.errors import ArtifactError, ParityError, UserError
@@ -162,7 +162,7 @@ def test_every_opset_is_the_one_asked_for_or_an_error(tmp_path: Path, path: Path
 
 def test_a_good_export_passes(path: Path, labels: torch.Tensor) -> None:
     session = Session(path, "cpu")
-    report = parity.check(session.run, small_net(), small_images(300), labels, provider=session.provider)
+    report = check(session.run, small_net(), small_images(300), labels, provider=session.provider)
     report.raise_if_failed()
     seen = {(case.images, case.batch) for case in report.cases}
     kinds = ("random", "black", "white", "checkerboard", "real", "corrupted JPEG")
@@ -175,12 +175,12 @@ def test_a_good_export_passes(path: Path, labels: torch.Tensor) -> None:
 
 def test_few_test_images_do(path: Path, labels: torch.Tensor) -> None:
     session = Session(path, "cpu")
-    report = parity.check(session.run, small_net(), small_images(300)[:3], labels[:3], provider="cpu", batches=(1, 5))
+    report = check(session.run, small_net(), small_images(300)[:3], labels[:3], provider="cpu", batches=(1, 5))
     assert report.ok
     assert report.n == 3
     assert {case.batch for case in report.cases} == {1, 3, 5}
     with pytest.raises(ValueError, match="at least one"):
-        parity.check(session.run, small_net(), small_images(300)[:0], labels[:0], provider="cpu")
+        check(session.run, small_net(), small_images(300)[:0], labels[:0], provider="cpu")
 
 
 def _initializers(change: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[onnx.ModelProto], None]:
@@ -223,7 +223,7 @@ def test_a_damaged_graph_fails(
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(_changed(path.read_bytes(), _initializers(damage)))
     session = Session(bad, "cpu")
-    report = parity.check(session.run, small_net(), small_images(300), labels, provider=session.provider)
+    report = check(session.run, small_net(), small_images(300), labels, provider=session.provider)
     assert not report.ok
     with pytest.raises(ParityError, match=r"logits differ by .* and \d+ more"):
         report.raise_if_failed()
@@ -241,7 +241,7 @@ def test_a_dropped_softmax_fails(precision: Any, path: Path, labels: torch.Tenso
     bad.write_bytes(_changed(path.read_bytes(), _without_softmax))
     tolerance = parity.tolerance(precision, tf32=False, gpu=False)
     session = Session(bad, "cpu")
-    report = parity.check(session.run, small_net(), small_images(300), labels, provider="cpu", tolerance=tolerance)
+    report = check(session.run, small_net(), small_images(300), labels, provider="cpu", tolerance=tolerance)
     assert "from the softmax by" in report.failures[0]
 
 
@@ -264,14 +264,14 @@ def test_a_batch_frozen_to_1_fails(path: Path, labels: torch.Tensor, tmp_path: P
     bad.write_bytes(_changed(path.read_bytes(), within))
     session = Session(bad, "cpu")  # a batch of 1 runs
     with pytest.raises(ParityError, match="cannot run a batch of"):
-        parity.check(session.run, small_net(), small_images(300), labels, provider="cpu")
+        check(session.run, small_net(), small_images(300), labels, provider="cpu")
 
 
 def test_wrong_answers_of_the_session_fail(path: Path, labels: torch.Tensor) -> None:
     session, images = Session(path, "cpu"), small_images(300)
 
     def check(run: parity.Run) -> parity.ParityReport:
-        return parity.check(run, small_net(), images, labels, provider="cpu")
+        return check(run, small_net(), images, labels, provider="cpu")
 
     def nan(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits, probabilities = session.run(batch)
@@ -305,7 +305,7 @@ def test_top1_alone_can_fail(path: Path, labels: torch.Tensor) -> None:
         return logits, softmax(logits, axis=1)
 
     loose = parity.Tolerance(logits=1e9, probabilities=1)
-    report = parity.check(two_wrong, small_net(), images, labels, provider="cpu", tolerance=loose)
+    report = check(two_wrong, small_net(), images, labels, provider="cpu", tolerance=loose)
     assert all(case.ok for case in report.cases)
     assert report.failures == [
         "test top-1: 99.3333% in the artifact, 100.0000% in PyTorch (n = 300, agreement 99.3333%)"
@@ -323,7 +323,7 @@ def test_probabilities_of_large_logits_may_differ_by_their_rounding(size: float,
 
 
 def test_a_lower_precision_may_lose_what_was_allowed(path: Path, labels: torch.Tensor) -> None:
-    report = parity.check(Session(path, "cpu").run, small_net(), small_images(300), labels, provider="cpu")
+    report = check(Session(path, "cpu").run, small_net(), small_images(300), labels, provider="cpu")
     lost = {"precision": "int8", "top1_torch": 0.9, "top1_artifact": 0.898, "agreement": 0.99}
 
     def failures(**changes: float) -> list[str]:
@@ -336,8 +336,9 @@ def test_a_lower_precision_may_lose_what_was_allowed(path: Path, labels: torch.T
     assert failures(agreement=0.9899)[0].startswith("the artifact gives PyTorch's answer for 98.99%")
 
 
-def test_the_report_tells_the_level_that_sessions_are_opened_at() -> None:
-    assert ort.SessionOptions().graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+def test_the_report_tells_the_level_that_sessions_are_opened_at(path: Path) -> None:
+    level = Session(path, "cpu")._session.get_session_options().graph_optimization_level
+    assert level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     assert parity.ParityReport.model_fields["optimisation"].default == "all"
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from toolkit import data as datasets
-from toolkit import engine, external, recipe, stages
+from toolkit import engine, external, features, recipe, stages
 from toolkit.catalogue import mac_count, parameter_count, pretrained
 from toolkit.classifier import Ensemble
 from toolkit.errors import TeacherError
@@ -140,9 +140,43 @@ def test_digests_tell_teachers_apart(tmp_path: Path) -> None:
     assert Ensemble([loaded(one)]).state_dict()["members.0.digest"].shape == (32,)
 
 
+def test_weights_beside_the_graph_are_a_part_of_its_digest(tmp_path: Path) -> None:
+    colour_net(tmp_path / "whole.onnx")
+    digests = set()
+    for scale in (1, 2):
+        model = onnx.load(tmp_path / "whole.onnx")
+        weights = next(value for value in model.graph.initializer if value.name == "weights")
+        weights.CopyFrom(numpy_helper.from_array(scale * numpy_helper.to_array(weights), "weights"))
+        onnx.save(model, tmp_path / "t.onnx", save_as_external_data=True, location="t.data", size_threshold=0)
+        digests.add(loaded(tmp_path / "t.onnx").hex_digest)
+        (tmp_path / "t.data").unlink()
+    assert len(digests) == 2
+
+
+def test_a_teacher_of_our_own_gets_images_of_its_size(chain: Chain) -> None:
+    wanted = stages.Run(chain.student).recipe
+    model, _ = stages.load_model(chain.teacher / "checkpoints/best.safetensors")
+    larger = wanted.model_copy(update={"data": wanted.data.model_copy(update={"image_size": 48})})
+    resized, _, _ = stages.load_teachers(larger, tuple("0123456789"))
+    images = torch.rand(2, 3, 48, 48)
+    small = torch.nn.functional.interpolate(images, size=32, mode="bilinear", antialias=True)
+    torch.testing.assert_close(resized(images), model(small))
+    plain, shapes = (features.output_shapes(net, images) for net in (model, resized))
+    assert [f"network.{path}" for path in features.deepest(features.output_shapes(model, small))] == features.deepest(
+        shapes
+    )
+    assert len(plain) < len(shapes)
+
+
 @pytest.mark.parametrize(
     ("options", "fields", "words"),
     [
+        (
+            {"scale": "1/255"},
+            {},
+            "says scale = '1/255' of its input, which is not understood: say it by --teacher-scale",
+        ),
+        ({"image_size": "[16, 16]"}, {}, "says image_size = [16, 16] of its input"),
         ({"size": "side"}, {}, "takes images of any size: say which it was trained with by --teacher-image-size"),
         ({}, {"input": {"image_size": 32}}, "takes images of 16 pixels, not of 32"),
         ({"order": ("red", "blue")}, {}, "answers with 2 classes, the data has 3"),
@@ -170,6 +204,8 @@ def test_classes_by_a_file(coloured: Path, tmp_path: Path) -> None:
     ):
         file.write_text(yaml.safe_dump(content))
         assert top1(loaded(path, classes=file), coloured) == 1
+    file.write_text("{0: no, 1: 010, 2: 0, 3: ~}")  # texts, whatever YAML takes them for
+    assert external.load(Teacher(name=str(path), classes=file), None, "cpu", True)[1] == ["no", "010", "0"]
     file.write_text(yaml.safe_dump({"rot": "red", 1: "green", 2: "blau"}))
     with pytest.raises(TeacherError, match=r"1 are no outputs of the teacher: rot; 1 are no classes of the data: blau"):
         loaded(path, classes=file)
@@ -255,6 +291,13 @@ def test_timm_is_strict(timm_weights: Path, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"PK")
     with pytest.raises(TeacherError, match="is not a safetensors file"):
         load(tmp_path / "w.pth")
+    with pytest.raises(TeacherError, match=r"timm cannot build test_resnet with \{'widht': 3\}"):
+        external.load(
+            Teacher.model_validate({"name": "timm:test_resnet", "checkpoint": timm_weights, "widht": 3}),
+            tuple(COLOURS),
+            "cpu",
+            True,
+        )
     with pytest.raises(TeacherError, match="no weights without the network"):
         external.load(Teacher(name="timm:test_resnet"), tuple(COLOURS), "cpu", True)
 

@@ -160,7 +160,7 @@ def export(
     plain = reference.expected[0] if options.views is None else engine.predict(model, data.test.images, CPU)
     about = about.model_copy(update={"plain_accuracy": float((plain.argmax(1) == reference.labels).mean())})
 
-    measure = partial(measured, reference=reference, path=path, provider=provider, options=options)
+    measure = partial(measured, reference=reference, provider=provider, options=options)
     graph = onnx_export.build(network, about, options.opset)
     candidates = [measure(graph, about)]
     _write_parity(parity_report, candidates[0], candidates, options)
@@ -172,7 +172,7 @@ def export(
             tuned = stages.load_run(fine_tuned(run, images, options.tuning_epochs))[0]
             graph = onnx_export.build(with_views(tuned, options.views), about, options.opset)
         scheme = quantise.scheme_for(gpu=candidates[0].session.provider != CPU_PROVIDER)
-        candidates.append(measure(*best_int8(graph, about, data, scheme, path, provider, options)))
+        candidates.append(measure(*best_int8(graph, about, data, scheme, provider, options)))
     if len(candidates) > 1:
         candidates = raced(candidates)
     passing = [one for one in candidates if one.refused(options) is None]
@@ -253,12 +253,11 @@ def measured(
     graph: onnx.ModelProto,
     about: Metadata,
     reference: parity.Reference,
-    path: Path,
     provider: Provider,
     options: Options,
 ) -> Candidate:
     """The graph in the session that would be deployed, and how it compares; its metadata say what it reaches."""
-    session, size = opened(graph, about, path, provider, options)
+    session, size = opened(graph, about, provider, options)
     answers = reference.answers(session.run)
     tolerance = parity.tolerance(about.precision, session.tf32, session.provider != CPU_PROVIDER, options.max_drop)
     result = parity.compare(
@@ -277,16 +276,10 @@ def measured(
     return Candidate(graph, about, session, size, result, {})
 
 
-def opened(
-    graph: onnx.ModelProto, about: Metadata, path: Path, provider: Provider, options: Options
-) -> tuple[Session, int]:
-    """A graph as the server would open it, and its bytes; nothing is left on disk."""
-    candidate = path.with_name(f".{path.stem}.candidate.onnx")
-    try:
-        onnx_export.save(graph, about, candidate)
-        return Session(candidate, provider, tf32=options.tf32), candidate.stat().st_size
-    finally:
-        candidate.unlink(missing_ok=True)
+def opened(graph: onnx.ModelProto, about: Metadata, provider: Provider, options: Options) -> tuple[Session, int]:
+    """A graph as the server would open it, and its size in bytes."""
+    content = onnx_export.to_bytes(graph, about)
+    return Session(content, provider, tf32=options.tf32), len(content)
 
 
 def check_calibration_count(count: int, data: datasets.DataSet) -> None:
@@ -309,7 +302,6 @@ def best_int8(
     about: Metadata,
     data: datasets.DataSet,
     scheme: quantise.Scheme,
-    path: Path,
     provider: Provider,
     options: Options,
 ) -> tuple[onnx.ModelProto, Metadata]:
@@ -328,7 +320,7 @@ def best_int8(
     tried = []
     for method in quantise.METHODS:
         quantised = quantise.int8(graph, images, method, scheme)
-        logits = opened(quantised, about, path, provider, options)[0].run_batches(shown, 64)[0]
+        logits = opened(quantised, about, provider, options)[0].run_batches(shown, 64)[0]
         top1 = float((logits.argmax(1) == labels).mean())
         nll = float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
         say(f"INT8 calibrated by {method}: {'val' if data.val else 'training'} top-1 {top1:.2%}, NLL {nll:.4f}")

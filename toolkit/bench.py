@@ -76,15 +76,16 @@ def bench(
     """
     threads = threads or available_cores()
     with pinned(threads):
-        sessions = {
-            (path, provider): Session(path, provider, threads)
-            for path in dict.fromkeys(paths)
-            for provider in dict.fromkeys(providers)
-        }
+        sessions: dict[tuple[Path, str], Session] = {}
+        for path in dict.fromkeys(paths):
+            for provider in providers:
+                session = Session(path, provider, threads)
+                sessions.setdefault((path, session.provider), session)  # auto may be one of the others
         sizes = {session.metadata.image_size for session in sessions.values()}
         if len(sizes) > 1:
             raise UserError(f"the artifacts take images of different sizes: {', '.join(map(str, sorted(sizes)))}")
-        contestants = _pytorch({path: sessions[path, providers[0]] for path in paths}, compiled)
+        first = {path: session for (path, _), session in reversed(sessions.items())}
+        contestants = _pytorch({path: first[path] for path in dict.fromkeys(paths)}, compiled)
         stems = [path.stem for path in dict.fromkeys(paths)]
         for (path, _), session in sessions.items():
             about = session.metadata
@@ -212,6 +213,7 @@ def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
             except Exception as error:  # whatever the compiler throws; most often there is no C++ compiler
                 say(f"torch.compile is left out: {' '.join(str(error).split())[:200]}")
         name = about.model if len(models) == 1 else f"{about.model} of {run.path.name}"
+        name += f", {about.views} views," if about.views > 1 else ""
         for way, module in ways.items():
             run_module = partial(_call, module, device)
             contestants.append(Contestant(f"{name} PyTorch {way}", "fp32", gpu, run_module, _operations(about)))

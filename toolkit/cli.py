@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -50,44 +49,13 @@ app = typer.Typer(
 )
 
 
-class LogName(StrEnum):
-    tensorboard = "tensorboard"
-
-
-class ViewsName(StrEnum):
-    flip = "flip"
-    flip_and_shift = "flip_and_shift"
-
-
-class ProviderName(StrEnum):
-    auto = "auto"
-    cuda = "cuda"
-    tensorrt = "tensorrt"
-    cpu = "cpu"
-
-
-class PrecisionName(StrEnum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
-    auto = "auto"
-
-
-class BalanceName(StrEnum):
-    none = "none"
-    weights = "weights"
-    sampling = "sampling"
-
-
-class SamplerName(StrEnum):
-    random = "random"
-    grid = "grid"
-    optuna = "optuna"
-
-
-class SchedulerName(StrEnum):
-    none = "none"
-    asha = "asha"
+LogName = Literal["tensorboard"]
+ViewsName = Literal["flip", "flip_and_shift"]
+ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
+PrecisionName = Literal["fp32", "fp16", "int8", "auto"]
+BalanceName = Literal["none", "weights", "sampling"]
+SamplerName = Literal["random", "grid", "optuna"]
+SchedulerName = Literal["none", "asha"]
 
 
 # Options that several commands share. Those of a recipe are named after the field that they set.
@@ -208,7 +176,7 @@ def _overrides(ctx: typer.Context) -> dict[str, Any]:
     from toolkit.recipe import parse_settings
 
     given = {
-        path: str(value) if isinstance(value, Path | StrEnum) else value
+        path: str(value) if isinstance(value, Path) else value
         for flag, path in FIELDS.items()
         if (value := ctx.params.get(flag)) is not None and value is not False
     }
@@ -545,8 +513,8 @@ def tune(
             spaces.read_space(space),
             recipe,
             overrides,
-            sampler.value if sampler else "random",
-            scheduler.value if scheduler else "none",
+            sampler or "random",
+            scheduler or "none",
             trials,
         )
         output = output or tuning.default_output(wanted)
@@ -586,14 +554,14 @@ def validate(
     dataset: Dataset = None,
     data_dir: DataDir = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where PyTorch computes.")] = "auto",
-    provider: ProviderOption = ProviderName.auto,
+    provider: ProviderOption = "auto",
     tta: TtaOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure accuracy, calibration and fidelity on the test set, and write the report."""
     from toolkit import stages
 
-    metrics, folder = stages.validate(target, dataset, data_dir, device, provider.value, tta.value if tta else None)
+    metrics, folder = stages.validate(target, dataset, data_dir, device, provider, tta)
     if as_json:
         _print_json(metrics | {"report": str(folder)})
         return
@@ -611,9 +579,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Compare finished runs: one table and their curves, as an HTML page, Markdown and CSV."""
-    from toolkit import stages
+    from toolkit.side_by_side import compare_runs
 
-    compared = stages.side_by_side(runs, output)
+    compared = compare_runs(runs, output)
     if as_json:
         from dataclasses import asdict
 
@@ -634,7 +602,7 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
     precision: Annotated[
         PrecisionName, typer.Option(help="auto makes all, and ships the fastest that loses too little.")
-    ] = PrecisionName.fp32,
+    ] = "fp32",
     max_drop: Annotated[
         float, typer.Option(min=0, max=100, help="Points of test top-1 that a lower precision may lose.")
     ] = 0.2,
@@ -659,7 +627,7 @@ def export(
     ] = None,
     budget: Annotated[int | None, typer.Option(help="A student has fewer parameters; else the run's budget.")] = None,
     data_dir: DataDir = None,
-    provider: ProviderOption = ProviderName.auto,
+    provider: ProviderOption = "auto",
     tf32: Tf32 = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     as_json: AsJson = False,
@@ -668,12 +636,12 @@ def export(
     from toolkit import artifacts
 
     options = artifacts.Options(
-        precision=precision.value,
+        precision=precision,
         max_drop=max_drop / 100,
         opset=opset,
         any_size=accept_any_size,
         calibrated=calibrate,
-        views=tta.value if tta else None,
+        views=tta,
         calibration_images=calibration_images,
         tuning_epochs=fine_tune,
         even_if_slower=even_if_slower,
@@ -683,7 +651,7 @@ def export(
         triton=triton,
         force=force,
     )
-    exported = artifacts.export(target, output, data_dir, provider.value, options)
+    exported = artifacts.export(target, output, data_dir, provider, options)
     if as_json:
         _print_json(
             {
@@ -749,8 +717,7 @@ def bench(
     from toolkit import bench as timing
     from toolkit.files import write_bytes, write_text
 
-    names: Any = [provider.value for provider in providers or [ProviderName.auto]]
-    rows, used = timing.bench(artifacts, names, batches or (1, 8, 64, 256), rounds, threads, compiled)
+    rows, used = timing.bench(artifacts, providers or ["auto"], batches or (1, 8, 64, 256), rounds, threads, compiled)
     document = timing.document(rows, used)
     if as_json:
         _print_json(document)
@@ -774,7 +741,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
-    provider: ProviderOption = ProviderName.auto,
+    provider: ProviderOption = "auto",
     max_batch: Annotated[int, typer.Option(min=1, help="Images that run together.")] = 32,
     max_queue: Annotated[int, typer.Option(min=64, help="Images that may wait; more are refused.")] = 256,
     deadline: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 10,
@@ -797,7 +764,7 @@ def serve(
         artifacts=paths,
         host=host,
         port=port,
-        provider=provider.value,
+        provider=provider,
         max_batch=max_batch,
         max_queue=max_queue,
         deadline=deadline,
@@ -823,7 +790,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     artifact: Annotated[Path | None, typer.Option(help="ONNX artifact; else the newest one.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 5,
-    provider: ProviderOption = ProviderName.auto,
+    provider: ProviderOption = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Classify images from the shell."""
@@ -831,7 +798,7 @@ def predict(
     from serve.session import Session
 
     decoded = [(path, read_image(path)) for path in images]
-    session = Session(artifact or _newest_artifact("predicting with"), provider.value)
+    session = Session(artifact or _newest_artifact("predicting with"), provider)
     answers = [(path, session.predict(image, top_k)) for path, image in decoded]
     if as_json:
         _print_json([{"image": str(path), **answer.model_dump(mode="json")} for path, answer in answers])

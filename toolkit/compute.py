@@ -37,7 +37,12 @@ class Numbers(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')} {layout}"
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(device, self.dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """In which convs and products are computed in ``dtype``; fp32 is as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def pick_device(name: str) -> torch.device:

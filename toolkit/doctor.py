@@ -46,13 +46,12 @@ def examine(data_dir: Path | None = None) -> dict[str, Any]:
 
 def _providers() -> tuple[list[str], str]:
     """The providers that really run a graph here, and why CUDA is not among them."""
-    import tempfile
 
     import torch
     from torch import nn
 
     from export.artifact import Metadata
-    from export.onnx_export import export
+    from export.onnx_export import build, to_bytes
     from serve.session import Provider, Session
     from toolkit.errors import UserError
 
@@ -68,14 +67,13 @@ def _providers() -> tuple[list[str], str]:
         dataset_digest="",
     )
     names: tuple[Provider, ...] = ("cuda", "cpu")
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        path = Path(folder) / "probe.onnx"
-        export(model, about, path)
-        for name in names:
-            try:
-                working.append(Session(path, name).provider)
-            except UserError as error:
-                reason = reason or str(error)
+    with torch.no_grad():
+        artifact = to_bytes(build(model, about), about)
+    for name in names:
+        try:
+            working.append(Session(artifact, name).provider)
+        except UserError as error:
+            reason = reason or str(error)
     return working, reason
 
 

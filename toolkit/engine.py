@@ -24,7 +24,7 @@ from toolkit import distributed
 from toolkit.augment import Augmenter
 from toolkit.catalogue import PRETRAINED, build, check_budget, parameter_count, pretrained
 from toolkit.classifier import Classifier
-from toolkit.compute import chosen, pick_device, without_tf32
+from toolkit.compute import autocast, chosen, pick_device, without_tf32
 from toolkit.data import DataSet, Split, StoredImages, at_once
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RecipeError
 from toolkit.machine import available_cores, keep_freed_memory, peak_memory
@@ -66,14 +66,14 @@ def new_model(recipe: Recipe, data: DataSet) -> Classifier:
 def predict(
     model: nn.Module, images: Tensor | StoredImages, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> np.ndarray:
-    """Logits, float32 ``[N,K]``, of uint8 images ``[N,3,H,W]``; the model is on ``device`` and in eval mode after."""
+    """Logits, float32 ``[N,K]``, of uint8 images ``[N,3,H,W]``. The model must be on ``device``; eval mode stays."""
     if device.type == "cpu":
         keep_freed_memory()
     model.eval()
     logits = []
     for batch in images.split(at_once(images.shape[-1])):
         pixels = batch.to(device).float().div_(255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             logits.append(model(pixels).float())
     return torch.cat(logits).cpu().numpy()
 
@@ -256,7 +256,7 @@ def _fit(
                 began = read = time.monotonic()
                 if replayed is None:
                     state.save(at, header)
-                    raise Interrupted(stopped(run, epoch, at.step - 1, steps))
+                    raise Interrupted(stop_message(run, epoch, at.step - 1, steps))
             model.train()
             sums = torch.tensor([at.loss_sum, at.correct], dtype=torch.float64, device=device)
             for step in range(at.step, steps):
@@ -293,7 +293,7 @@ def _fit(
                 at.loss_sum, at.correct = distributed.mean(sums).tolist()
                 at.epoch_seconds = before + time.monotonic() - began
                 if not math.isfinite(at.loss_sum):
-                    raise DivergedError(diverged(run, epoch, at.updates + at.step))
+                    raise DivergedError(diverged_message(run, epoch, at.updates + at.step))
                 rate = at.step * batch_size / at.epoch_seconds
                 display.step(epoch + at.step / steps, at.loss_sum / at.step, at.correct / at.step, rate)
                 stopping = distributed.any_of(stop.asked, device)  # read once: a signal may come at any time
@@ -301,7 +301,7 @@ def _fit(
                     state.save(at, header)
                     saved = time.monotonic()
                 if stopping:
-                    raise Interrupted(stopped(run, epoch, step, steps))
+                    raise Interrupted(stop_message(run, epoch, step, steps))
 
             if isinstance(average, StochasticAverage):
                 average.end_epoch(model, epoch + 1)
@@ -316,11 +316,10 @@ def _fit(
                 at.early_stop.update(val_loss if recipe.early_stop.metric == "val_loss" else -val_top1, epoch + 1)
                 patience = recipe.early_stop.patience
                 at.stopped = patience is not None and epoch + 1 - at.early_stop.epoch >= patience
-            if recipe.select == "last" or val_top1 is None:
-                ends = epoch + 1 == recipe.epochs or at.stopped
-                better = ends and (recipe.select == "last" or data.val is None)
+            if recipe.select == "last" or data.val is None:
+                better = epoch + 1 == recipe.epochs or at.stopped
             else:
-                better = val_top1 > at.best_top1
+                better = val_top1 is not None and val_top1 > at.best_top1
             if better:
                 at.best_top1, at.best_epoch = -1.0 if val_top1 is None else val_top1, epoch + 1
             if better and first:
@@ -426,7 +425,7 @@ def compiled(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module
         with (
             torch.random.fork_rng(devices=[example.device] if example.is_cuda else []),
             torch.set_grad_enabled(trained),
-            torch.autocast(example.device.type, dtype, enabled=dtype != torch.float32),
+            autocast(example.device, dtype),
         ):
             logits = fast(example)
         if trained:
@@ -612,7 +611,7 @@ class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
         self.asked = True
 
 
-def stopped(run: Run, epoch: int, step: int, steps: int) -> str:
+def stop_message(run: Run, epoch: int, step: int, steps: int) -> str:
     command = f"toolkit {'distill' if run.recipe.role == 'student' else 'train'}"
     return (
         f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}; all of it is saved. Go on with: "
@@ -620,7 +619,7 @@ def stopped(run: Run, epoch: int, step: int, steps: int) -> str:
     )
 
 
-def diverged(run: Run, epoch: int, step: int) -> str:
+def diverged_message(run: Run, epoch: int, step: int) -> str:
     path = run.checkpoint("last")
     kept = f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint had been written yet"
     return f"the loss is not finite any more at step {step} (epoch {epoch + 1}); {kept}."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toolkit import compute, recipe
-from toolkit.catalogue import BUDGET, Role, build
+from toolkit.catalogue import Role, build
 
 IMAGES = 16  # in the step that is timed
 
@@ -24,12 +24,12 @@ class Footprint:
     device: str
 
 
-def footprint(name: str, role: Role, image_size: int, device: str = "auto", budget: int = BUDGET) -> Footprint:
+def footprint(name: str, role: Role, image_size: int, device: str = "auto") -> Footprint:
     """Time and memory of a catalogue model with 10 classes, as it would be trained here.
 
     Raises ``RecipeError`` where the model does not take this size.
     """
-    tree = {role: {"name": name}, "data": {"image_size": image_size}, "device": device, "budget": budget}
+    tree = {role: {"name": name}, "data": {"image_size": image_size}, "device": device}
     wanted = recipe.validate(tree)
     model = build(name, role, 10, image_size=image_size)
     training, inference = (1 / compute.seconds_an_image(model, wanted, backward, IMAGES) for backward in (True, False))

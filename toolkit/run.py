@@ -179,9 +179,8 @@ SHIPPED = Path(str(files("students"))) / "pretrained/resnet9-cifar10.onnx"
 
 def newest_artifact() -> Path:
     """The newest ONNX file of a run, else the student that comes with the toolkit."""
-    # "[!.]": an export that was killed leaves a hidden file
-    found = sorted(RUNS.glob("*/export/[!.]*.onnx"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else SHIPPED
+    found = RUNS.glob("*/export/[!.]*.onnx")  # a file that is being written is hidden
+    return max(found, key=lambda path: path.stat().st_mtime, default=SHIPPED)
 
 
 def default_path(recipe: Recipe) -> Path:

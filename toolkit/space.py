@@ -145,11 +145,6 @@ class Space(Section):
     constraints: Constraints = Constraints()
 
 
-def shipped() -> list[str]:
-    """Names of the spaces that come with the toolkit."""
-    return sorted(path.stem for path in SPACES.glob("*.yaml"))
-
-
 def read_space(source: str | Path) -> dict[str, Any]:
     """The tree of a shipped space (by name) or of a file (by path). Raises ``SpaceError``."""
     return recipes.read_tree(source, SPACES, "space", SpaceError)

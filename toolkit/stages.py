@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from serve.session import Provider
     from toolkit.artifacts import Exported
     from toolkit.classifier import Classifier
-    from toolkit.comparison import Row
 
 LOOKED_AT = 1000  # images on which a teacher is measured before it teaches
 TOO_FEW = 100  # val images to tell its top-1 from a guess by
@@ -508,16 +507,9 @@ def validate(
         views = engine.predict(TestTimeAugmentation(model, tta).to(place), data.test.images, place)
         metrics["tta_top1"] = float((views.argmax(1) == data.test.labels.numpy()).mean())
         metrics["tta_views"] = facts["test-time augmentation"] = tta
-    identity = {
-        "model": header["model"],
-        "dataset": data.name,
-        "dataset_digest": data.digest,
-        "provider": f"pytorch {place}",
-        "seconds": seconds,
-    }
-    folder = run.report if run else _report_beside(weights)
-    _write_report(folder, header["model"], identity | metrics, history, data, logits, facts, layer_table(model, header))
-    return identity | metrics, folder
+    where, table = run.report if run else _report_beside(weights), layer_table(model, header)
+    name = header["model"]
+    return _reported(where, name, name, f"pytorch {place}", seconds, metrics, data, logits, facts, history, table)
 
 
 def _validate_artifact(
@@ -549,16 +541,8 @@ def _validate_artifact(
         "data": f"{data.name}, {len(data.test):,} test images",
         "teacher": about.teacher or "none",
     }
-    identity = {
-        "model": about.model,
-        "dataset": data.name,
-        "dataset_digest": data.digest,
-        "provider": session.provider,
-        "seconds": seconds,
-    }
-    folder = _report_beside(path)
-    _write_report(folder, path.name, identity | metrics, [], data, logits, facts, None)
-    return identity | metrics, folder
+    where = _report_beside(path)
+    return _reported(where, path.name, about.model, session.provider, seconds, metrics, data, logits, facts)
 
 
 def _report_beside(path: Path) -> Path:
@@ -567,22 +551,29 @@ def _report_beside(path: Path) -> Path:
     return (RUNS / path.name if shipped else path).with_suffix(".report")
 
 
-def _write_report(
+def _reported(
     folder: Path,
     title: str,
+    model: str,
+    provider: str,
+    seconds: float,
     metrics: dict[str, Any],
-    history: list[dict[str, Any]],
     data: datasets.DataSet,
     logits: np.ndarray,
     facts: Mapping[str, str],
-    table: str | None,
-) -> None:
+    history: Sequence[Mapping[str, Any]] = (),
+    table: str | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Write the report; the metrics with what was measured, and the folder."""
     from toolkit import report
 
+    identity = {"model": model, "dataset": data.name, "dataset_digest": data.digest, "provider": provider}
+    metrics = identity | {"seconds": seconds} | metrics
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
     labels = data.test.labels.numpy()
     images = to_nhwc(data.test.images[:])
     report.write(folder, title, metrics, history, images, labels, probabilities, data.classes, facts, table)
+    return metrics, folder
 
 
 def to_nhwc(images: torch.Tensor) -> np.ndarray:
@@ -642,42 +633,6 @@ def run_of(artifact: Path) -> Run | None:
     """The run directory that an artifact lies in, if it does."""
     folder = artifact.resolve().parent.parent
     return Run(folder) if (folder / "recipe.yaml").is_file() else None
-
-
-# --- comparison --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Compared:
-    rows: list[Row]
-    left_out: dict[str, str]  # run directory to the reason, a whole sentence
-    page: Path
-
-
-def side_by_side(targets: Sequence[Path] | None, output: Path) -> Compared:
-    """Write the comparison of these run directories into the folder ``output`` (see ``comparison.write``).
-
-    Without targets the newest finished runs are taken, as many as there are distinct colours. Unfinished and
-    damaged runs are left out and named; ``RunError`` where none is left.
-    """
-    from toolkit import comparison  # with matplotlib
-
-    paths = list(targets or [])
-    if not targets:
-        found = sorted(RUNS.glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
-        paths = [path.parent for path in found]
-    entries, left_out = comparison.gather(paths)
-    for reason in left_out.values():
-        say(f"left out: {reason}")
-    if not entries:
-        where = f"among {', '.join(map(str, paths))}" if targets else f"under {RUNS}/"
-        raise RunError(f"there is no finished and undamaged run {where}: `toolkit pipeline` makes two to compare")
-    if not targets:
-        finished, entries = len(entries), entries[: len(comparison.COLOURS)]
-        which = "all" if len(entries) == finished else "the newest"
-        say(f"comparing {which} {len(entries)} of {finished} finished runs under {RUNS}/, newest first")
-    page = comparison.write(output, entries, left_out)
-    return Compared([entry.row for entry in entries], left_out, page)
 
 
 # --- the whole chain ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.augment import Augmenter
+from toolkit.compute import autocast
 from toolkit.data import DataSet, at_once
 from toolkit.files import write_atomic
 from toolkit.recipe import Recipe
@@ -65,8 +66,7 @@ class TeacherCache:
             part = mine[start : start + count]
             images, _ = augmenter.batch(torch.from_numpy(part).to(augmenter.device))
             images = images.contiguous(memory_format=torch.channels_last)
-            device = images.device.type
-            with torch.no_grad(), torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            with torch.no_grad(), autocast(images.device, self.dtype):
                 rows[part] = self.teacher(images).float().cpu().numpy()
         distributed.wait()
         return torch.from_numpy(rows.copy()).to(augmenter.device)

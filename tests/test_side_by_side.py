@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import Toolkit
 
-from toolkit import comparison, report
+from toolkit import report, side_by_side
 from toolkit.catalogue import build, parameter_count
 from toolkit.recipe import resolve
 from toolkit.run import Run
@@ -160,7 +160,7 @@ def test_the_html_page_is_one_file_and_escapes(toolkit: Toolkit, nowhere: Path) 
     assert "url(" not in page.styles
     assert "@import" not in page.styles
     assert "http" not in text
-    columns = len(comparison.COLUMNS)
+    columns = len(side_by_side.COLUMNS)
     assert [page.cells[row * columns] for row in (1, 2)] == names
     assert len(page.loaded) == 4  # two figures, each light and dark
     for source in page.loaded:
@@ -233,7 +233,7 @@ def test_nothing_left_to_compare_is_an_error(toolkit: Toolkit, nowhere: Path) ->
 
 
 def test_without_runs_the_newest_finished_ones_are_taken(toolkit: Toolkit, nowhere: Path) -> None:
-    count = len(comparison.COLOURS) + 1
+    count = len(side_by_side.COLOURS) + 1
     for age in range(count):
         run = make(Path(f"runs/{age}"))
         os.utime(run.path / "recipe.yaml", (1e9 - age, 1e9 - age))
@@ -254,27 +254,27 @@ def test_without_runs_the_newest_finished_ones_are_taken(toolkit: Toolkit, nowhe
 def test_a_measurement_that_is_not_the_runs_is_not_shown(nowhere: Path, spoil, why: str) -> None:
     run = make(Path("runs/one"), test=0.9)
     spoil(run)
-    (entry,), _ = comparison.gather([run.path])
+    (entry,), _ = side_by_side.gather([run.path])
     assert entry.row.test_top1 is None
-    assert any(why in note for note in comparison._notes([entry]))
+    assert any(why in note for note in side_by_side._notes([entry]))
 
 
 def test_runs_of_the_same_name_are_told_apart_and_one_run_is_not_its_own_rival(nowhere: Path) -> None:
     paths = [make(Path(f"{root}/student")).path for root in "ab"]
-    entries, _ = comparison.gather([*paths, paths[0].resolve(), Path("b/../a/student")])
+    entries, _ = side_by_side.gather([*paths, paths[0].resolve(), Path("b/../a/student")])
     assert [entry.row.run for entry in entries] == ["b/../a/student", "b/student"]
 
 
 def test_different_images_are_said(nowhere: Path) -> None:
     paths = [make(Path(f"runs/{name}"), dataset=name).path for name in ("digits", "cifar10")]
-    entries, _ = comparison.gather(paths)
-    assert any("saw different images" in note and "cifar10" in note for note in comparison._notes(entries))
-    assert not any("saw different images" in note for note in comparison._notes(entries[:1]))
+    entries, _ = side_by_side.gather(paths)
+    assert any("saw different images" in note and "cifar10" in note for note in side_by_side._notes(entries))
+    assert not any("saw different images" in note for note in side_by_side._notes(entries[:1]))
 
 
 def test_the_curves_hold_the_histories_one_colour_a_run(two: Path) -> None:
-    entries, _ = comparison.gather([Path("runs/one"), Path("runs/two")])
-    figure = comparison._figure(entries, "top1", "light")
+    entries, _ = side_by_side.gather([Path("runs/one"), Path("runs/two")])
+    figure = side_by_side._figure(entries, "top1", "light")
     (axes,) = figure.axes
     one_train, one_val, two_train = axes.lines  # runs/two has no val
     assert list(one_val.get_ydata()) == [row["val_top1"] for row in entries[0].history]
@@ -283,12 +283,12 @@ def test_the_curves_hold_the_histories_one_colour_a_run(two: Path) -> None:
     assert one_train.get_color() == one_val.get_color() != two_train.get_color()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
-    assert len(set(comparison._colours(30))) == 30
+    assert len(set(side_by_side._colours(30))) == 30
 
 
 def test_the_same_runs_give_the_same_bytes(two: Path, tmp_path: Path) -> None:
-    entries, left_out = comparison.gather([Path("runs/one"), Path("runs/two"), Path("runs/none")])
-    first, second = (comparison.write(tmp_path / name, entries, left_out).parent for name in "ab")
+    entries, left_out = side_by_side.gather([Path("runs/one"), Path("runs/two"), Path("runs/none")])
+    first, second = (side_by_side.write(tmp_path / name, entries, left_out).parent for name in "ab")
     files = {path.name: path.read_bytes() for path in first.iterdir()}
     assert files == {path.name: path.read_bytes() for path in second.iterdir()}
     assert set(files) == {"comparison.csv", "comparison.md", "comparison.html", "loss.png", "top1.png"}

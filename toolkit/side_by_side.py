@@ -28,7 +28,8 @@ from toolkit import report
 from toolkit.catalogue import info
 from toolkit.errors import RunError, UserError
 from toolkit.files import write_bytes
-from toolkit.run import Run
+from toolkit.progress import say
+from toolkit.run import RUNS, Run
 
 # Okabe and Ito's colours, without black and yellow, which one of the two backgrounds would swallow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#9A6324")
@@ -126,6 +127,37 @@ class Entry:
     dataset_digest: str
     history: list[dict[str, Any]]
     unmeasured: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    rows: list[Row]
+    left_out: dict[str, str]  # run directory to the reason, a whole sentence
+    page: Path
+
+
+def compare_runs(targets: Sequence[Path] | None, output: Path) -> Compared:
+    """Write the comparison of these run directories into the folder ``output`` (see ``write``).
+
+    Without targets the newest finished runs are taken, as many as there are distinct colours. Unfinished and
+    damaged runs are left out and named; ``RunError`` where none is left.
+    """
+    paths = list(targets or [])
+    if not targets:
+        found = sorted(RUNS.glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+        paths = [path.parent for path in found]
+    entries, left_out = gather(paths)
+    for reason in left_out.values():
+        say(f"left out: {reason}")
+    if not entries:
+        where = f"among {', '.join(map(str, paths))}" if targets else f"under {RUNS}/"
+        raise RunError(f"there is no finished and undamaged run {where}: `toolkit pipeline` makes two to compare")
+    if not targets:
+        finished, entries = len(entries), entries[: len(COLOURS)]
+        which = "all" if len(entries) == finished else "the newest"
+        say(f"comparing {which} {len(entries)} of {finished} finished runs under {RUNS}/, newest first")
+    page = write(output, entries, left_out)
+    return Compared([entry.row for entry in entries], left_out, page)
 
 
 def gather(paths: Iterable[Path]) -> tuple[list[Entry], dict[str, str]]:
