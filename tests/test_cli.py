@@ -63,6 +63,7 @@ def test_what_needs_no_torch_imports_none(arguments: list[str], nowhere: Path) -
         ["predict"],
         ["serve", "--port", "99999"],
         ["validate", "--provider", "tpu"],
+        ["bench", "a.onnx", "--provider", "cpu", "--provider", "tpu"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(toolkit: Toolkit, nowhere: Path, arguments: list[str]) -> None:

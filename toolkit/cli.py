@@ -9,7 +9,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from typer.core import TyperGroup
@@ -694,11 +694,24 @@ def inspect(
             print(f"{description.reason}; serve, predict, validate and bench do not take it")
 
 
+def _provider(name: str) -> str:
+    """Typer takes no list of literals."""
+    if name not in get_args(ProviderName):
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(get_args(ProviderName))}")
+    return name
+
+
 @app.command()
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="ONNX artifacts.")],
     providers: Annotated[
-        list[ProviderName] | None, typer.Option("--provider", help="ONNX Runtime's provider; may be given again.")
+        list[str] | None,
+        typer.Option(
+            "--provider",
+            metavar="|".join(get_args(ProviderName)),
+            callback=lambda names: [_provider(name) for name in names or []],
+            help="ONNX Runtime's provider; may be given again.",
+        ),
     ] = None,
     batches: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Batch size; else 1, 8, 64 and 256.")
@@ -717,7 +730,8 @@ def bench(
     from toolkit import bench as timing
     from toolkit.files import write_bytes, write_text
 
-    rows, used = timing.bench(artifacts, providers or ["auto"], batches or (1, 8, 64, 256), rounds, threads, compiled)
+    names: Any = providers or ["auto"]
+    rows, used = timing.bench(artifacts, names, batches or (1, 8, 64, 256), rounds, threads, compiled)
     document = timing.document(rows, used)
     if as_json:
         _print_json(document)
