@@ -28,6 +28,7 @@ from torchvision.datasets import CIFAR10
 
 from toolkit import compute, data, engine, recipe
 from toolkit.catalogue import builder
+from toolkit.machine import keep_freed_memory
 from toolkit.run import Run
 
 BATCH = 128
@@ -104,7 +105,7 @@ def bare(net: str, images: int, data_dir: Path) -> float:
     device = compute.pick_device("auto")
     dtype = compute.pick_dtype("auto", device)
     if device.type == "cpu":
-        engine.keep_freed_memory()
+        keep_freed_memory()
     arguments = dict(NETS[net])
     model = builder(arguments.pop("name"), "student")(10, **arguments).to(device)
     model = model.to(memory_format=torch.channels_last)

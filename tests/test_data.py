@@ -423,7 +423,7 @@ def test_images_that_do_not_fit_stay_in_a_file_and_are_the_same(photos: Path) ->
 
 
 MEMORY = """
-import sys, torch
+import sys, threading, torch
 from pathlib import Path
 from toolkit import cifar, recipe
 from toolkit.augment import Augmenter
@@ -433,13 +433,21 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
-before = anonymous()
+most, done, before = 0, threading.Event(), anonymous()
+
+def watch():
+    global most
+    while not done.wait(0.005):
+        most = max(most, anonymous())
+
+watching = threading.Thread(target=watch)
+watching.start()
 data = load(recipe.Data(dataset="folder:" + sys.argv[1], image_size=224, val_size=0, memory=float(sys.argv[2])))
 augmenter = Augmenter(data.train.images, data.train.labels, 2, recipe.Augment(), 0)
-most = anonymous()
 for index in augmenter.order(0).split(16):
     augmenter.batch(index)
-    most = max(most, anonymous())
+done.set()
+watching.join()
 print(most - before)
 """
 

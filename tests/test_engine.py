@@ -281,6 +281,12 @@ def test_cached_logits_replay_the_run_that_had_its_teacher(tmp_path, data):
     grouped = recipe.model_copy(update={"data": recipe.data.model_copy(update={"group_by": "x"})})
     paths = {TeacherCache(tmp_path, one, data, Plain(), torch.float32).path for one in (recipe, grouped)}
     assert len(paths) == 2  # of other images
+    torn = np.load(next(path for path in caches if path.name.endswith("-3.npy")), mmap_mode="r+")
+    torn[0, 7, 3:] = np.nan  # half a row, as a power cut leaves it
+    torn.flush()
+    recipe, run = start(tmp_path / "runs" / "torn", cached_epochs=3, **changes)
+    with pytest.raises(AssertionError):
+        engine.fit(recipe, data, run, Asked(False))
     recipe, run = start(tmp_path / "runs" / "seed", cached_epochs=3, seed=1, **changes)
     with pytest.raises(AssertionError):  # a cache of other views is not taken
         engine.fit(recipe, data, run, Asked(False))

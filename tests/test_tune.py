@@ -331,6 +331,8 @@ def test_another_search_in_the_same_folder_is_refused(nowhere: Path) -> None:
     (output / "search.yaml").write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
     assert tune.resumed(output, None, None) == wanted
     assert tune.resumed(output, plan(tiny(), trials=9), 9).trials == 9
+    elsewhere = wanted.model_copy(update={"recipe": {**wanted.recipe, "device": "cuda:7"}})
+    assert tune.resumed(output, elsewhere, None).base.device == "cuda:7"  # it goes on where one says now
     for other, difference in (
         (plan(tiny(), trials=3, seed=5), "seed: 0 -> 5"),
         (plan(tiny(), "random", "asha", 3), "scheduler: none -> asha"),

@@ -59,9 +59,17 @@ SchedulerName = Literal["none", "asha"]
 
 
 # Options that several commands share. Those of a recipe are named after the field that they set.
-RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Shipped recipe or YAML file.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", metavar="NAME|FILE", help="cifar10, own-images or another of toolkit/recipes/; or a YAML file."
+    ),
+]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set any field of the recipe.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY.PATH=VALUE", help="Set any field of the recipe; all of them stand in a run's recipe.yaml."
+    ),
 ]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
@@ -82,18 +90,21 @@ GroupBy = Annotated[
 BalanceOption = Annotated[
     BalanceName | None, typer.Option("--balance", help="For classes of unequal size: weights in the loss, or sampling.")
 ]
-Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="auto|cpu|cuda|cuda:N", help="auto takes CUDA where PyTorch finds it; cuda fails without."),
+]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; else runs/NAME-DIGEST.")]
 DataMemory = Annotated[
     float | None, typer.Option(help="GiB for a folder's images and a padded copy; beyond it they stay on disk.")
 ]
-Budget = Annotated[int | None, typer.Option(help="A student has fewer parameters than this.")]
+Budget = Annotated[int | None, typer.Option(help="A student has fewer parameters than this; else 5,000,000.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="CUDA kernels that repeat to the last bit, and are slower.")
 ]
 NoProbe = Annotated[
-    bool, typer.Option("--no-probe", help="Do not time precision and memory format first: bf16 where it is fast.")
+    bool, typer.Option("--no-probe", help="Do not time precision and memory format first; take bf16 where it is fast.")
 ]
 Extend = Annotated[
     bool, typer.Option("--extend", help="Go on with the run in --run-dir, for more --epochs than it began with.")
@@ -102,9 +113,14 @@ Keep = Annotated[int | None, typer.Option("--keep", help="Newest training states
 Log = Annotated[LogName | None, typer.Option("--log", help="Also write the metrics for TensorBoard.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train the student without a teacher too, and compare.")]
 TeacherName = Annotated[
+    str | None, typer.Option("--teacher", metavar="NAME", help="Architecture of the teacher (`toolkit models`).")
+]
+AnyTeacher = Annotated[
     str | None,
     typer.Option(
-        "--teacher", metavar="NAME|FILE.onnx|timm:NAME", help="Architecture of the teacher, or somebody's own."
+        "--teacher",
+        metavar="NAME|FILE.onnx|timm:NAME",
+        help="One of `toolkit models` (its newest run), an ONNX file, or a model of timm.",
     ),
 ]
 TeacherCheckpoint = Annotated[
@@ -131,7 +147,9 @@ Unlabelled = Annotated[
     bool, typer.Option("--unlabelled", help="A folder without classes: the teacher's answers are all there is.")
 ]
 TrainTeacher = Annotated[bool, typer.Option("--train-teacher", help="Train the teacher first.")]
-StudentName = Annotated[str | None, typer.Option("--student", metavar="NAME", help="Architecture of the student.")]
+StudentName = Annotated[
+    str | None, typer.Option("--student", metavar="NAME", help="Architecture of the student (`toolkit models`).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 TtaOption = Annotated[
     ViewsName | None, typer.Option("--tta", help="Also average over these views of each image: a figure of its own.")
@@ -260,7 +278,7 @@ def _check_extend(extend: bool, run_dir: Path | None) -> None:
 @app.command()
 def distill(
     ctx: typer.Context,
-    teacher: TeacherName = None,
+    teacher: AnyTeacher = None,
     student: StudentName = None,
     teacher_checkpoint: TeacherCheckpoint = None,
     teacher_image_size: TeacherSize = None,
@@ -354,7 +372,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the runs; else runs/compare-STUDENT-DATA-DIGEST.")
     ] = None,
-    teacher: TeacherName = None,
+    teacher: AnyTeacher = None,
     student: StudentName = None,
     teacher_checkpoint: TeacherCheckpoint = None,
     train_teacher: TrainTeacher = False,
@@ -476,7 +494,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the search; else runs/tune-SPACE-DIGEST.")
     ] = None,
-    teacher: TeacherName = None,
+    teacher: AnyTeacher = None,
     student: StudentName = None,
     teacher_checkpoint: TeacherCheckpoint = None,
     epochs: Epochs = None,
@@ -620,7 +638,7 @@ def export(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Divide the logits by the temperature that was fitted on val.")
     ] = False,
-    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 25.")] = 20,
     licence: Annotated[str | None, typer.Option("--license", help="What the weights may be used for.")] = None,
     triton: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write a model repository for Triton.")
@@ -760,9 +778,11 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=64, help="Images that may wait; more are refused.")] = 256,
     deadline: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 10,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM.")] = 10,
-    workers: Annotated[int, typer.Option(min=1, help="Processes behind the port.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes behind the port, each with its own copy of the artifacts.")
+    ] = 1,
     tf32: Tf32 = False,
-    reload: Annotated[bool, typer.Option("--reload", help="Take artifacts that change on disk.")] = False,
+    reload: Annotated[bool, typer.Option("--reload", help="Reload artifacts that change on disk.")] = False,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the key that clients must show; the page asks for it too.")
     ] = None,
