@@ -68,12 +68,12 @@ def test_each_command_takes_the_newest_and_says_which(toolkit: Toolkit, nowhere:
 
     validated = toolkit("validate")
     assert validated.exit_code == 0, validated.output
-    assert f"the newest run, {student}" in validated.stderr
+    assert f"the newest student, {student}" in validated.stderr
     assert "fidelity" in validated.stdout
 
     exported = toolkit("export")
     assert exported.exit_code == 0, exported.output
-    assert f"the newest run, {student}" in exported.stderr
+    assert f"the newest student, {student}" in exported.stderr
     artifact = student / "export/student.onnx"
     assert str(artifact) in exported.stdout
 

@@ -270,7 +270,7 @@ def test_a_batch_frozen_to_1_fails(path: Path, labels: torch.Tensor, tmp_path: P
 def test_wrong_answers_of_the_session_fail(path: Path, labels: torch.Tensor) -> None:
     session, images = Session(path, "cpu"), small_images(300)
 
-    def check(run: parity.Run) -> parity.ParityReport:
+    def checked(run: parity.Run) -> parity.ParityReport:
         return check(run, small_net(), images, labels, provider="cpu")
 
     def nan(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -278,18 +278,18 @@ def test_wrong_answers_of_the_session_fail(path: Path, labels: torch.Tensor) -> 
         logits[-1, 0] = np.nan
         return logits, probabilities
 
-    report = check(nan)
+    report = checked(nan)
     assert not report.ok
     assert json.loads(report.model_dump_json())["cases"][0]["max_logit_difference"] == "NaN"
 
     with pytest.raises(ParityError, match=r"logits of shape \[256, 6\]|logits of shape \[300, 6\]"):
-        check(lambda batch: tuple(part[:, :6] for part in session.run(batch)))  # type: ignore[arg-type]
+        checked(lambda batch: tuple(part[:, :6] for part in session.run(batch)))  # type: ignore[arg-type]
 
     def beyond_batch_2(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits, probabilities = session.run(batch)
         return (logits, probabilities) if len(batch) <= 2 else (logits[::-1], probabilities[::-1])
 
-    assert {case.batch for case in check(beyond_batch_2).cases if not case.ok} >= {3, 7, 64, 257}
+    assert {case.batch for case in checked(beyond_batch_2).cases if not case.ok} >= {3, 7, 64, 257}
 
 
 def test_top1_alone_can_fail(path: Path, labels: torch.Tensor) -> None:

@@ -163,7 +163,8 @@ def export(
     measure = partial(measured, reference=reference, provider=provider, options=options)
     graph = onnx_export.build(network, about, options.opset)
     candidates = [measure(graph, about)]
-    _write_parity(parity_report, candidates[0], candidates, options)
+    if candidates[0].parity.failures:
+        _write_parity(parity_report, candidates[0], candidates, options)
     candidates[0].parity.raise_if_failed()
     if wants(options, "fp16"):
         candidates.append(measure(quantise.half(graph), about.model_copy(update={"precision": "fp16"})))
@@ -180,13 +181,14 @@ def export(
         chosen = max(passing, key=lambda one: one.speed)
     else:
         chosen = candidates[-1]
-    _write_parity(parity_report, chosen, candidates, options)
     if chosen not in passing:
+        _write_parity(parity_report, chosen, candidates, options)
         raise ParityError(
             f"{chosen.metadata.precision} is not shipped: {chosen.refused(options)}. The measurements are in "
             f"{parity_report}"
         )
     onnx_export.save(chosen.graph, chosen.metadata, path)
+    _write_parity(parity_report, chosen, candidates, options)
     write_text(card, inspection.model_card(inspection.describe(path)))
     _write_examples(examples, data)
     repository = triton.write_repository(path, options.triton, options.force) if options.triton else None

@@ -27,7 +27,7 @@ from toolkit.machine import available_cores, total_memory
 
 TEST_FRACTION = 0.2  # where a data set brings no test images of its own
 ORDERS = 20  # of groups that are tried, for a split that is near each class's share
-DECODED_AT_ONCE = 256  # images of a folder
+DECODED_AT_LEAST = 64  # images of a folder at a time: enough for many threads
 DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
 
 
@@ -211,8 +211,9 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
             with temporary.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         with ThreadPoolExecutor(available_cores()) as pool:  # threads are enough: Pillow lets go of the GIL
-            for start in range(0, len(files), DECODED_AT_ONCE):
-                some = [path for path, _ in files[start : start + DECODED_AT_ONCE]]
+            count = max(DECODED_AT_LEAST, at_once(side))
+            for start in range(0, len(files), count):
+                some = [path for path, _ in files[start : start + count]]
                 for row, image in enumerate(pool.map(read, some), start):
                     if image is not None:
                         array[row] = image
@@ -446,7 +447,7 @@ def _statistics(images: Tensor | StoredImages) -> tuple[tuple[float, float, floa
     mean, std = [], []
     for channel in range(3):
         counts = torch.zeros(256, dtype=torch.float64)
-        for chunk in images.split(at_once(images.shape[-1], 4096)):
+        for chunk in images.split(at_once(images.shape[-1])):
             counts += torch.bincount(chunk[:, channel].flatten(), minlength=256)
         share = counts / counts.sum()
         mean.append(float(share @ values))
@@ -459,7 +460,7 @@ def _digest(classes: Sequence[str], parts: dict[str, Split]) -> str:
     digest = hashlib.sha256(repr(tuple(classes)).encode())
     for part, split in sorted(parts.items()):
         digest.update(f"{part} {tuple(split.images.shape)}".encode())
-        for images in split.images.split(at_once(split.images.shape[-1], 4096)):
+        for images in split.images.split(at_once(split.images.shape[-1])):
             digest.update(images.contiguous().numpy().data)
         digest.update(split.labels.numpy().data)
     return digest.hexdigest()
