@@ -209,7 +209,7 @@ def test_a_folder_whose_images_changed_is_not_the_same_run(toolkit: Toolkit, pho
     extend = ("--extend", "--run-dir", run, "--epochs", 9)
     for command, words in (
         ((*arguments, *extend), "photos have changed since"),
-        (("validate", run), "--dataset folder:PATH measures"),
+        (("validate", run), "name the data by --dataset"),
         (("export", run), "export needs the same ones"),
     ):
         refused(toolkit(*command), "photos have changed since", words)

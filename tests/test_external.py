@@ -118,6 +118,11 @@ def test_onnx_files_of_many_kinds(coloured: Path, tmp_path: Path, options: dict[
     assert whole.shape == (5, 3)
 
 
+def test_flags_win_over_what_a_file_says(coloured: Path, tmp_path: Path) -> None:
+    path = colour_net(tmp_path / "t.onnx", scale="1/255")
+    assert top1(loaded(path, input={"scale": 1}), coloured) == 1
+
+
 def test_a_network_of_others_has_no_weights_of_its_own(coloured: Path, tmp_path: Path) -> None:
     model = loaded(colour_net(tmp_path / "t.onnx"))
     assert (parameter_count(model), mac_count(model, 32)) == (0, 0)

@@ -331,8 +331,10 @@ def test_another_search_in_the_same_folder_is_refused(nowhere: Path) -> None:
     (output / "search.yaml").write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
     assert tune.resumed(output, None, None) == wanted
     assert tune.resumed(output, plan(tiny(), trials=9), 9).trials == 9
-    elsewhere = wanted.model_copy(update={"recipe": {**wanted.recipe, "device": "cuda:7"}})
-    assert tune.resumed(output, elsewhere, None).base.device == "cuda:7"  # it goes on where one says now
+    places = {"device": "cuda:7", "data.data_dir": "there", "teacher.checkpoint": "other", "seed": 3}
+    moved = tune.resumed(output, wanted, None, places).base  # it goes on where one says now, with its own teacher
+    assert (moved.device, moved.data.data_dir, moved.seed) == ("cuda:7", Path("there"), wanted.base.seed)
+    assert moved.teacher == wanted.base.teacher
     for other, difference in (
         (plan(tiny(), trials=3, seed=5), "seed: 0 -> 5"),
         (plan(tiny(), "random", "asha", 3), "scheduler: none -> asha"),

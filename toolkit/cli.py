@@ -544,7 +544,7 @@ def tune(
             "--sampler and no --scheduler",
             param_hint="--resume",
         )
-    plan = tuning.resumed(output, wanted, trials) if resume else wanted
+    plan = tuning.resumed(output, wanted, trials, overrides) if resume else wanted
     assert plan is not None
     search = tuning.tune(plan, output, tuning.Resources(cpus_per_trial, gpus_per_trial, address), resume)
     from toolkit import tune_report

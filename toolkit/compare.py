@@ -181,14 +181,15 @@ def compare(plan: Plan) -> Comparison:
 
 
 def _with_its_teacher(base: Recipe, plan: Plan) -> Recipe:
-    """The recipe with the teacher that the plan's finished or unfinished runs have, unless it names one."""
+    """The recipe with the weights that the plan's finished or unfinished runs learn from, unless it names some."""
     assert base.teacher is not None
     if base.teacher.checkpoint is None and not base.teacher.external:
         for method, seed in plan.runs:
             path = plan.path(method, seed)
             known = Run(path).recipe.teacher if (path / "recipe.yaml").is_file() else None
-            if known is not None and known.name == base.teacher.name:
-                return base.model_copy(update={"teacher": known})
+            weights = known.checkpoint if known is not None and known.name == base.teacher.name else None
+            if weights is not None and weights.is_file():
+                return base.model_copy(update={"teacher": base.teacher.model_copy(update={"checkpoint": weights})})
     return base
 
 
@@ -237,7 +238,8 @@ def _waiting(plan: Plan, data: DataSet) -> list[tuple[str, int]]:
         if run is None or not run.finished:
             waiting.append((method, seed))
         else:
-            stages.check_unchanged(data, run.summary()["dataset_digest"], path)
+            digest = run.summary()["dataset_digest"]
+            stages.check_unchanged(data, digest, path, "move it away, or choose another --output")
     return waiting
 
 

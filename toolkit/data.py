@@ -26,6 +26,7 @@ from toolkit.folders import listed
 from toolkit.machine import available_cores, total_memory
 
 TEST_FRACTION = 0.2  # where a data set brings no test images of its own
+SPLITTING = 2  # raised where the same options come to hold out other images
 ORDERS = 20  # of groups that are tried, for a split that is near each class's share
 DECODED_AT_LEAST = 64  # images of a folder at a time: enough for many threads
 DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
@@ -194,11 +195,14 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     a digest of each file's pixels, uint8 [N,16], which is 0 where it cannot be read.
     """
 
+    trouble: list[Path] = []  # no fault of the image: it may pass, and is not remembered
+
     def read(path: Path) -> np.ndarray | None:
         try:
             data = path.read_bytes()
-        except OSError as error:  # may pass, and is no fault of the image: not to be remembered
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        except OSError:
+            trouble.append(path)
+            return None
         try:
             return preprocess.fit(decode(data, str(path)), side)
         except ImageError:
@@ -228,6 +232,9 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
         write_atomic(path, decode_all)
     array = np.load(path, mmap_mode="r")
     digests = np.frombuffer(known.read_bytes(), dtype=np.uint8).reshape(len(files), DIGEST_BYTES)
+    if trouble:
+        path.unlink()
+        known.unlink()
     rows = torch.from_numpy(np.flatnonzero((digests != 0).any(axis=1)))
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)  # also where there are none
     with warnings.catch_warnings():

@@ -166,11 +166,13 @@ def problems(report: Report) -> list[str]:
     if report.broken:
         found.append(f"{len(report.broken)} of {report.images} images are broken: {listed(list(report.broken))}")
     for name, counts in report.classes.items():
-        # Without test images some of the training images are held out.
-        wanted = {"train": 1, "test": 1} if "test" in counts else {"train": FEWEST}
+        # Where there are no val or test images, some of the training images are held out.
+        wanted = {"train": 1 if "val" in counts else 2, "test": 1} if "test" in counts else {"train": FEWEST}
         for part, least in wanted.items():
             if counts.get(part, 0) < least:
                 found.append(f"{name} has {counts.get(part, 0)} images in {part}: at least {least} are needed")
+    if report.classes and all(counts.get("val") == 0 for counts in report.classes.values()):
+        found.append("val holds no images: add some, or remove it")
     for what, pairs in (
         ("pairs of copies lie in different classes", report.contradictions),
         ("pairs of copies or near copies lie in different parts: the split leaks", report.leaks),

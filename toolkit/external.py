@@ -205,8 +205,8 @@ def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, list[
     data = read_bytes(path)
     proto = load_onnx(data, str(path))
     told = {item.key: item.value for item in proto.metadata_props}
-    given = _told_input(path, {key: _read(told[key]) for key in TOLD if key in told})
-    given |= teacher.input.model_dump(exclude_none=True)
+    flags = teacher.input.model_dump(exclude_none=True)
+    given = _told_input(path, {key: _read(told[key]) for key in TOLD if key in told and key not in flags}) | flags
     inputs = [value for value in proto.graph.input if value.name not in {t.name for t in proto.graph.initializer}]
     shape = (
         [d.dim_value if d.HasField("dim_value") else 0 for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
@@ -243,7 +243,7 @@ def _told_input(path: Path, told: dict[str, Any]) -> dict[str, Any]:
         key = str(error.errors()[0]["loc"][0])
         raise TeacherError(
             f"{path} says {key} = {told[key]!r} of its input, which is not understood: say it by "
-            f"--teacher-{key.replace('_', '-')} and take it out of the file's metadata"
+            f"--teacher-{key.replace('_', '-')}"
         ) from error
 
 

@@ -58,7 +58,10 @@ def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> 
         if not pairs:
             raise RecipeError(f"{where}: one of the nets has no feature maps to compare; give pairs of modules")
         return pairs if method.maps else pairs[:1]
-    for paths in method.layers:
+    # A teacher that is resized for (``external.External``) has its modules one deeper.
+    deeper = {path.removeprefix("network."): path for path in teacher if path.startswith("network.network.")}
+    pairs = [(ours, theirs if theirs in teacher else deeper.get(theirs, theirs)) for ours, theirs in method.layers]
+    for paths in pairs:
         for whose, path, shapes in zip(("student", "teacher"), paths, (student, teacher), strict=True):
             if path not in shapes:
                 raise RecipeError(
@@ -70,7 +73,7 @@ def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> 
                     f"{where}: {path!r} of the {whose} puts out {list(shapes[path])}, and {name} compares feature maps "
                     f"[C,H,W]. With such: {listed(maps)}"
                 )
-    return list(method.layers)
+    return pairs
 
 
 def outer(shapes: Shapes) -> Shapes:

@@ -11,7 +11,7 @@ import csv
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,19 +108,19 @@ def passed_over(root: Path) -> Counter[str]:
         return Counter()
     return Counter(
         (path.suffix.lower() or "no suffix") if path.is_file() else "dangling link"
-        for path in _files(root)
+        for path in _files(root, lambda error: None)  # a folder that may not be read is no part of the data
         if path.suffix.lower() not in SUFFIXES or not path.is_file()
     )
 
 
-def _files(folder: Path) -> list[Path]:
+def _stop(error: OSError) -> None:
+    raise error
+
+
+def _files(folder: Path, on_error: Callable[[OSError], None] = _stop) -> list[Path]:
     """All files below ``folder`` but hidden ones, sorted. Links to folders are followed, but not in circles."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
     found, seen = [], set()
-    for place, inside, names in os.walk(folder, onerror=stop, followlinks=True):
+    for place, inside, names in os.walk(folder, onerror=on_error, followlinks=True):
         seen.add(os.path.realpath(place))
         inside[:] = [
             name for name in inside if not name.startswith(".") and os.path.realpath(Path(place, name)) not in seen

@@ -741,6 +741,14 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
             tree[key] = copy.deepcopy(value)
 
 
+def with_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe's tree with these fields, by their paths."""
+    changed = copy.deepcopy(dict(tree))
+    for path, value in settings.items():
+        _set(changed, path, value)
+    return changed
+
+
 def _set(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
     for parent in parents:

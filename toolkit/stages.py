@@ -142,7 +142,8 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
     if top1 < chance + min(better_by, (1 - chance) / 2):  # where few images of unequal classes were looked at
         if known.external:
             members = one.members if isinstance(one, Ensemble) else [one]
-            given = "; ".join(str(member) for member in members if isinstance(member, external.External))
+            plain = [member.classifier if isinstance(member, TestTimeAugmentation) else member for member in members]
+            given = "; ".join(str(member) for member in plain if isinstance(member, external.External))
             raise TeacherError(
                 f"the teacher {external.title(known)} has nothing to teach: it gets {said}. "
                 + (better or f"It was given {given or 'images as they are'}. --teacher-mean, --teacher-std, "
@@ -197,8 +198,9 @@ def _fit(
     fresh = not (path / "recipe.yaml").exists()
     with distributed.joined(distributed.own_device(compute.pick_device(wanted.device))):
         if distributed.RANK == 0:
-            if extend and (path / "summary.json").is_file():  # it is finished no more once it is extended
-                check_unchanged(data, Run(path).summary()["dataset_digest"], path)
+            state = path / "checkpoints/last.safetensors"
+            if extend and state.is_file():  # nothing is changed before that is known
+                check_unchanged(data, load_header(state)["dataset_digest"], path)
             run = Run.start(path, wanted, resume, extend)
             if measured is not None:
                 run.note(teacher=measured)
@@ -227,7 +229,10 @@ def check_unchanged(
     Of other images others would be held out for the test: some that were trained on.
     """
     if digest != data.digest:
-        raise RunError(f"the images of {data.name} have changed since {what} was trained: {advice}")
+        raise RunError(
+            f"the images of {data.name} have changed since {what} was trained, or are read or split in another way "
+            f"by this version: {advice}"
+        )
 
 
 def _watch(*watchers: OnEpoch | None) -> OnEpoch:
@@ -304,8 +309,11 @@ def options(wanted: Recipe, file: str | None = None) -> str:
     """The options that name the recipe (by its ``file``, where that is known) and its data again, for a shell."""
     name = wanted.name if wanted.name in recipe.shipped() else f"{wanted.name}.yaml"
     given = ["--recipe", file or name, "--dataset", wanted.data.dataset]
-    if wanted.data.dataset.startswith("folder"):
-        given += ["--image-size", str(wanted.data.image_size)]
+    data = wanted.data
+    if data.dataset.startswith("folder") or data.image_size != Data().image_size:
+        given += ["--image-size", str(data.image_size)]
+    given += ["--group-by", data.group_by] if data.group_by else []
+    given += ["--skip-broken"] * data.skip_broken + ["--skip-leaks"] * data.skip_leaks
     return shlex.join(given)
 
 
@@ -438,7 +446,7 @@ def newest_run() -> Run:
 
 # --- validation --------------------------------------------------------------------------------------------
 
-ANYWAY = "its test images may be among them; --dataset folder:PATH measures on what lies there now"
+ANYWAY = "its test images may be among them; name the data by --dataset to measure on them as they are now"
 
 
 def validate(

@@ -93,8 +93,9 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         plan = plan.model_copy(update={"recipe": pinned.model_dump(mode="json")})
     search = Search(plan, output, len(data.classes), read_trials(output))
     for trial in search.kept:
-        if (run := Run(search.path(trial))).finished:
-            stages.check_unchanged(data, run.summary()["dataset_digest"], run.path, "choose another --output")
+        path = search.path(trial)
+        if (path / "summary.json").is_file():  # a trial's directory may have been removed
+            stages.check_unchanged(data, Run(path).summary()["dataset_digest"], path, "choose another --output")
     if search.bounds and not search.trials:
         say(f"drawing trials with {search.constraints}")
     search.prepare()
@@ -122,10 +123,12 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     return search
 
 
-def resumed(output: Path, wanted: Plan | None, trials: int | None) -> Plan:
+def resumed(output: Path, wanted: Plan | None, trials: int | None, overrides: Mapping[str, Any] | None = None) -> Plan:
     """The plan of an output directory, with more trials where they are asked for.
 
-    ``wanted`` is what the command line asks for, if it names a space. Raises ``SearchError`` where it differs.
+    ``wanted`` is what the command line asks for, if it names a space, and ``overrides`` the recipe fields that it
+    gives: of these the search may go on with the data in another place, and on another device. Raises ``SearchError``
+    where anything else differs.
     """
     file = output / "search.yaml"
     if not file.is_file():
@@ -143,11 +146,10 @@ def resumed(output: Path, wanted: Plan | None, trials: int | None) -> Plan:
         )
     if plan.sampler == "grid" and trials is not None:
         raise SearchError(f"--trials {trials}: a grid has as many trials as points, leave it out")
-    recipe = plan.recipe
-    if wanted is not None:  # the same search, perhaps on another device or with the data in another place
-        recipe = dict(wanted.recipe)
-        if recipe["teacher"] and not recipe["teacher"]["checkpoint"]:
-            recipe["teacher"] = plan.recipe["teacher"]
+    places = {path: value for path, value in (overrides or {}).items() if path in recipes.PLACES}
+    # All trials learn from the same teacher.
+    kept = {path: value for path, value in places.items() if not path.startswith("teacher.")}
+    recipe = recipes.with_settings(plan.recipe, kept)
     return plan.model_copy(update={"recipe": recipe, "trials": trials or plan.trials})
 
 
