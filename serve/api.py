@@ -99,6 +99,13 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Error} for status in statuses}
 
 
+def _warm_up(engine: Engine) -> None:
+    try:
+        engine.warm_up()
+    except Exception:  # of ONNX Runtime, say of too large a batch; the server is never ready then
+        logger.exception("the warm-up failed: the server answers, but is not ready")
+
+
 def build(
     engine: Engine,
     *,
@@ -119,7 +126,7 @@ def build(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if reload:
             engine.watch()
-        warming = asyncio.create_task(asyncio.to_thread(engine.warm_up))
+        warming = asyncio.create_task(asyncio.to_thread(_warm_up, engine))
         yield
         await warming
         await asyncio.to_thread(engine.close)

@@ -21,7 +21,7 @@ from export.preprocess import fit
 from serve import explain, views
 from serve.api import MAX_IMAGES
 from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, read_image
-from serve.engine import Answer, Engine
+from serve.engine import Answer, DeadlineExceeded, Engine
 from toolkit.errors import UserError
 from toolkit.machine import available_cores
 
@@ -44,7 +44,8 @@ class _Page(gr.Blocks):
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        _check_files(inputs)
+        _check_kinds(inputs, len(block_fn.inputs))
+        _check_files(inputs, Path(get_upload_folder()).resolve())
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
@@ -55,6 +56,9 @@ def mount(app: FastAPI, engine: Engine, examples: Sequence[Path] = (), deadline:
     artifact knows. ``deadline`` is the seconds that an answer may take.
     """
     page = _build(engine, _drawn(engine) or examples, deadline)
+    # Not the threads of the whole process, which uploads and the API need too (40 would mean these).
+    page.max_threads = min(4 * available_cores(), 39)
+    page.state_session_capacity = 16  # nothing depends on a visitor's last answers, which Gradio keeps
     gr.mount_gradio_app(
         app,
         page,
@@ -98,24 +102,37 @@ def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Bloc
     # A small file may hold 50 megapixels: decoded by every one of the page's threads, they would fill any memory.
     turn = BoundedSemaphore(available_cores())
 
+    def read(path: str, until: float) -> NDArray[np.uint8]:
+        """A picture's pixels, once it is its turn. Raises ``DeadlineExceeded`` and ``ImageError``."""
+        if not turn.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise DeadlineExceeded("too many pictures wait: ask again in a moment")
+        try:
+            return read_image(path, "this picture")
+        finally:
+            turn.release()
+
     def ask(picture: dict[str, Any] | None, model: str, other: str, threshold: float) -> str:
         if picture is None:
             return views.hint(EMPTY)
+        until = time.monotonic() + deadline
         try:
-            with turn:
-                pixels = read_image(picture["path"], "this picture")
-                asked = [(name, engine.submit(pixels, name, deadline)) for name in _chosen(model, other)]
-            return views.answers([views.Opinion(name, future.result()) for name, future in asked], threshold / 100)
+            pixels = read(picture["path"], until)
+            # One after the other: at once each would take the other's cores, and their times would say nothing.
+            opinions = [
+                views.Opinion(name, engine.submit(pixels, name, _left(until)).result())
+                for name in _chosen(model, other)
+            ]
+            return views.answers(opinions, threshold / 100)
         except UserError as error:
             return views.problem(str(error))
 
     def look(picture: dict[str, Any] | None, model: str, other: str, wanted: bool) -> str:
         if picture is None or not wanted:
             return ""
+        until = time.monotonic() + deadline
         try:
-            with turn:
-                pixels = read_image(picture["path"], "this picture")
-                return "".join(_looked(engine, pixels, name, deadline) for name in _chosen(model, other))
+            pixels = read(picture["path"], until)
+            return "".join(_looked(engine, pixels, name, _left(until)) for name in _chosen(model, other))
         except UserError as error:
             return views.problem(str(error))
 
@@ -124,15 +141,20 @@ def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Bloc
             return views.hint(EMPTY_TABLE)
         if len(files) > MAX_IMAGES:
             return views.problem(f"at most {MAX_IMAGES} pictures are taken at once, and these are {len(files)}")
-        chosen = _chosen(model, other)
-        queued = []
+        chosen, until = _chosen(model, other), time.monotonic() + deadline
+        queued: list[tuple[views.Row, dict[str, Future[Answer]]]] = []
         for file in files:
-            with turn:
-                queued.append(_queue(engine, Path(file["path"]), chosen, deadline))
+            name = str(file.get("orig_name") or Path(file["path"]).name)
+            try:
+                pixels = read(file["path"], until)
+                asked = {one: engine.submit(pixels, one, _left(until)) for one in chosen}
+                queued.append((views.Row(name, fit(pixels, SMALL)), asked))
+            except UserError as error:
+                queued.append((views.Row(name, problem=str(error)), {}))
         return views.several([_answered(*item) for item in queued], chosen, threshold / 100)
 
     with _Page(title="What is in this picture?", analytics_enabled=False) as page:
-        gr.HTML(views.title(engine.metadata()), elem_id="title")
+        title = gr.HTML(views.title(engine.metadata()), elem_id="title")
         with gr.Tabs():
             with gr.Tab("One picture", elem_id="one"):
                 # Two rows, so that on a phone the answer follows the picture.
@@ -208,38 +230,46 @@ def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Bloc
             [pictures.change, *models], ask_all, [pictures, model, other, threshold], table, api_name="several", **now
         )
         threshold.change(None, threshold, js="(percent) => showSureness(percent / 100)")
-        page.load(lambda: _cards(engine), None, about, api_visibility="private", **now)
+
+        def about_now() -> tuple[str, str]:
+            return views.title(engine.metadata()), _cards(engine)  # after a reload others
+
+        page.load(about_now, None, [title, about], api_visibility="private", **now)
     return page
 
 
-def _check_files(value: Any) -> None:
+def _check_kinds(inputs: list[Any], count: int) -> None:
+    """Refuses what no page of ours sends: the functions take it as it is."""
+    picture, *settings = inputs or [None]
+    files = picture if isinstance(picture, list) else [picture]
+    kinds = all(isinstance(item, str | int | float) for item in settings)
+    if len(inputs) != count or not kinds or not all(one is None or isinstance(one, dict) for one in files):
+        raise gr.Error("These are not a picture and its settings.", print_exception=False)
+    if len(files) > 10 * MAX_IMAGES:
+        raise gr.Error(f"At most {MAX_IMAGES} pictures are taken at once.", print_exception=False)
+
+
+def _left(until: float) -> float:
+    """Seconds; never 0, which would mean no end."""
+    return max(0.001, until - time.monotonic())
+
+
+def _check_files(value: Any, folder: Path) -> None:
     """Refuses every path outside the upload folder, and every address, wherever ``value`` holds one."""
     if isinstance(value, list):
         for item in value:
-            _check_files(item)
+            _check_files(item, folder)
     elif isinstance(value, dict):
         if not value.keys() & {"path", "url"}:
-            _check_files(list(value.values()))
+            _check_files(list(value.values()), folder)
             return
         path = value.get("path")
-        folder = Path(get_upload_folder()).resolve()
         if not isinstance(path, str) or not Path(path).resolve().is_relative_to(folder):
             raise gr.Error("Only an uploaded picture is read, no other path and no address.", print_exception=False)
 
 
 def _chosen(model: str, other: str) -> list[str]:
     return [model] if other in ("", model) else [model, other]
-
-
-def _queue(
-    engine: Engine, path: Path, names: Sequence[str], deadline: float
-) -> tuple[views.Row, dict[str, Future[Answer]]]:
-    """A picture's row, and the answers that are still to come into it."""
-    try:
-        pixels = read_image(path, "this picture")
-        return views.Row(path.name, fit(pixels, SMALL)), {n: engine.submit(pixels, n, deadline) for n in names}
-    except UserError as error:
-        return views.Row(path.name, problem=str(error)), {}
 
 
 def _answered(row: views.Row, asked: dict[str, Future[Answer]]) -> views.Row:

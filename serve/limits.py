@@ -27,7 +27,12 @@ MAX_HELD_BYTES = 512 * 2**20  # of all requests that are being read or answered
 MAX_HEAD_BYTES = 64 * 2**10
 HEAD_SECONDS, BODY_SECONDS = 10.0, 60.0  # for a client to send its headers, and its body
 OPEN_PATHS = ("/healthz", "/readyz")  # no key needed
-GRADIO_QUEUE = ("/gradio_api/queue/", "/gradio_api/call/")
+# What Gradio offers beside what the page uses: a queue without bound that keeps what nobody comes for, recordings that
+# ffmpeg converts, links that are files here, others' servers and addresses, which it would fetch for anybody.
+UNUSED = ("queue/", "call/", "api/", "stream/", "process_recording", "proxy=", "vibe-", "undo-vibe-", "deep_link")
+NOT_OURS = tuple(f"/gradio_api/{name}" for name in UNUSED)
+FILE, PROGRESS = "/gradio_api/file=", "/gradio_api/upload_progress"
+MAX_QUERY = 200  # bytes, of an upload's progress: Gradio keeps its name
 PATHS = ("/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 
 
@@ -67,9 +72,13 @@ class Limits:
                 if held > limit:
                     scope["refused"] = "too_large"
                     raise HTTPException(413, _too_large(limit))
-                if self._held > MAX_HELD_BYTES or (path == UPLOAD and not self._may_upload(size)):
+                if self._held > MAX_HELD_BYTES:
                     scope["refused"] = "busy"
                     raise HTTPException(503, "too many uploads at once", {"Retry-After": "1"})
+                if path == UPLOAD and not self._may_upload(size):
+                    scope["refused"] = "busy"
+                    left = 3600 - int(time.monotonic() % 3600)
+                    raise HTTPException(503, "no more uploads to the page in this hour", {"Retry-After": str(left)})
             return message
 
         async def seen(message: Message) -> None:
@@ -98,8 +107,10 @@ class Limits:
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._may(headers):
             scheme = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="key as password"'
             return refusal(scope, 401, "unauthorized", "this server wants its key", {"WWW-Authenticate": scheme})
-        if scope["path"].startswith(GRADIO_QUEUE):  # which has no bound, and keeps what nobody comes for
-            return refusal(scope, 404, "not_found", "there is no queue here: use /gradio_api/run/")
+        path = scope["path"]
+        fetches = path.startswith(FILE) and ":/" in path
+        if path.startswith(NOT_OURS) or fetches or (path == PROGRESS and len(scope["query_string"]) > MAX_QUERY):
+            return refusal(scope, 404, "not_found", "the page does not use this of Gradio's: ask /v1/predict")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return refusal(scope, 413, "too_large", _too_large(limit))
@@ -126,7 +137,7 @@ class Limits:
 
 
 def _too_large(limit: int) -> str:
-    return f"a request has at most {limit // 2**20} MB"
+    return f"a request has at most {limit // 2**20} MB: send fewer or smaller pictures at once"
 
 
 class Protocol(HttpToolsProtocol):

@@ -21,12 +21,20 @@ document.addEventListener("paste", (event) => {
   visible("#picture [aria-label='Remove Image']")?.click(); // only an empty one takes files
   setTimeout(() => {
     const input = visible("input[type=file]");
-    if (input) give(input);
+    if (input) return give(input);
+    visible("#picture [aria-label='Upload file']")?.click(); // after the camera or its own clipboard there is no input
+    setTimeout(() => {
+      const again = visible("input[type=file]");
+      if (again) give(again);
+    }, 50);
   }, 50);
 });
 
-// Gradio leaves these buttons without a name, or with the key of one.
+// Gradio leaves these buttons without a name, or with the key of one, and answers without a word to a screen reader.
 new MutationObserver(() => {
+  for (const element of document.querySelectorAll("#answer:not([aria-live]), #looked:not([aria-live])")) {
+    element.setAttribute("aria-live", "polite");
+  }
   for (const button of document.querySelectorAll(".gallery-item:not([aria-label])")) {
     const name = button.querySelector("img")?.src.split("/").pop();
     if (name) button.setAttribute("aria-label", `Example: ${decodeURIComponent(name)}`);

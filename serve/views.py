@@ -38,7 +38,7 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Row:
-    """One of several pictures: its file's name, a small copy and the opinions, or why it cannot be read."""
+    """One of several pictures: its file's name, a small copy and the opinions, or why it has no answer."""
 
     file: str
     small: NDArray[np.uint8] | None = None
@@ -107,8 +107,9 @@ def several(rows: Sequence[Row], names: Sequence[str], threshold: float) -> str:
     if len(names) == 2 and read:
         counts.append(f"{names[0]} and {names[1]} agree on {sum(map(_agree, read))} of {len(read)}")
     if len(read) < len(rows):
-        counts.append(f"{len(rows) - len(read)} cannot be read")
-    content = base64.b64encode(_csv(rows, names).encode()).decode()
+        without = len(rows) - len(read)
+        counts.append(f"{without} {'has' if without == 1 else 'have'} no answer")
+    content = base64.b64encode(_csv(rows, names).encode("utf-8-sig")).decode()  # so that Excel takes it for UTF-8
     headings = "".join(f'<th scope="col">{escape(name)}</th>' for name in (names if len(names) > 1 else ["Answer"]))
     address = f"data:text/csv;charset=utf-8;base64,{content}"
     return (
@@ -123,7 +124,8 @@ def several(rows: Sequence[Row], names: Sequence[str], threshold: float) -> str:
 
 def _tile(row: Row, threshold: float) -> str:
     if row.small is None or not row.opinions:
-        return '<li><span class="broken" aria-hidden="true"></span><p class="bad">cannot be read</p></li>'
+        name = escape(row.file)
+        return f'<li><span class="broken" aria-hidden="true"></span><p class="bad">{name}: no answer</p></li>'
     first = row.opinions[0]
     differ = "".join(
         f"<small>{escape(o.name)}: {escape(o.label)}</small>" for o in row.opinions[1:] if o.label != first.label

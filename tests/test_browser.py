@@ -217,10 +217,10 @@ def test_several_pictures_and_their_csv(desk: Any, shots: Path, tmp_path: Path) 
     desk.wait_for_selector("#table .results")
     assert desk.locator("#table .gallery li").count() == len(files)
     assert desk.locator("#table .results tbody tr").count() == len(files)
-    assert "1 cannot be read" in desk.inner_text("#table .summary")
+    assert "1 has no answer" in desk.inner_text("#table .summary")
     with desk.expect_download() as download:
         desk.get_by_role("link", name="Download CSV").click()
-    rows = list(csv.DictReader(Path(download.value.path()).read_text(encoding="utf-8").splitlines()))
+    rows = list(csv.DictReader(Path(download.value.path()).read_text(encoding="utf-8-sig").splitlines()))
     assert [row["file"] for row in rows] == [file.name for file in files]
     assert rows[0]["student answer"] in LABELS
     assert rows[-1]["problem"]

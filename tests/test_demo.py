@@ -79,7 +79,7 @@ def test_an_unreadable_picture_gets_one_line(http: httpx.Client, data: bytes, me
     assert message in _call(http, "look", picture, "student", "", True)
     good = _file(_upload(http, encoded(PIXELS)))
     several = _call(http, "several", [picture, good], "student", "", 60)
-    assert "2 pictures; 1 cannot be read." in several
+    assert "2 pictures; 1 has no answer." in several
     assert message in several
 
 
@@ -103,8 +103,15 @@ def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -
             answer = http.post(f"gradio_api/run/{function}", json={"data": [picture, "student", "", 1]})
             assert answer.status_code == 500
             assert "Only an uploaded picture is read" in answer.text, wrong
-    for queue in ("call/classify", "queue/join"):  # Gradio's own, without a bound
-        assert http.post(f"gradio_api/{queue}", json={"data": [_file(upload), "student", "", 1]}).status_code == 404
+    for other in ("call/classify", "queue/join", "api/classify", "process_recording"):  # Gradio's own
+        assert http.post(f"gradio_api/{other}", json={"data": [_file(upload), "student", "", 1]}).status_code == 404
+    for address in ("http://127.0.0.1:9/cat.png", "https://example.org/cat.png", "https:/example.org/cat.png"):
+        refused = http.get(f"gradio_api/file={address}")
+        assert (refused.status_code, refused.json()["error"]) == (404, "not_found")
+    assert http.get(f"gradio_api/upload_progress?upload_id={'x' * 300}").status_code == 404
+    for data in ([None], [_file(upload), "student", "", None], [_file(upload), [], "", 60], ["x", "student", "", 60]):
+        odd_call = http.post("gradio_api/run/classify", json={"data": data})
+        assert "not a picture and its settings" in odd_call.text  # and no traceback in the log
     gone = str(Path(upload).with_name("gone.png"))
     assert "cannot be read" in _call(http, "classify", _file(gone), "student", "", 60)
     assert http.get(f"gradio_api/file={secret}").status_code in (403, 404)
@@ -171,10 +178,10 @@ def test_several_pictures_download_as_csv() -> None:
     same = views.Row("a, b.png", small, (_opinion("one", [2, 0, 0]), _opinion("two", [9, 0, 0])))
     other = replace(same, file="=cmd()", opinions=(_opinion("one", [2, 0, 0]), _opinion("two", [0, 9, 0])))
     html = views.several([same, other, views.Row("<c>", problem="this picture is empty")], ["one", "two"], 0.9)
-    assert "3 pictures; one and two agree on 1 of 2; 1 cannot be read." in html
+    assert "3 pictures; one and two agree on 1 of 2; 1 has no answer." in html
     assert html.count('<tr class="differ">') == 1
     assert "<c>" not in html
-    content = base64.b64decode(html.split("base64,")[1].split('"')[0]).decode()
+    content = base64.b64decode(html.split("base64,")[1].split('"')[0]).decode("utf-8-sig")
     table = list(csv.reader(io.StringIO(content)))
     fields = [f"{name} {field}" for name in ("one", "two") for field in ("answer", "confidence", "milliseconds")]
     assert table[0] == ["file", *fields, "problem"]

@@ -146,7 +146,8 @@ def test_large_bodies(server: Served, http: httpx.Client) -> None:
         for content in (bytes(30 * MB), _chunks(30 * MB)):  # with its length, and chunked
             answer = http.post(path, content=content)
             assert answer.status_code == 413
-            assert answer.json() == {"error": "too_large", "message": "a request has at most 20 MB"}
+            assert answer.json()["error"] == "too_large"
+            assert answer.json()["message"].startswith("a request has at most 20 MB: ")
     assert server.memory() - before < 100 * MB
     for path in ("v1/model", "gradio_api/run/classify", "nothing"):
         assert http.post(path, json={"data": "data:image/png;base64," + "A" * 2 * MB}).status_code == 413
