@@ -12,8 +12,9 @@ from toolkit import compute
 from toolkit import data as datasets
 from toolkit.compute import Numbers
 from toolkit.data import Split
-from toolkit.engine import fit, new_model
+from toolkit.engine import fit
 from toolkit.errors import DeviceError
+from toolkit.learner import new_model
 from toolkit.recipe import resolve
 from toolkit.run import Run
 

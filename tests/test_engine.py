@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from toolkit import checkpoint, engine, learner, stages
 from toolkit import data as datasets
-from toolkit import engine, stages
 from toolkit.classifier import Ensemble
 from toolkit.data import DataSet, Split, at_once
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RunError
@@ -146,14 +146,14 @@ def test_parts_of_a_batch_add_up_to_the_same_steps(tmp_path, data, monkeypatch):
     ends = []
     for name, memory, changes in (("whole", None, {}), ("parts", None, {"micro_batch": 15}), ("full", 20, {})):
         recipe, run = start(tmp_path / name, **changes)
-        monkeypatch.setattr(engine, "new_model", lambda *_, memory=memory: Plain(memory))
+        monkeypatch.setattr(learner, "new_model", lambda *_, memory=memory: Plain(memory))
         engine.fit(recipe, data, run)
         ends.append(load_tensors(run.checkpoint("best"))[0])
     for other in ends[1:]:
         for key, value in ends[0].items():
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)
     recipe, run = start(tmp_path / "hopeless")
-    monkeypatch.setattr(engine, "new_model", lambda *_: Plain(1))
+    monkeypatch.setattr(learner, "new_model", lambda *_: Plain(1))
     with pytest.raises(DeviceError, match="does not hold a step"):
         engine.fit(recipe, data, run)
 
@@ -165,7 +165,7 @@ def test_the_batch_grows_at_milestones_and_where_the_loss_stops_falling(tmp_path
     assert [(row["batch_size"], row["step"]) for row in run.history()] == [(50, 4), (120, 5), (120, 6)]
     assert summary["steps"] == 6
 
-    config, at, sizes = BatchGrowth(patience=2, ceiling=100), engine.Position(batch_size=25), []
+    config, at, sizes = BatchGrowth(patience=2, ceiling=100), checkpoint.Position(batch_size=25), []
     for epoch, loss in enumerate((3, 2, 2.1, 2.2, 2.3, 2.2, 2.4, 2.5, 2.5), 1):
         at.batch_size = engine.next_batch(config, at, {"epoch": epoch, "batch_size": at.batch_size, "train_loss": loss})
         sizes.append(at.batch_size)
@@ -202,7 +202,7 @@ def test_images_grow_for_the_student_and_are_whole_for_the_teacher(tmp_path, mon
     changes = {"progressive.start": 16, "progressive.over": 0.75, "data.image_size": 24, "epochs": 4}
     changes |= {"loss.kd_weight": 1, "teacher.name": "wrn28"}
     recipe, run = start(tmp_path / "run", **changes)
-    monkeypatch.setattr(engine, "new_model", lambda *_: Watched("student"))
+    monkeypatch.setattr(learner, "new_model", lambda *_: Watched("student"))
     engine.fit(recipe, data, run, Watched("teacher"))
     assert seen["student"] == [16] * 4 + [16] * 4 + [20] * 4 + [24] * 4
     assert set(seen["teacher"]) == {24}
@@ -307,11 +307,11 @@ def test_compiling_leaves_the_state_and_its_failure_the_model(monkeypatch, capfd
     def fails(images):
         raise RuntimeError("no Triton")
 
-    model = engine.build("resnet9", "student", 7, widths=(8, 8, 8)).train()
+    model = learner.build("resnet9", "student", 7, widths=(8, 8, 8)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for compiler, said in ((lambda net: net, "not counted as training"), (lambda _: fails, "no Triton")):
         monkeypatch.setattr(torch, "compile", compiler)
-        assert engine.compiled(model, torch.rand(4, 3, 16, 16), torch.bfloat16) is model
+        assert learner.compiled(model, torch.rand(4, 3, 16, 16), torch.bfloat16) is model
         assert said in capfd.readouterr().err
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -422,7 +422,7 @@ def test_metrics_of_a_kill_are_valid_and_rewound(tmp_path, data):
 
 
 def test_predict_is_the_model_in_batches():
-    model = engine.build("resnet9", "student", 7, widths=(8, 8, 8)).eval()
+    model = learner.build("resnet9", "student", 7, widths=(8, 8, 8)).eval()
     images = torch.randint(0, 256, (2 * at_once(64) + 3, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         expected = model(images.float() / 255).numpy()

@@ -11,7 +11,7 @@ from test_bad_input import refused
 from test_engine import TREE, parts
 
 from toolkit import data as datasets
-from toolkit import engine
+from toolkit import engine, learner
 from toolkit.catalogue import build
 from toolkit.data import DataSet, Split
 from toolkit.errors import Interrupted, RecipeError
@@ -238,7 +238,7 @@ def test_a_run_with_every_method_that_is_stopped_ends_as_one_that_was_not(tmp_pa
     regressor = one["objective.terms.fitnets.regressors.0.0.weight"]
     assert regressor.shape == (16, 8, 1, 1)
     shipped, _ = load_tensors(whole.checkpoint("best"))
-    assert shipped.keys() == engine.new_model(recipe, data).state_dict().keys()
+    assert shipped.keys() == learner.new_model(recipe, data).state_dict().keys()
 
 
 def test_regressors_are_trained(tmp_path, data):

@@ -18,8 +18,8 @@ from PIL import Image
 from toolkit import data_check, folders, recipe
 from toolkit.augment import balanced_order
 from toolkit.data import DataSet, StoredImages, load, stratified_groups
-from toolkit.engine import class_weights
 from toolkit.errors import DataError, RecipeError
+from toolkit.learner import class_weights
 from toolkit.objective import Objective
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

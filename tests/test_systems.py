@@ -76,7 +76,7 @@ def test_trains_tabulates_and_trains_nothing_twice(systems, monkeypatch, tmp_pat
     assert [row[6] for row in rows[2:]] == ["40", "40"]
     assert rows[3][-1] == "*86.44% after 200 epochs*"
 
-    monkeypatch.setattr(systems.engine, "new_model", None)  # which training would call
+    monkeypatch.setattr(systems.engine, "_fit", None)  # which training would call
     systems.main(names, images=20, epochs=2, test_images=10, folder=tmp_path)
     assert capsys.readouterr().out == table
 

@@ -247,10 +247,10 @@ def _estimate(
     plan: Plan, waiting: Sequence[tuple[str, int]], data: DataSet, teacher: nn.Module
 ) -> dict[tuple[str, int], float]:
     """Seconds that each of these runs still takes, judged by a few images on this machine."""
-    from toolkit import compute, engine
+    from toolkit import compute, learner
 
     base = plan.baseline
-    learning = compute.seconds_an_image(engine.new_model(base, data), base, backward=True)
+    learning = compute.seconds_an_image(learner.new_model(base, data), base, backward=True)
     teaching = compute.seconds_an_image(teacher, base, backward=False)
     found = {}
     for method, seed in waiting:
@@ -284,12 +284,12 @@ def _clock(seconds: float) -> str:
 def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> Comparison:
     import torch
 
-    from toolkit import compute, engine, report, stages
+    from toolkit import compute, engine, learner, report, stages
 
     device, test = compute.pick_device(plan.baseline.device), data.test
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
     answers = engine.predict(teacher, test.images, device, compute.pick_dtype("auto", device))
-    student = engine.new_model(plan.baseline, data)
+    student = learner.new_model(plan.baseline, data)
     student_macs = cache(partial(mac_count, student))
     teacher_macs = mac_count(teacher, plan.baseline.data.image_size)
     shared: dict[Any, float] = {}  # the first of the runs with the same views fills the cache of logits for all

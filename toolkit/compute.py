@@ -36,9 +36,6 @@ class Numbers(NamedTuple):
         layout = "channels_last" if self.layout == torch.channels_last else "contiguous"
         return f"{str(self.dtype).removeprefix('torch.')} {layout}"
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        return autocast(device, self.dtype)
-
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """In which convs and products are computed in ``dtype``; fp32 is as it is."""
@@ -160,7 +157,7 @@ def _step_seconds(model: nn.Module, images: Tensor, numbers: Numbers, backward: 
     device = images.device
     images = images.contiguous(memory_format=numbers.layout)
     began = time.monotonic()
-    with torch.set_grad_enabled(backward), numbers.autocast(device):
+    with torch.set_grad_enabled(backward), autocast(device, numbers.dtype):
         logits = model(images)
     if backward:
         logits.float().sum().backward()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from toolkit import compute, distributed, engine, external, recipe
+from toolkit import compute, distributed, engine, external, learner, recipe
 from toolkit import data as datasets
 from toolkit.catalogue import build, mac_count, parameter_count
 from toolkit.classifier import Ensemble, TestTimeAugmentation, Views, with_views
@@ -96,7 +96,7 @@ def distill(
     assert wanted.teacher is not None
     data = load_data(wanted.data, wanted) if wanted.data.unlabelled else check(wanted)
     teacher, known = teacher_of(wanted, data)
-    engine.new_model(wanted, data)
+    learner.new_model(wanted, data)
     wanted = wanted.model_copy(update={"teacher": known})
     sources = [_source(one) for one in (known, *known.also)]
     doing = f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
@@ -177,7 +177,7 @@ def check(wanted: Recipe) -> datasets.DataSet:
         )
     data = load_data(wanted.data)
     compute.pick_device(wanted.device)
-    engine.new_model(wanted, data)
+    learner.new_model(wanted, data)
     return data
 
 

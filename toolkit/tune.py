@@ -181,10 +181,10 @@ def _probe(base: Recipe, data: DataSet, cpus: int) -> float:
     """Seconds of training for one multiply-accumulate of one epoch, from a step of the base recipe's model here."""
     import torch
 
-    from toolkit import compute, engine
+    from toolkit import compute, learner
     from toolkit.catalogue import mac_count
 
-    model, threads = engine.new_model(base, data), torch.get_num_threads()
+    model, threads = learner.new_model(base, data), torch.get_num_threads()
     torch.set_num_threads(cpus)
     try:
         seconds = compute.seconds_an_image(model, base, backward=True)
