@@ -29,7 +29,9 @@ HEAD_SECONDS, BODY_SECONDS = 10.0, 60.0  # for a client to send its headers, and
 OPEN_PATHS = ("/healthz", "/readyz")  # no key needed
 # What Gradio offers beside what the page uses: a queue without bound that keeps what nobody comes for, recordings that
 # ffmpeg converts, links that are files here, others' servers and addresses, which it would fetch for anybody.
-UNUSED = ("queue/", "call/", "api/", "stream/", "process_recording", "proxy=", "vibe-", "undo-vibe-", "deep_link")
+UNUSED = (
+    "queue/", "call/", "api/", "stream/", "process_recording", "proxy=", "vibe-", "undo-vibe-", "deep_link", "file/"
+)  # fmt: skip
 NOT_OURS = tuple(f"/gradio_api/{name}" for name in UNUSED)
 FILE, PROGRESS = "/gradio_api/file=", "/gradio_api/upload_progress"
 MAX_QUERY = 200  # bytes, of an upload's progress: Gradio keeps its name

@@ -205,10 +205,11 @@ def title(about: Metadata) -> str:
 
 def card(name: str, about: Metadata, provider: str) -> str:
     """What the artifact ``name`` is, and what it is not."""
+    macs = "" if about.macs is None else f"{about.macs * about.views / 1e6:,.0f} million multiply-adds a picture"
     facts = {
         "Network": about.model,
         "Parameters": f"{about.parameters:,}",
-        "Operations": "" if about.macs is None else f"{about.macs / 1e6:,.0f} million multiply-adds a picture",
+        "Operations": macs,
         "Test accuracy": "not measured" if about.accuracy is None else f"{about.accuracy:.2%}",
         "Confidence": _confidence(about),
         "Learned from": about.dataset + (f", with {about.teacher} as its teacher" if about.teacher else ""),

@@ -108,6 +108,7 @@ def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -
     for address in ("http://127.0.0.1:9/cat.png", "https://example.org/cat.png", "https:/example.org/cat.png"):
         refused = http.get(f"gradio_api/file={address}")
         assert (refused.status_code, refused.json()["error"]) == (404, "not_found")
+    assert http.get("gradio_api/file/http://127.0.0.1:9/cat.png").status_code == 404
     assert http.get(f"gradio_api/upload_progress?upload_id={'x' * 300}").status_code == 404
     for data in ([None], [_file(upload), "student", "", None], [_file(upload), [], "", 60], ["x", "student", "", 60]):
         odd_call = http.post("gradio_api/run/classify", json={"data": data})

@@ -224,6 +224,9 @@ def test_names_need_not_be_utf8(tmp_path: Path) -> None:
         pytest.skip("this file system wants names in UTF-8")
     with pytest.raises(DataError, match=r"cannot be read: a/f\\udcfcr.png; repair"):
         load_folder(tmp_path)
+    (tmp_path / "a").rename(tmp_path / os.fsdecode(b"\xe4"))
+    with pytest.raises(DataError, match=r"names that are not UTF-8: \\udce4; rename"):
+        load_folder(tmp_path)
 
 
 def test_trouble_with_the_disk_is_told_and_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +244,18 @@ def test_trouble_with_the_disk_is_told_and_not_remembered(tmp_path: Path, monkey
         trouble.setattr(Path, "read_bytes", fails)
         with pytest.raises(DataError, match=r"8 of 8 images in .* cannot be read: a/0.png"):
             load_folder(tmp_path)
+    assert load_folder(tmp_path).broken == ()
+
+    def locked(path: Path) -> bytes:
+        if path.name == "0.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as trouble:
+        trouble.setattr(Path, "read_bytes", locked)
+        trouble.setattr(os, "access", lambda path, mode: path.name != "0.png")
+        for _ in range(2):  # read, and kept
+            assert load_folder(tmp_path, skip_broken=True).broken == ("a/0.png",)
     assert load_folder(tmp_path).broken == ()
 
     def stops(*arguments: object, **settings: object) -> None:
@@ -317,6 +332,24 @@ def test_data_check_names_what_training_would_stop_at(tmp_path: Path, toolkit: T
     for path in (tmp_path / "whole").rglob("*.png"):
         path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     assert "broken    8" in toolkit("data", "check", tmp_path / "whole").stdout
+
+
+def test_data_check_suggests_what_can_be_loaded(tmp_path: Path, toolkit: Toolkit) -> None:
+    for name in "abcd":
+        for i in range(6):
+            draw(tmp_path / "few" / name / f"{i}.png")
+        for i in range(60 if name == "a" else 3):
+            draw(tmp_path / "rare" / name / f"{i}.png")
+    few = toolkit("data", "check", tmp_path / "few")
+    assert few.exit_code == 0
+    assert "--set data.val_size=0" in few.stdout
+    assert load_folder(tmp_path / "few", val_size=0).val is None
+    with pytest.raises(DataError, match="holds out 2 images, fewer than the 4 classes"):
+        load_folder(tmp_path / "few", val_size=0.1)
+    rare = toolkit("data", "check", tmp_path / "rare")
+    with pytest.raises(DataError, match="too few images of"):
+        load_folder(tmp_path / "rare")
+    assert (rare.exit_code, rare.stdout.count("too few for one among the 14")) == (1, 1)
 
 
 # --- classes of unequal size -------------------------------------------------------------------------------

@@ -286,11 +286,13 @@ def opened(graph: onnx.ModelProto, about: Metadata, provider: Provider, options:
 
 def check_calibration_count(count: int, data: datasets.DataSet) -> None:
     # Without a validation split some images must be left to choose the calibration method by.
-    most = len(data.train) - (quantise.FEWEST if data.val is None else 0)
+    chosen_by = quantise.FEWEST if data.val is None else 0
+    most = len(data.train) - chosen_by
     if most < quantise.FEWEST:
         raise DataError(
-            f"INT8 is calibrated on at least {quantise.FEWEST} training images, and {data.name} has {len(data.train)}: "
-            "take --precision fp32 or fp16"
+            f"INT8 is calibrated on at least {quantise.FEWEST} training images"
+            + (f", and without val {chosen_by} more choose how" if chosen_by else "")
+            + f"; {data.name} has {len(data.train)}: take --precision fp32 or fp16"
         )
     if not quantise.FEWEST <= count <= most:
         raise DataError(

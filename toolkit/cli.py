@@ -345,7 +345,7 @@ def distill(
     print(f"next: toolkit validate {path}, toolkit export {path}")
 
 
-SHARED = ("seed", "device", "data.", "teacher.", "train.")
+SHARED = ("seed", "device", "data", "teacher", "train")
 
 
 def _trained_teacher(wanted: Any, source: Any, overrides: dict[str, Any]) -> Any:
@@ -354,7 +354,7 @@ def _trained_teacher(wanted: Any, source: Any, overrides: dict[str, Any]) -> Any
     from toolkit.recipe import resolve
 
     stages.check(wanted)
-    shared = {k: v for k, v in overrides.items() if k.startswith(SHARED)}
+    shared = {k: v for k, v in overrides.items() if k.split(".")[0] in SHARED}
     return stages.train(resolve(source, "train", shared), resume=True)
 
 
@@ -860,7 +860,7 @@ def data_check(
 
     report = checking.check(path, unlabelled)
     if as_json:
-        _print_json(checking.document(report))
+        _print_json(vars(report))
     else:
         print("\n".join(checking.show(report)))
     if report.problems:

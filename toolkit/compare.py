@@ -187,7 +187,8 @@ def _with_its_teacher(base: Recipe, plan: Plan) -> Recipe:
         for method, seed in plan.runs:
             path = plan.path(method, seed)
             known = Run(path).recipe.teacher if (path / "recipe.yaml").is_file() else None
-            weights = known.checkpoint if known is not None and known.name == base.teacher.name else None
+            same = known is not None and (known.name, known.arguments) == (base.teacher.name, base.teacher.arguments)
+            weights = known.checkpoint if known is not None and same else None
             if weights is not None and weights.is_file():
                 return base.model_copy(update={"teacher": base.teacher.model_copy(update={"checkpoint": weights})})
     return base

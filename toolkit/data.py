@@ -25,7 +25,6 @@ from toolkit.files import write_atomic
 from toolkit.folders import listed
 from toolkit.machine import available_cores, total_memory
 
-TEST_FRACTION = 0.2  # where a data set brings no test images of its own
 SPLITTING = 2  # raised where the same options come to hold out other images
 ORDERS = 20  # of groups that are tried, for a split that is near each class's share
 DECODED_AT_LEAST = 64  # images of a folder at a time: enough for many threads
@@ -99,17 +98,19 @@ def load(config: recipe.Data) -> DataSet:
     """The data set that the recipe names. Raises ``DataError``."""
     kind, _, path = config.dataset.partition(":")
     broken: tuple[str, ...] = ()
+    version = ""  # images that never come in groups have always been split the same
     if kind == "folder":
         root = Path(path) if path else config.data_dir
         if root is None:
             raise DataError("the data set is a folder, but which? Give --dataset folder:PATH, or --data-dir PATH")
         name = f"folder:{root.expanduser().resolve().stem}"
         classes, parts, broken = _folder(root.expanduser(), config)
+        version = f"{SPLITTING}"
     else:
         name = kind
         classes, parts = _digits(config) if kind == "digits" else _cifar(kind, config)
 
-    digest = _digest(classes, parts)
+    digest = _digest(classes, parts, version)
     train, val, test = parts["train"], parts.get("val"), parts["test"]
     if val is None and config.val_size:
         count = _val_count(train, config.val_size, classes)
@@ -130,7 +131,7 @@ def _digits(config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split]]:
     images = resize(grey[:, None].expand(-1, 3, -1, -1), config.image_size)
     whole = Split(images, torch.from_numpy(digits.target).long())
     classes = tuple(str(digit) for digit in digits.target_names)
-    train, test = _hold_out(whole, round(TEST_FRACTION * len(whole)), 0, classes)
+    train, test = _hold_out(whole, round(folders.TEST_FRACTION * len(whole)), 0, classes)
     return classes, {"train": train, "test": test}
 
 
@@ -178,12 +179,12 @@ def _folder(root: Path, config: recipe.Data) -> tuple[tuple[str, ...], dict[str,
             what = f" for {listed(missing)}" if listing.classes != ("",) else ""
             raise DataError(f"no readable images in {listing.places[part]}{what}")
     if "test" not in parts:
-        held = max(len(listing.classes), round(TEST_FRACTION * len(parts["train"])))
+        held = folders.test_count(len(parts["train"]), len(listing.classes))
         parts["train"], parts["test"] = _hold_out(parts["train"], held, config.split_seed, listing.classes)
         if missing := _missing(parts["test"], listing.classes):
             raise DataError(
                 f"too few images of {listed(missing)} in {listing.places['train']} to hold out "
-                f"{TEST_FRACTION:.0%} of each class for the test: add some, or make folders train and test"
+                f"{folders.TEST_FRACTION:.0%} of each class for the test: add some, or make folders train and test"
             )
     return listing.classes, parts, tuple(broken)
 
@@ -200,6 +201,8 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     def read(path: Path) -> np.ndarray | None:
         try:
             data = path.read_bytes()
+        except PermissionError:  # which the digest of the files tells
+            return None
         except OSError:
             trouble.append(path)
             return None
@@ -233,8 +236,8 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     array = np.load(path, mmap_mode="r")
     digests = np.frombuffer(known.read_bytes(), dtype=np.uint8).reshape(len(files), DIGEST_BYTES)
     if trouble:
-        path.unlink()
-        known.unlink()
+        path.unlink(missing_ok=True)
+        known.unlink(missing_ok=True)
     rows = torch.from_numpy(np.flatnonzero((digests != 0).any(axis=1)))
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)  # also where there are none
     with warnings.catch_warnings():
@@ -314,8 +317,8 @@ def _files_digest(files: Sequence[tuple[Path, int]], side: int) -> str:
             facts = path.stat()
         except OSError as error:
             raise DataError(f"{path} was there a moment ago: {error.strerror}") from error
-        # A name need not be UTF-8.
-        digest.update(os.fsencode(path.resolve()) + f" {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        known = f" {facts.st_size} {facts.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else " unreadable")
+        digest.update(os.fsencode(path.resolve()) + f"{known}\n".encode())  # a name need not be UTF-8
     return digest.hexdigest()[:32]
 
 
@@ -410,11 +413,8 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     as long as loading CIFAR-10.
     """
     random = np.random.RandomState(seed)
-    shares = np.bincount(labels) * (count / len(labels))
-    wanted = np.floor(shares).astype(int)
-    wanted[np.argsort(wanted - shares, kind="stable")[: count - wanted.sum()]] += 1  # the largest remainders
     held = np.zeros(len(labels), dtype=bool)
-    for label, some in enumerate(wanted):
+    for label, some in enumerate(folders.shares(np.bincount(labels), count)):
         members = random.permutation(np.flatnonzero(labels == label))
         held[members[len(members) - some :]] = True
     return held
@@ -463,8 +463,8 @@ def _statistics(images: Tensor | StoredImages) -> tuple[tuple[float, float, floa
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def _digest(classes: Sequence[str], parts: dict[str, Split]) -> str:
-    digest = hashlib.sha256(repr(tuple(classes)).encode())
+def _digest(classes: Sequence[str], parts: dict[str, Split], version: str) -> str:
+    digest = hashlib.sha256((repr(tuple(classes)) + version).encode())
     for part, split in sorted(parts.items()):
         digest.update(f"{part} {tuple(split.images.shape)}".encode())
         for images in split.images.split(at_once(split.images.shape[-1])):

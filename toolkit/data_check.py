@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +17,9 @@ from PIL import Image
 
 from serve.decode import decode
 from toolkit.errors import ImageError
-from toolkit.folders import find, listed, passed_over
+from toolkit.folders import find, listed, passed_over, shares, test_count
 from toolkit.machine import available_cores
+from toolkit.recipe import resolve
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)  # that are suggested: what students are made for
 REACHED = 0.9  # share of the images that are at least as large as the suggested size
@@ -160,14 +160,29 @@ def look_alikes(looks: Sequence[Look], good: Sequence[int]) -> list[tuple[int, i
     return [(int(some[a]), int(some[b])) for b, a in enumerate(first) if a >= 0]
 
 
+def held_out(classes: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Images of each class that are held out for the test, where there are no test images."""
+    if not classes or any("test" in counts or not counts["train"] for counts in classes.values()):
+        return {}
+    images = np.array([counts["train"] for counts in classes.values()])
+    held = shares(images, test_count(int(images.sum()), len(images)))
+    return dict(zip(classes, held.tolist(), strict=True))
+
+
 def problems(report: Report) -> list[str]:
     """What training would stop at, or learn wrongly from; one line each."""
     found = []
     if report.broken:
         found.append(f"{len(report.broken)} of {report.images} images are broken: {listed(list(report.broken))}")
+    held = held_out(report.classes)
     for name, counts in report.classes.items():
         # Where there are no val or test images, some of the training images are held out.
         wanted = {"train": 1 if "val" in counts else 2, "test": 1} if "test" in counts else {"train": FEWEST}
+        if held.get(name) == 0 and counts["train"] >= FEWEST:
+            found.append(
+                f"{name} has {counts['train']} images: too few for one among the {sum(held.values())} that are held "
+                "out for the test; add some, or make folders train and test"
+            )
         for part, least in wanted.items():
             if counts.get(part, 0) < least:
                 found.append(f"{name} has {counts.get(part, 0)} images in {part}: at least {least} are needed")
@@ -195,6 +210,11 @@ def suggest(report: Report, root: Path, training: int, unlabelled: bool) -> None
     options += ["--skip-leaks"] * bool(set(report.leaks) & set(report.copies))
     if report.imbalance >= IMBALANCED:
         options += ["--balance", "sampling"]
+    left = training - sum(held_out(report.classes).values())
+    val_size = resolve(report.recipe, "distill").data.val_size
+    given = any("val" in counts for counts in report.classes.values())
+    if not given and round(val_size * left) < len(report.classes):  # no image of each class
+        options += ["--set", "data.val_size=0"]
     if not tuned:
         options += ["--teacher", "FILE.onnx"] if unlabelled else ["--teacher", "resnet9_wide", "--train-teacher"]
     report.command = shlex.join(
@@ -230,8 +250,3 @@ def show(report: Report) -> Iterator[str]:
             yield "      (with a teacher: add --teacher FILE.onnx --set loss.kd_weight=0.9)"
         elif report.classes:
             yield "      (with a teacher of your own: --teacher FILE.onnx in place of the last three words)"
-
-
-def document(report: Report) -> dict[str, Any]:
-    """All of it, for JSON."""
-    return vars(report)

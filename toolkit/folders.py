@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from toolkit.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp")
@@ -26,6 +28,7 @@ COLUMNS = {
     "label": ("label", "class", "category", "target", "classname"),
     "part": ("split", "part", "set", "subset"),
 }
+TEST_FRACTION = 0.2  # of the images, where they come without a test part
 WANTED = "a folder for each class is wanted there, with PNG, JPEG, WebP, GIF or BMP files in it"
 
 
@@ -43,8 +46,24 @@ class Listing:
 
     def name(self, path: Path) -> str:
         """The path of a file as messages give it: from the root, where it lies there. A name need not be UTF-8."""
-        name = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
-        return name.encode(errors="backslashreplace").decode()
+        return _readable(str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path))
+
+
+def _readable(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
+
+
+def shares(images: np.ndarray, count: int) -> np.ndarray:
+    """How many images of each class are among ``count`` that are held out of ``images`` [K]: to the nearest image."""
+    wanted = images * (count / images.sum())
+    whole = np.floor(wanted).astype(int)
+    whole[np.argsort(whole - wanted, kind="stable")[: count - whole.sum()]] += 1  # the largest remainders
+    return whole
+
+
+def test_count(images: int, classes: int) -> int:
+    """How many of the training images are held out where there are no test images."""
+    return max(classes, round(TEST_FRACTION * images))
 
 
 def part_of(name: str) -> str | None:
@@ -132,6 +151,8 @@ def _files(folder: Path, on_error: Callable[[OSError], None] = _stop) -> list[Pa
 def _labelled(root: Path, layout: Mapping[str, Mapping[str, Sequence[Path]]], places: Mapping[str, Path]) -> Listing:
     """From the folders of each class in each part; classes are those of train."""
     classes = tuple(sorted(layout["train"]))
+    if odd := [name for name in map(_readable, classes) if name not in classes]:
+        raise DataError(f"classes in {places['train']} have names that are not UTF-8: {listed(odd)}; rename them")
     for part, folders in layout.items():
         if odd := sorted(set(folders) ^ set(classes)):
             raise DataError(

@@ -12,6 +12,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -200,7 +201,8 @@ def _fit(
         if distributed.RANK == 0:
             state = path / "checkpoints/last.safetensors"
             if extend and state.is_file():  # nothing is changed before that is known
-                check_unchanged(data, load_header(state)["dataset_digest"], path)
+                with suppress(CheckpointError):  # a damaged state is passed over, and the one before it compared
+                    check_unchanged(data, load_header(state)["dataset_digest"], path)
             run = Run.start(path, wanted, resume, extend)
             if measured is not None:
                 run.note(teacher=measured)
@@ -314,6 +316,15 @@ def options(wanted: Recipe, file: str | None = None) -> str:
         given += ["--image-size", str(data.image_size)]
     given += ["--group-by", data.group_by] if data.group_by else []
     given += ["--skip-broken"] * data.skip_broken + ["--skip-leaks"] * data.skip_leaks
+    if data.data_dir is not None and not data.dataset.startswith("folder"):
+        given += ["--data-dir", str(data.data_dir)]
+    try:
+        named = Data.model_validate(recipe.read(file or name).get("data") or {})
+    except UserError:  # of a file that is elsewhere
+        named = Data()
+    for key in ("val_size", "split_seed"):
+        if getattr(data, key) != getattr(named, key):
+            given += ["--set", f"data.{key}={getattr(data, key):g}"]
     return shlex.join(given)
 
 

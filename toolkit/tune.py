@@ -94,8 +94,10 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     search = Search(plan, output, len(data.classes), read_trials(output))
     for trial in search.kept:
         path = search.path(trial)
-        if (path / "summary.json").is_file():  # a trial's directory may have been removed
-            stages.check_unchanged(data, Run(path).summary()["dataset_digest"], path, "choose another --output")
+        run = Run(path) if (path / "summary.json").is_file() else None  # a trial's directory may have been removed
+        # A search over fields of the data has trials on other images.
+        if run is not None and stages.same_images(run.recipe.data, base.data):
+            stages.check_unchanged(data, run.summary()["dataset_digest"], path, "choose another --output")
     if search.bounds and not search.trials:
         say(f"drawing trials with {search.constraints}")
     search.prepare()
