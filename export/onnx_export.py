@@ -97,6 +97,7 @@ def build(model: nn.Module, metadata: Metadata, opset: int = OPSET) -> onnx.Mode
         del part.metadata_props[:]
         part.ClearField("doc_string")
     fold_norms_behind_pools(proto)
+    resize_by_constants(proto)
     return _of_any_size(proto, size) if metadata.any_size else proto
 
 
@@ -152,10 +153,42 @@ def fold_norms_behind_pools(proto: onnx.ModelProto) -> None:
             conv.input[index:] = [name]
         pool.output[0] = norm.output[0]
         graph.node.remove(norm)
-    used = {name for node in graph.node for name in node.input}
-    for tensor in list(graph.initializer):
-        if tensor.name not in used:
-            graph.initializer.remove(tensor)
+    drop_unused(graph)
+
+
+def resize_by_constants(proto: onnx.ModelProto) -> None:
+    """Let each resize know its factors: sizes that the graph computes keep ONNX Runtime from running all on CUDA."""
+    graph = proto.graph
+    sides = {
+        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim][2:]
+        for value in graph.value_info
+    }
+    for node in [node for node in graph.node if node.op_type == "Resize" and len(node.input) == 4]:
+        before, after = sides[node.input[0]], sides[node.output[0]]
+        factors = np.array([1, 1, *map(_factor, before, after)], np.float32)
+        graph.initializer.append(numpy_helper.from_array(factors, f"{node.output[0]}_scales"))
+        node.input[2:] = [f"{node.output[0]}_scales"]
+    drop_unused(graph)
+
+
+def _factor(before: int, after: int) -> np.float32:
+    """What ``before`` is multiplied by in fp32 to be ``after``, rounded down."""
+    factor = np.float32(after / before)
+    return factor if int(factor * np.float32(before)) >= after else np.nextafter(factor, np.float32(np.inf))
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes and constants that nothing reads any more."""
+    outputs = {output.name for output in graph.output}
+    while True:
+        used = outputs | {name for node in graph.node for name in node.input}
+        unused = [node for node in graph.node if not used & set(node.output)]
+        if not unused:
+            break
+        for node in unused:
+            graph.node.remove(node)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def _of_any_size(proto: onnx.ModelProto, size: int) -> onnx.ModelProto:

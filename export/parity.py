@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -144,6 +145,10 @@ class ParityReport(BaseModel):
     def drop(self) -> float:
         """Top-1 that the artifact loses, a fraction; negative where it gains."""
         return self.top1_torch - self.top1_artifact
+
+    def document(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: that is a string there."""
+        return dict(json.loads(self.model_dump_json()))
 
     def raise_if_failed(self) -> None:
         """Raises ``ParityError`` that names the first failure and counts the others."""

@@ -208,6 +208,16 @@ class Session:
         return logits, probabilities
 
 
+def check_provider(provider: Provider) -> None:
+    """Raises ``DeviceError`` where CUDA or TensorRT is asked for and cannot work: before anything long is done."""
+    if provider in ("cuda", "tensorrt"):
+        with _quiet():
+            try:
+                need_cuda()
+            except RuntimeError as error:
+                raise DeviceError(f"the provider {provider} cannot be had: {error}") from error
+
+
 def need_cuda() -> None:
     """Raises ``RuntimeError`` where ONNX Runtime's CUDA cannot work, before its gigabytes of libraries are loaded."""
     if CUDA not in ort.get_available_providers():

@@ -20,9 +20,11 @@ from small_net import LABELS, SIZE, check, export, small_artifact, small_images,
 from torchvision.transforms.v2 import functional as tv
 
 from export import artifact, parity
-from export.onnx_export import OPSETS
+from export.onnx_export import OPSETS, _factor, to_bytes
+from export.onnx_export import build as build_graph
 from export.preprocess import fit
 from serve.session import Session
+from toolkit.catalogue import build
 from toolkit.errors import ArtifactError, ParityError, UserError
 
 
@@ -61,6 +63,25 @@ def test_the_graph_is_lean(path: Path) -> None:
     assert "BatchNormalization" not in operators
     assert "Shape" not in operators  # it would run on the CPU beside a CUDA session
     assert len(operators) < 15
+
+
+def test_enlarging_is_by_constants() -> None:
+    """A size that the graph computes is computed on the CPU, and a CUDA session that is whole cannot be had."""
+    model = build("resnet9", "student", len(LABELS), image_size=SIZE, widths=(8, 8), resize=23).eval()
+    graph = build_graph(model, small_metadata())
+    operators = {node.op_type for node in graph.graph.node}
+    assert "Resize" in operators
+    assert not operators & {"Shape", "Concat", "Gather"}
+    images = small_images(5)
+    session = Session(to_bytes(graph, small_metadata()), "cpu")
+    with torch.inference_mode():
+        expected = model(images / 255).numpy()
+    np.testing.assert_allclose(session.run(images.permute(0, 2, 3, 1).numpy())[0], expected, atol=1e-4)
+
+
+@given(before=st.integers(1, 2000), after=st.integers(1, 2000))
+def test_a_factor_gives_the_size(before: int, after: int) -> None:
+    assert int(np.float32(before) * _factor(before, after)) == after
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import nn
 from export import inspection, onnx_export, parity, quantise, triton
 from export.artifact import Metadata
 from serve.session import CPU as CPU_PROVIDER
-from serve.session import Provider, Session
+from serve.session import Provider, Session, check_provider
 from toolkit import data as datasets
 from toolkit import engine, report, stages
 from toolkit.bench import alternate
@@ -123,16 +123,20 @@ def export(
     own artifact is replaced.
     """
     if target is None:
-        target = stages.newest_run().path
-        say(f"exporting the newest {stages.newest_run().recipe.role}, {target}")
-    run = Run(target)
+        run = stages.newest_run()
+        say(f"exporting the newest {run.recipe.role}, {run.path}")
+    else:
+        run = Run(target)
     path = output or run.artifact
     card = path.with_suffix(".md")
     parity_report = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
     examples = path.with_suffix(".examples") if output else path.with_name("examples")
     onnx_export.check_opset(options.opset)
+    check_provider(provider)
     if path.suffix != ".onnx":
         raise UserError(f"--output {path} must end in .onnx")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory")
     for file in (path, card, parity_report, examples) if output else ():
         check_free(file, options.force)
     if options.triton is not None:
@@ -142,10 +146,7 @@ def export(
         check_budget(
             header["model"], parameter_count(model), options.budget or run.recipe.budget, len(header["classes"])
         )
-    images = stages.data_config(run.recipe.data, header["dataset"], header, None, data_dir)
-    data = stages.load_data(images, run.recipe)
-    stages.check_classes(header["classes"], data, run.path)
-    stages.check_unchanged(data, header["dataset_digest"], run.path, "export needs the same ones, else train again")
+    data = stages.data_of(run, header, run.path, None, data_dir, "export needs the same ones, else train again")
     if wants(options, "int8"):
         check_calibration_count(options.calibration_images, data)
 
@@ -170,6 +171,7 @@ def export(
         candidates.append(measure(quantise.half(graph), about.model_copy(update={"precision": "fp16"})))
     if wants(options, "int8"):
         if options.tuning_epochs:
+            images = stages.data_config(run.recipe.data, header, None, data_dir)
             tuned = stages.load_run(fine_tuned(run, images, options.tuning_epochs))[0]
             graph = onnx_export.build(with_views(tuned, options.views), about, options.opset)
         scheme = quantise.scheme_for(gpu=candidates[0].session.provider != CPU_PROVIDER)
@@ -400,7 +402,7 @@ def _row(one: Candidate, options: Options) -> dict[str, Any]:
 
 def _write_parity(path: Path, one: Candidate, candidates: Sequence[Candidate], options: Options) -> None:
     """The report on ``one``, and a line for each candidate."""
-    document = json.loads(one.parity.model_dump_json()) | {"precisions": [_row(each, options) for each in candidates]}
+    document = one.parity.document() | {"precisions": [_row(each, options) for each in candidates]}
     write_text(path, json.dumps(document, indent=2))
 
 

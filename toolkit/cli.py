@@ -676,7 +676,7 @@ def export(
                 "artifact": str(exported.path),
                 "bytes": exported.path.stat().st_size,
                 "metadata": exported.metadata.model_dump(mode="json"),
-                "parity": exported.parity.model_dump(mode="json"),
+                "parity": exported.parity.document(),
                 "parity_report": str(exported.report),
                 "precisions": exported.rows,
                 "card": str(exported.card),

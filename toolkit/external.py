@@ -386,9 +386,10 @@ def _text(file: Path | None) -> str | None:
     return file.read_text(encoding="utf-8") if file and file.is_file() else None
 
 
-def hint(teacher: nn.Module, top1: Callable[[], float]) -> str:
-    """Flags under which a teacher that was told nothing about its input gets more right, or nothing to say."""
-    if not isinstance(teacher, External) or teacher.stated:
+def hint(members: Sequence[nn.Module], top1: Callable[[], float]) -> str:
+    """Flags under which a single teacher that was told nothing about its input gets more right, or nothing to say."""
+    teacher = members[0]
+    if len(members) > 1 or not isinstance(teacher, External) or teacher.stated:
         return ""
     before, plain = teacher.input, top1()
     found = {}

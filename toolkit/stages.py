@@ -26,7 +26,7 @@ from torch import nn
 from toolkit import compute, distributed, engine, external, learner, recipe
 from toolkit import data as datasets
 from toolkit.catalogue import build, mac_count, parameter_count
-from toolkit.classifier import Ensemble, TestTimeAugmentation, Views, with_views
+from toolkit.classifier import Ensemble, TestTimeAugmentation, Views, members, with_views
 from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.progress import say
@@ -135,35 +135,30 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
     _, top1 = engine.evaluate(teacher, some, device, dtype)
     every = max(1, count // 200)
     part = datasets.Split(some.images[::every], some.labels[::every])
-    one = teacher.classifier if isinstance(teacher, TestTimeAugmentation) else teacher
-    better = external.hint(one, lambda: engine.evaluate(teacher, part, device, dtype)[1])
+    plain = members(teacher)
+    better = external.hint(plain, lambda: engine.evaluate(teacher, part, device, dtype)[1])
+    header = None if known.external or known.checkpoint is None else load_header(known.checkpoint)
+    ours = {"dataset": data.name, "dataset_digest": data.digest, "image_size": wanted.data.image_size}
+    differing = [key for key in ours if header is not None and header[key] != ours[key]]
     chance = data.train.labels.bincount().max().item() / len(data.train)
     said = f"{top1:.1%} of {count:,} {name} images right, a guess {chance:.1%}"
     better_by = max(0.1 * (1 - chance), 3 * (chance * (1 - chance) / count) ** 0.5)
     if top1 < chance + min(better_by, (1 - chance) / 2):  # where few images of unequal classes were looked at
-        if known.external:
-            members = one.members if isinstance(one, Ensemble) else [one]
-            plain = [member.classifier if isinstance(member, TestTimeAugmentation) else member for member in members]
+        if header is None:
             given = "; ".join(str(member) for member in plain if isinstance(member, external.External))
             raise TeacherError(
                 f"the teacher {external.title(known)} has nothing to teach: it gets {said}. "
                 + (better or f"It was given {given or 'images as they are'}. --teacher-mean, --teacher-std, "
                    "--teacher-scale and --teacher-classes say it otherwise.")
             )  # fmt: skip
-        assert known.checkpoint is not None
-        header = load_header(known.checkpoint)
-        ours = {"dataset": data.name, "dataset_digest": data.digest, "image_size": wanted.data.image_size}
-        differing = [f"{key} {header[key]} there, {value} here" for key, value in ours.items() if header[key] != value]
-        why = f"other images: {'; '.join(differing)}" if differing else "these images"
+        others = "; ".join(f"{key} {header[key]} there, {ours[key]} here" for key in differing)
+        why = f"other images: {others}" if others else "these images"
         raise TeacherError(
             f"the teacher {known.checkpoint} has nothing to teach: it gets {said}. It was trained on {why}."
         )
-    if known.checkpoint is not None and not known.external:
-        header = load_header(known.checkpoint)
-        same = header["dataset"] == data.name and header["image_size"] == wanted.data.image_size
-        if same and header["dataset_digest"] != data.digest:
-            say(f"the images of {data.name} have changed since {known.checkpoint} was trained: it may know some of the "
-                "val and test images")  # fmt: skip
+    if differing == ["dataset_digest"]:
+        say(f"the images of {data.name} have changed since {known.checkpoint} was trained: it may know some of the "
+            "val and test images")  # fmt: skip
     say(f"the teacher {external.title(known)} gets {said}" + (f"; {better}" if better else ""))
     return {"top1": top1, "images": count, "split": name}
 
@@ -368,11 +363,8 @@ def _load_member(
 ) -> tuple[nn.Module, Teacher, list[str]]:
     if teacher.external:
         other, names = external.load(teacher, classes, wanted.device, wanted.data.offline)
-        return (
-            with_views(other, teacher.views),
-            teacher.model_copy(update={"weights": other.hex_digest, "also": ()}),
-            names,
-        )
+        external_known = teacher.model_copy(update={"weights": other.hex_digest, "also": ()})
+        return with_views(other, teacher.views), external_known, names
     assert teacher.checkpoint is not None
     model, header = load_model(teacher.checkpoint)
     where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
@@ -477,8 +469,9 @@ def validate(
     """
     if target is None:
         try:
-            target = newest_run().path
-            say(f"validating the newest {newest_run().recipe.role}, {target}")
+            newest = newest_run()
+            target = newest.path
+            say(f"validating the newest {newest.recipe.role}, {target}")
         except RunError:
             target = SHIPPED
             say(f"validating the student that comes with the toolkit, {target}")
@@ -489,11 +482,7 @@ def validate(
     run = Run(target) if target.is_dir() else None
     weights = run.checkpoint("best") if run else target
     model, header = load_run(run) if run else load_model(weights)
-    config = data_config(run.recipe.data if run else None, header["dataset"], header, dataset, data_dir)
-    data = load_data(config, run.recipe if run else None)
-    check_classes(header["classes"], data, weights)
-    if dataset is None:
-        check_unchanged(data, header["dataset_digest"], weights, ANYWAY)
+    data = data_of(run, header, weights, dataset, data_dir)
     place = compute.pick_device(device)
     began = time.monotonic()
     logits = engine.predict(model.to(place), data.test.images, place)
@@ -539,14 +528,8 @@ def _validate_artifact(
 
     session = Session(path, provider)
     about = session.metadata
-    run = run_of(path)
-    config = data_config(
-        run.recipe.data if run else None, about.dataset, {"image_size": about.image_size}, dataset, data_dir
-    )
-    data = load_data(config, run.recipe if run else None)
-    check_classes(list(about.labels), data, path)
-    if dataset is None:
-        check_unchanged(data, about.dataset_digest, path, ANYWAY)
+    header = about.model_dump(include={"dataset", "dataset_digest", "image_size"}) | {"classes": list(about.labels)}
+    data = data_of(run_of(path), header, path, dataset, data_dir)
     began = time.monotonic()
     logits, _ = session.run_batches(to_nhwc(data.test.images[:]))
     seconds = time.monotonic() - began
@@ -608,11 +591,34 @@ def layer_table(model: Classifier, header: Mapping[str, Any]) -> str:
     return str(torchinfo.summary(model, (1, 3, size, size), device="cpu", verbose=0, depth=6))
 
 
-def data_config(
-    of_run: Data | None, name: str, header: Mapping[str, Any], dataset: str | None, data_dir: Path | None
-) -> Data:
-    """Where the test images come from: the flags, else the run, else what the file says of its data set."""
+def data_of(
+    run: Run | None,
+    header: Mapping[str, Any],
+    what: Path,
+    dataset: str | None,
+    data_dir: Path | None,
+    advice: str = ANYWAY,
+) -> datasets.DataSet:
+    """The images that ``what`` was trained on, or those of ``dataset``, if its classes are the same.
+
+    Where they are: the flags, else the run, else what the ``header`` says. ``RunError`` with ``advice`` where they
+    have changed.
+    """
+    config = data_config(run.recipe.data if run else None, header, dataset, data_dir)
+    data = load_data(config, run.recipe if run else None)
+    if list(header["classes"]) != list(data.classes):
+        raise DataError(
+            f"{what} knows the classes {', '.join(header['classes'][:5])}... ({len(header['classes'])}), {data.name} "
+            f"has {', '.join(data.classes[:5])}... ({len(data.classes)}): they must be the same"
+        )
+    if dataset is None:
+        check_unchanged(data, header["dataset_digest"], what, advice)
+    return data
+
+
+def data_config(of_run: Data | None, header: Mapping[str, Any], dataset: str | None, data_dir: Path | None) -> Data:
     if of_run is None:
+        name = header["dataset"]
         if dataset is None and name.startswith("folder"):
             raise DataError(f"the model was trained on {name}; say where it is by --dataset folder:PATH")
         of_run = Data(dataset=dataset or name, image_size=header["image_size"])
@@ -624,14 +630,6 @@ def data_config(
         if (dataset or of_run.dataset).startswith("folder"):  # a folder is named by its path: it has moved
             changes["dataset"] = "folder"
     return Data.model_validate(of_run.model_dump() | changes)
-
-
-def check_classes(classes: list[str], data: datasets.DataSet, what: Path) -> None:
-    if list(classes) != list(data.classes):
-        raise DataError(
-            f"{what} knows the classes {', '.join(classes[:5])}... ({len(classes)}), {data.name} has "
-            f"{', '.join(data.classes[:5])}... ({len(data.classes)}): they must be the same"
-        )
 
 
 def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> np.ndarray | None:
