@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,13 +69,7 @@ class Session:
         data = source if isinstance(source, bytes) else artifact.read_bytes(Path(source))
         self.metadata = artifact.parse(data, name)
         self.threads = threads or available_cores()
-        session = None
-        if provider != "cpu":
-            try:
-                session = self._open_gpu(data, "cuda" if provider == "auto" else provider, tf32, cuda_graph)
-            except DeviceError:
-                if provider != "auto":
-                    raise
+        session = None if provider == "cpu" else self._gpu(data, provider, tf32, cuda_graph)
         if session is None:
             try:
                 session = self._open(data, {CPU: {}})
@@ -155,12 +150,28 @@ class Session:
 
         return run
 
+    def _gpu(self, data: bytes, provider: Provider, tf32: bool, cuda_graph: bool) -> ort.InferenceSession | None:
+        """A session on the GPU; with ``auto`` None where there is no GPU, or it cannot run this, which is told."""
+        wanted: Literal["cuda", "tensorrt"] = "tensorrt" if provider == "tensorrt" else "cuda"
+        try:
+            check_provider(wanted)
+        except DeviceError:
+            if provider == "auto":
+                return None
+            raise
+        try:
+            return self._open_gpu(data, wanted, tf32, cuda_graph)
+        except DeviceError as error:
+            if provider != "auto":
+                raise
+            logging.getLogger(__name__).warning("%s; the CPU takes its place", error)
+            return None
+
     def _open_gpu(
         self, data: bytes, provider: Literal["cuda", "tensorrt"], tf32: bool, cuda_graph: bool
     ) -> ort.InferenceSession:
         with _quiet() as said:
             try:
-                need_cuda()
                 # EXHAUSTIVE tunes anew for each batch size, for hundreds of milliseconds.
                 options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
                 options["enable_cuda_graph"] = str(int(cuda_graph))

@@ -1,5 +1,6 @@
 """What tests share: a way to call the command line, one small run of the whole chain, one running server."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ class Chain:
     artifact: Path
     example: Path
     output: str
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The CPU everywhere, for the same bits each time, unless the tests marked ``gpu`` are asked for."""
+    if "gpu" not in config.getoption("markexpr"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _toolkit(*arguments: object) -> Result:

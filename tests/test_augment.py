@@ -428,6 +428,7 @@ def test_batch_never_waits_for_the_device() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_cuda_gives_the_images_of_the_cpu() -> None:
     made = Augmenter(IMAGES.cuda(), LABELS.cuda(), CLASSES, Augment.model_validate(EVERYTHING), 0)
     index = made.order(0)

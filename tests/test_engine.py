@@ -431,8 +431,10 @@ def test_predict_is_the_model_in_batches():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_training_on_cuda(tmp_path, data):
+@pytest.mark.filterwarnings("default")  # else the compiler's end as its failure
+def test_training_on_cuda(tmp_path, data, capsys):
     recipe, run = start(tmp_path / "run", device="cuda", precision="bf16", epochs=6)
     summary = engine.fit(recipe, data, run)
     assert summary["device"] != "cpu"
     assert summary["val_top1"] > 0.3
+    assert "compiled in" in capsys.readouterr().err

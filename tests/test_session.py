@@ -129,7 +129,10 @@ def _no_library(name: str) -> None:
 
 
 def test_a_session_that_slides_to_the_cpu_is_refused(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """ONNX Runtime gives a CPU session, without a word, where CUDA does not load."""
     monkeypatch.setattr(module, "need_cuda", lambda: None)
@@ -138,6 +141,9 @@ def test_a_session_that_slides_to_the_cpu_is_refused(
     with pytest.raises(DeviceError, match="cannot be had"), pytest.warns(UserWarning, match="Dml"):
         Session(path, "cuda")
     assert capfd.readouterr().out == ""
+    with pytest.warns(UserWarning, match="Dml"):  # where there is a GPU the reason is told
+        assert Session(path).provider == "CPUExecutionProvider"
+    assert "; the CPU takes its place" in caplog.text
 
 
 @pytest.mark.gpu

@@ -24,15 +24,16 @@ from export.artifact import Metadata
 from serve.session import CPU, CUDA, Provider, Session
 from toolkit import stages
 from toolkit.classifier import TestTimeAugmentation
-from toolkit.compute import without_tf32
+from toolkit.compute import pick_device, without_tf32
 from toolkit.errors import DeviceError, UserError
+from toolkit.learner import RECOMPILED
 from toolkit.machine import available_cores
 from toolkit.progress import say
 from toolkit.report import BLUE, FAINT, GREEN, GRID, INK, VERMILLION, as_image
 
 TURN_SECONDS = 0.2  # of one contestant before the next; a single call may take longer
 WARM_CALLS = 3
-PEAK_SIDE = 1536  # of the square matrices whose product is the peak
+PEAK_SIDE, PEAK_SIDE_GPU = 1536, 8192  # of the square matrices whose product is the peak
 PEAK_ROUNDS = 10
 
 
@@ -199,11 +200,11 @@ def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
             models[run.path, session.metadata.views] = run, session
     contestants = []
     for run, session in models.values():
-        about, gpu = session.metadata, session.provider != CPU
+        about, device = session.metadata, pick_device("auto" if session.provider == CPU else "cuda")
         model: nn.Module = stages.load_run(run)[0]
         if about.views > 1:
             model = TestTimeAugmentation(model, "flip" if about.views == 2 else "flip_and_shift")
-        device = torch.device("cuda" if gpu else "cpu")
+        gpu = device.type == "cuda"
         plain = onnx_export.deployed(model, about).to(device)
         channels_last = onnx_export.deployed(model, about).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         ways: dict[str, Callable[..., Any]] = {"eager": plain, "eager, channels_last": channels_last}
@@ -223,7 +224,7 @@ def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
 def _compiled(module: nn.Module, about: Metadata, device: torch.device) -> Callable[..., Any]:
     """The module compiled; for each batch size anew, as it is first seen."""
     say("torch.compile takes up to a minute for each batch size (--no-compile leaves it out)")
-    torch._dynamo.config.recompile_limit = 256  # beyond it PyTorch would go on in eager mode without a word
+    torch._dynamo.config.recompile_limit = RECOMPILED
     compiled = torch.compile(module, dynamic=False)
     _call(compiled, device, np.zeros((1, about.image_size, about.image_size, 3), np.uint8))
     return compiled
@@ -240,10 +241,10 @@ def peak(precision: str, gpu: bool) -> float:
     On the CPU the product is ONNX Runtime's own, as PyTorch's (by MKL) reaches half of it on AMD; fp16 is computed in
     fp32 there.
     """
-    side, operations = PEAK_SIDE, 2 * PEAK_SIDE**3
+    side = PEAK_SIDE_GPU if gpu else PEAK_SIDE
     if gpu:
         kind = {"int8": torch.int8, "fp16": torch.float16}.get(precision, torch.float32)
-        a, b = (torch.ones(side, side, device="cuda").to(kind) for _ in range(2))
+        a, b = (torch.randn(side, side, device="cuda").to(kind) for _ in range(2))  # zeros and ones take less power
 
         def multiply() -> object:
             product = torch._int_mm(a, b.t()) if kind == torch.int8 else a @ b
@@ -264,7 +265,7 @@ def peak(precision: str, gpu: bool) -> float:
         def multiply() -> object:
             return session.run(None, matrices)
 
-    return operations / min(alternate([multiply], PEAK_ROUNDS)[0])
+    return 2 * side**3 / min(alternate([multiply], PEAK_ROUNDS)[0])
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -11,21 +11,22 @@ from typing import Any
 from torch import nn
 
 from toolkit import distributed, engine
+from toolkit.compute import pick_device
 from toolkit.data import DataSet, Split
 from toolkit.errors import Interrupted, RecipeError
 from toolkit.progress import say
 from toolkit.recipe import Recipe
 from toolkit.run import Run
 
-TIMED_STEPS = 20  # in each of two short epochs; the second is timed
+TIMED_STEPS, TIMED_STEPS_GPU = 20, 200  # in each of two short epochs; the second is timed
 MARGIN = 1.03  # a run that ends early has lost less than one that is cut off
 
 
 def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | None) -> Recipe:
     """The recipe with ``epochs`` in place of ``minutes``: as its run at ``path`` began, else as timed here.
 
-    Two short epochs of the one training loop are timed in a directory that is thrown away; the time that this
-    takes, compiling included, counts. Raises ``RecipeError`` where not one epoch fits.
+    Two short epochs of the one training loop are timed in a directory beside it that is thrown away; the time that
+    this takes, compiling included, counts. Raises ``RecipeError`` where not one epoch fits.
     """
     if recipe.minutes is None:
         return recipe
@@ -41,25 +42,31 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
         ends.append(time.monotonic())
         rows.append(row)
 
-    images = data.train.images[: TIMED_STEPS * recipe.batch_size]
+    gpu = pick_device(recipe.device).type == "cuda"
+    images = data.train.images[: (TIMED_STEPS_GPU if gpu else TIMED_STEPS) * recipe.batch_size]
     some = dataclasses.replace(data, train=Split(images, data.train.labels[: len(images)]))
     schedule = recipe.schedule.model_copy(update={"warmup_epochs": 0})
     short = recipe.model_copy(
         update={"minutes": None, "epochs": 2, "eval_epochs": 1, "schedule": schedule, "swa_start": None}
     )
     say("timing two short epochs")
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run.start(Path(folder) / "run", short, False)
-        try:
-            engine.fit(short, some, run, teacher, on_epoch)
-        except Interrupted as error:
-            raise Interrupted("stopped while two short epochs were timed; the run had not begun") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".timed-", dir=path.parent) as folder:  # on the disk that the run is on
+        for name in ("compiled", "timed") if gpu else ("timed",):  # what a process has compiled once starts at once
+            started = time.monotonic()
+            ends.clear()
+            rows.clear()
+            try:
+                # A folder of its own: the teacher's answers are kept beside a run.
+                engine.fit(short, some, Run.start(Path(folder, name, "run"), short, False), teacher, on_epoch)
+            except Interrupted as error:
+                raise Interrupted("stopped while two short epochs were timed; the run had not begun") from error
     # Of the second epoch: the first one's seconds hold what comes once, as the choice of kernels.
     samples = len(data.train) * recipe.augment.copies
     training = samples // recipe.batch_size * recipe.batch_size / rows[1]["images_per_second"]
     teaching = rows[1]["teacher_seconds"] * len(data.train) / len(images)  # of one epoch's views
     beside = max(ends[1] - ends[0] - rows[1]["seconds"] - rows[1]["teacher_seconds"], 0)  # val and the checkpoint
-    starting = max(ends[0] - began - rows[0]["seconds"] - rows[0]["teacher_seconds"], 0)
+    starting = max(ends[0] - started - rows[0]["seconds"] - rows[0]["teacher_seconds"], 0)
     left = (60 * recipe.minutes - (time.monotonic() - began) - starting) / MARGIN
     epochs = int(left / (training + beside + teaching))
     if epochs > recipe.cached_epochs:  # from there on the teacher's answers are replayed

@@ -30,6 +30,7 @@ from toolkit.run import Run, save_tensors
 
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
 READ_SECONDS = 0.5  # the loss is read from the device this often: each reading waits for the device
+SAVE_SECONDS = 30  # between two states at the ends of a GPU's epochs
 READ_STEPS = 10  # or, where several processes must agree, this often
 
 
@@ -67,7 +68,7 @@ def fit(
     """Train the recipe's model in the run directory, from its last checkpoint where there is one.
 
     ``teacher`` maps images in [0,1] to logits and is not changed; without one this is plain training.
-    ``on_epoch`` gets each row of metrics.jsonl after the state was saved. Returns the summary that the run
+    ``on_epoch`` gets each row of metrics.jsonl. Returns the summary that the run
     directory then holds. Raises ``DivergedError`` where the loss is no longer finite and ``Interrupted`` where a
     signal stopped it, both after the last good state was saved.
     """
@@ -127,7 +128,9 @@ def _fit(
             at.end_epoch(row["step"])
             if first:
                 run.append(row)
-            state.save(at)
+            # A GPU may take longer to write its state than to train an epoch.
+            if device.type == "cpu" or state.age > SAVE_SECONDS or at.stopped or at.epoch == recipe.epochs:
+                state.save(at)
             display.epoch(row)
             if on_epoch is not None and first:
                 on_epoch(row)

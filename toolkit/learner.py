@@ -30,6 +30,7 @@ from toolkit.run import Run, load_tensors
 from toolkit.teacher_cache import TeacherCache
 
 PREPARE_IMAGES = 5000
+RECOMPILED = 256  # nets and batch sizes that one process may compile
 NORM_IMAGES = 5000  # training images that BN's statistics are measured anew on
 
 
@@ -116,6 +117,7 @@ class Learner:
         self.objective.progress = done / self.recipe.epochs
         config = self.recipe.optimizer
         while True:
+            sums = None
             try:
                 sums = self._backward(index)
                 if config.sam_radius:
@@ -123,8 +125,10 @@ class Learner:
                         self._backward(index)
                 break
             except torch.OutOfMemoryError:
-                self.micro_batch = smaller(min(self.micro_batch, len(index)))
-                self.optimizer.zero_grad()
+                pass
+            # Behind the block: within it the traceback holds what the step had made.
+            self.optimizer.zero_grad()
+            self.micro_batch = smaller(min(self.micro_batch, len(index)))
         if config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
@@ -230,7 +234,9 @@ def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> None
 def compiled(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
     """The model compiled by PyTorch for batches like ``example``, or itself where that fails. Its state stays."""
     began, before = time.monotonic(), {name: value.clone() for name, value in model.state_dict().items()}
-    fast: nn.Module = torch.compile(model)  # type: ignore[assignment]  # a module for a module
+    torch._dynamo.config.recompile_limit = RECOMPILED  # beyond it PyTorch would go on in eager mode without a word
+    # For each size anew: kernels for any size are slower, and a second model of a process would get those.
+    fast: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]  # a module for a module
     trained = any(parameter.requires_grad for parameter in model.parameters())
     try:
         # As in training: what another mode compiles would be thrown away. The generators stay as they are.
