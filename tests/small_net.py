@@ -1,6 +1,7 @@
 """A small trained-looking classifier and its artifact, for the tests of export and serving."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from export import parity
 from export.artifact import Metadata
-from export.onnx_export import OPSET, Deployed, build, fp32_copy, save
+from export.onnx_export import OPSET, Deployed, build, fp32_copy, save, to_bytes
 
 SIZE = 16
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -82,8 +83,13 @@ def small_metadata() -> Metadata:
 
 
 def small_artifact(path: Path) -> Path:
-    export(small_net(), small_metadata(), path)
+    path.write_bytes(_content())
     return path
+
+
+@cache
+def _content() -> bytes:
+    return to_bytes(build(small_net(), small_metadata()), small_metadata())
 
 
 def export(model: nn.Module, metadata: Metadata, path: Path, opset: int = OPSET) -> None:

@@ -29,6 +29,7 @@ def test_two_processes_train_teacher_and_student_and_share_the_cache(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     taught = ("--set", "loss={kd_weight: 0.9}", "--set", "teacher={name: resnet9_wide, widths: [8, 16, 32]}")
     extra = (*taught, "--set", "cached_epochs=2", "--train-teacher", "--set", "schedule.warmup_epochs=0")
+    extra += ("--set", "train.epochs=2")
     rows, _ = toolkit(tmp_path / "two", *launcher, extra=extra)
     assert len(rows) == 3
     (cache,) = (tmp_path / "two" / "teacher-logits").iterdir()

@@ -65,28 +65,25 @@ def test_each_command_takes_the_newest_and_says_which(toolkit: Toolkit, nowhere:
     assert distilled.exit_code == 0, distilled.output
     assert f"from {teacher} " in distilled.stderr
     (student,) = Path("runs").glob("resnet9-from-resnet9_wide-*")
+    assert str(student) in distilled.stdout
 
+
+def test_validate_and_predict_take_the_newest_and_say_which(toolkit: Toolkit, chain: Chain) -> None:
     validated = toolkit("validate")
     assert validated.exit_code == 0, validated.output
-    assert f"the newest student, {student}" in validated.stderr
+    assert f"the newest student, {chain.student}" in validated.stderr
     assert "fidelity" in validated.stdout
-
-    exported = toolkit("export")
-    assert exported.exit_code == 0, exported.output
-    assert f"the newest student, {student}" in exported.stderr
-    artifact = student / "export/student.onnx"
-    assert str(artifact) in exported.stdout
-
-    image = min(student.glob("export/examples/*.png"))
-    predicted = toolkit("predict", image)
+    predicted = toolkit("predict", chain.example)
     assert predicted.exit_code == 0, predicted.output
-    assert f"the newest artifact, {artifact}" in predicted.stderr
-    assert predicted.stdout.startswith(f"{image}: ")
+    assert f"the newest artifact, {chain.artifact}" in predicted.stderr
+    assert predicted.stdout.startswith(f"{chain.example}: ")
 
 
 def test_json_of_export(toolkit: Toolkit, chain: Chain) -> None:
     before = (chain.folder / chain.artifact).read_bytes()
-    document = json.loads(toolkit("export", "--json").stdout)
+    result = toolkit("export", "--json")
+    assert f"the newest student, {chain.student}" in result.stderr
+    document = json.loads(result.stdout)
     assert document["artifact"] == str(chain.artifact)
     assert document["bytes"] == len(before)
     assert document["parity"]["ok"] is True

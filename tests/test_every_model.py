@@ -15,6 +15,13 @@ from toolkit.errors import BudgetError, RecipeError, UnknownNameError
 from toolkit.footprint import footprint
 
 MODELS = [(role, name) for role in ROLES for name in names(role)]
+# Others with the same code, and the depth at which those that are slow to export show all of theirs.
+SAME_CODE = {"tpsnet_333", "tpsnet_777", "tpsnet_17", "tpsnet_23", "resnet18_242_k7"}
+SMALLER = {
+    "wrn28": {"depth": 10, "width": 2},
+    "batch_doubling_resnet": {"blocks": (1, 1, 1)},
+    "tpsnet": {"blocks": (1, 1, 1)},
+}
 PARAMETERS = {
     "wrn28": 36_479_194,
     "batch_doubling_resnet": 17_386_570,
@@ -96,12 +103,11 @@ def test_layers_are_those_of_the_report(name):
 
 
 @pytest.mark.parametrize(("role", "name"), MODELS)
-@pytest.mark.parametrize("classes", [2, 100])
-def test_shapes_and_finite_gradients(role, name, classes):
+def test_shapes_and_finite_gradients(role, name):
     torch.manual_seed(0)
-    model = build(name, role, classes)
+    model = build(name, role, 100)
     logits = model(torch.rand(2, 3, 32, 32))
-    assert logits.shape == (2, classes)
+    assert logits.shape == (2, 100)
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -112,11 +118,7 @@ def test_shapes_and_finite_gradients(role, name, classes):
 @pytest.mark.parametrize("name", names("student"))
 def test_larger_images_reach_the_stages_as_small_ones(name):
     small = info(name, "student")
-    for image_size, most in (
-        (64, 1.3),
-        (128, 1.5),
-        (224, 4.6),
-    ):  # 224 is 56 behind the stem; the stem itself is larger
+    for image_size, most in ((64, 1.3), (128, 1.5), (224, 4.6)):  # 224 is 56 behind the stem, which is larger itself
         large = info(name, "student", image_size)
         assert large.parameters == small.parameters
         assert small.macs * 0.75 < large.macs < most * small.macs, image_size
@@ -154,10 +156,10 @@ def test_the_first_conv_whitens_the_images_it_was_shown():
     assert not first.weight.requires_grad
 
 
-@pytest.mark.parametrize(("role", "name"), MODELS)
+@pytest.mark.parametrize(("role", "name"), [(role, name) for role, name in MODELS if name not in SAME_CODE])
 def test_the_artifact_computes_what_pytorch_computes(role, name, tmp_path):
     torch.manual_seed(0)
-    model = build(name, role, 10)
+    model = build(name, role, 10, **SMALLER.get(name, {}))
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():  # norms that have seen images, so that folding them changes something
         for _ in range(2):

@@ -51,7 +51,8 @@ def test_the_artifact_describes_itself(path: Path) -> None:
 
 
 def test_the_same_bytes_twice_and_nothing_of_this_machine(path: Path, tmp_path: Path) -> None:
-    again = small_artifact(tmp_path / "again.onnx")
+    again = tmp_path / "again.onnx"
+    export(small_net(), small_metadata(), again)
     assert again.read_bytes() == path.read_bytes()
     for trace in (b".py", b"site-packages", str(Path.cwd()).encode(), str(tmp_path).encode(), b'File "'):
         assert trace not in path.read_bytes()
@@ -108,7 +109,7 @@ def test_a_full_disk_keeps_the_old_artifact(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"the disk is full: .*student\.onnx"):
-        small_artifact(path)
+        export(small_net(), small_metadata(), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

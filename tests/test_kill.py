@@ -15,7 +15,7 @@ from toolkit.data import DataSet, Split
 from toolkit.recipe import resolve
 from toolkit.run import Run
 
-KILLS = 20
+KILLS = 10
 TREE = {
     "data": {"dataset": "digits", "image_size": 16},
     "student": {"name": "tpsnet", "blocks": [1, 1, 1], "base": 4, "dropout": 0.2},
@@ -54,7 +54,7 @@ def train(folder: Path, started, half_a_write: bool) -> None:
 
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toolkit.engine", "toolkit.data", "sklearn.datasets"])
+    context.set_forkserver_preload(["toolkit.engine", "toolkit.data", "sklearn.datasets", "torch._dynamo"])
     moments = random.Random(0)
 
     def start(folder, half_a_write=False):
@@ -66,16 +66,19 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
 
     start("whole").join()
     whole, killed = Run(tmp_path / "whole"), tmp_path / "killed"
-    kills = 0
+    kills, states = 0, set()
     while not (killed / "summary.json").is_file():
-        writing = kills in (4, 9, 14)
+        writing = kills in (2, 5, 8)
         process = start("killed", writing)
         if kills < KILLS and not writing:
             time.sleep(moments.uniform(0, 0.3))
             process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
+        state = Run(killed).checkpoint("last")
+        states.add(state.read_bytes() if state.is_file() else b"")
     assert kills >= KILLS
+    assert len(states) > KILLS / 2  # it came further between most of the kills
     assert Run(killed).checkpoint("best").read_bytes() == whole.checkpoint("best").read_bytes()
     timeless = [
         [{k: v for k, v in row.items() if "second" not in k} for row in run.history()] for run in (whole, Run(killed))

@@ -203,19 +203,26 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_run_that_is_not_whole_is_left_out_and_named(toolkit: Toolkit, nowhere: Path, damage: str) -> None:
+def test_a_run_that_is_not_whole_is_left_out_with_the_reason(nowhere: Path, damage: str) -> None:
+    paths = [make(Path(f"runs/{name}")).path for name in ("good", "bad")]
+    spoil, reason = DAMAGE[damage]
+    spoil(paths[1])
+    (entry,), left_out = side_by_side.gather(paths)
+    assert entry.row.run == "good"
+    assert reason in left_out["runs/bad"]
+    assert "runs/bad" in left_out["runs/bad"]
+
+
+def test_what_is_left_out_is_told(toolkit: Toolkit, nowhere: Path) -> None:
     make(Path("runs/good"))
     make(Path("runs/bad"))
-    spoil, reason = DAMAGE[damage]
-    spoil(Path("runs/bad"))
+    Path("runs/bad/summary.json").unlink()
     result = toolkit("report", "runs/bad", "runs/good", "--json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert [row["run"] for row in document["runs"]] == ["good"]
     (left_out,) = document["left_out"]
     assert left_out["run"] == "runs/bad"
-    assert reason in left_out["reason"]
-    assert "runs/bad" in left_out["reason"]
     assert f"left out: {left_out['reason']}\n" in result.stderr
     assert report.plain(left_out["reason"]) in Path("comparison/comparison.md").read_text()
     assert "<h2>Left out</h2>" in Path("comparison/comparison.html").read_text()
@@ -232,11 +239,14 @@ def test_nothing_left_to_compare_is_an_error(toolkit: Toolkit, nowhere: Path) ->
     assert not any(nowhere.iterdir())
 
 
-def test_without_runs_the_newest_finished_ones_are_taken(toolkit: Toolkit, nowhere: Path) -> None:
+def test_without_runs_the_newest_finished_ones_are_taken(
+    toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     count = len(side_by_side.COLOURS) + 1
     for age in range(count):
         run = make(Path(f"runs/{age}"))
         os.utime(run.path / "recipe.yaml", (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(side_by_side, "write", lambda folder, *_: folder / "comparison.html")  # figures, seconds
     result = toolkit("report", "--json")
     assert [row["run"] for row in json.loads(result.stdout)["runs"]] == [str(age) for age in range(count - 1)]
     assert f"comparing the newest {count - 1} of {count} finished runs under runs/" in result.stderr

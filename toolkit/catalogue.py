@@ -136,15 +136,20 @@ def info(
     budget: int = BUDGET,
     **arguments: Any,
 ) -> ModelInfo:
-    """Counts of a model, taken on the meta device: no memory, no arithmetic."""
+    """Counts of a model, taken on the meta device: no memory, no arithmetic. Raises as ``build``."""
+    parameters, macs = _counts(name, role, num_classes, image_size, json.dumps(arguments, sort_keys=True))
+    doc = inspect.getdoc(builder(name, role)) or ""
+    source = re.search(r"^Source: (.+)$", doc, re.MULTILINE)
+    return ModelInfo(name, role, parameters, macs, parameters < budget, source[1] if source else "")
+
+
+@cache
+def _counts(name: str, role: Role, num_classes: int, image_size: int, arguments: str) -> tuple[int, int]:
     import torch
 
     with torch.device("meta"):
-        model = build(name, role, num_classes, image_size=image_size, **arguments)
-    doc = inspect.getdoc(builder(name, role)) or ""
-    source = re.search(r"^Source: (.+)$", doc, re.MULTILINE)
-    count = parameter_count(model)
-    return ModelInfo(name, role, count, mac_count(model, image_size), count < budget, source[1] if source else "")
+        model = build(name, role, num_classes, image_size=image_size, **json.loads(arguments))
+    return parameter_count(model), mac_count(model, image_size)
 
 
 def parameter_count(model: Any) -> int:

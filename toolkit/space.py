@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +13,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from toolkit import recipe as recipes
-from toolkit.catalogue import ModelInfo, Role, closest, info
+from toolkit.catalogue import ModelInfo, closest, info
 from toolkit.errors import RecipeError, SpaceError, UserError
 from toolkit.recipe import Recipe
 
@@ -290,10 +288,4 @@ def value_at(recipe: Recipe, path: str) -> Any:
 
 def measure(recipe: Recipe, classes: int) -> ModelInfo:
     """Counts of the recipe's model. Raises ``RecipeError`` where it cannot be built."""
-    arguments = json.dumps(recipe.model.arguments, sort_keys=True)
-    return _measure(recipe.model.name, recipe.role, recipe.data.image_size, classes, arguments)
-
-
-@cache
-def _measure(name: str, role: Role, image_size: int, classes: int, arguments: str) -> ModelInfo:
-    return info(name, role, image_size, classes, **json.loads(arguments))
+    return info(recipe.model.name, recipe.role, recipe.data.image_size, classes, **recipe.model.arguments)
