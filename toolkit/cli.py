@@ -5,9 +5,12 @@ Results go to stdout, everything else to stderr. Exit code 0: success, 1: a clea
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
+from collections.abc import Callable
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -157,36 +160,72 @@ TtaOption = Annotated[
 Tf32 = Annotated[bool, typer.Option("--tf32", help="Let CUDA round to 10 bits of mantissa.")]
 ProviderOption = Annotated[ProviderName, typer.Option("--provider", help="ONNX Runtime's provider.")]
 
-FIELDS = {
-    "epochs": "epochs",
-    "batch_size": "batch_size",
-    "lr": "optimizer.lr",
-    "seed": "seed",
-    "dataset": "data.dataset",
-    "data_dir": "data.data_dir",
-    "image_size": "data.image_size",
-    "offline": "data.offline",
-    "skip_broken": "data.skip_broken",
-    "skip_leaks": "data.skip_leaks",
-    "group_by": "data.group_by",
-    "balance": "balance",
-    "device": "device",
-    "budget": "budget",
-    "deterministic": "deterministic",
-    "data_memory": "data.memory",
-    "keep": "keep_checkpoints",
-    "teacher": "teacher.name",
-    "teacher_checkpoint": "teacher.checkpoint",
-    "teacher_image_size": "teacher.input.image_size",
-    "teacher_layout": "teacher.input.layout",
-    "teacher_scale": "teacher.input.scale",
-    "teacher_mean": "teacher.input.mean",
-    "teacher_std": "teacher.input.std",
-    "teacher_classes": "teacher.classes",
-    "init": "start_from",
-    "unlabelled": "data.unlabelled",
-    "student": "student.name",
+# Each flag that sets a field of the recipe: the field, and the option.
+FIELDS: dict[str, tuple[str, Any]] = {
+    "epochs": ("epochs", Epochs),
+    "batch_size": ("batch_size", BatchSize),
+    "lr": ("optimizer.lr", LearningRate),
+    "seed": ("seed", Seed),
+    "dataset": ("data.dataset", Dataset),
+    "data_dir": ("data.data_dir", DataDir),
+    "image_size": ("data.image_size", ImageSize),
+    "offline": ("data.offline", Offline),
+    "skip_broken": ("data.skip_broken", SkipBroken),
+    "skip_leaks": ("data.skip_leaks", SkipLeaks),
+    "group_by": ("data.group_by", GroupBy),
+    "balance": ("balance", BalanceOption),
+    "device": ("device", Device),
+    "budget": ("budget", Budget),
+    "deterministic": ("deterministic", Deterministic),
+    "data_memory": ("data.memory", DataMemory),
+    "keep": ("keep_checkpoints", Keep),
+    "teacher": ("teacher.name", AnyTeacher),
+    "teacher_checkpoint": ("teacher.checkpoint", TeacherCheckpoint),
+    "teacher_image_size": ("teacher.input.image_size", TeacherSize),
+    "teacher_layout": ("teacher.input.layout", TeacherLayout),
+    "teacher_scale": ("teacher.input.scale", TeacherScale),
+    "teacher_mean": ("teacher.input.mean", TeacherMean),
+    "teacher_std": ("teacher.input.std", TeacherStd),
+    "teacher_classes": ("teacher.classes", TeacherClasses),
+    "init": ("start_from", Init),
+    "unlabelled": ("data.unlabelled", Unlabelled),
+    "student": ("student.name", StudentName),
+    "no_probe": ("probe", NoProbe),
 }
+# What every command that trains takes.
+COMMON = (
+    "epochs", "batch_size", "lr", "seed", "dataset", "data_dir", "image_size", "offline", "skip_broken", "skip_leaks",
+    "group_by", "balance", "device",
+)  # fmt: skip
+TEACHER = tuple(flag for flag in FIELDS if flag.startswith("teacher_"))
+
+
+def takes(*flags: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take ``COMMON``, these flags of ``FIELDS`` and --set, after its own: ``_overrides`` reads them."""
+    options = {flag: FIELDS[flag][1] for flag in (*COMMON, *flags)} | {"settings": Settings}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = signature(command, eval_str=True)
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            command(**{name: given[name] for name in own.parameters})
+
+        added = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=_default(option), annotation=option)
+            for name, option in options.items()
+            if name not in own.parameters
+        ]
+        whole = own.replace(parameters=[*own.parameters.values(), *added])
+        run.__signature__ = whole  # type: ignore[attr-defined]
+        run.__annotations__ = {name: each.annotation for name, each in whole.parameters.items()}
+        return run
+
+    return decorate
+
+
+def _default(option: Any) -> bool | None:
+    return False if get_args(option)[0] is bool else None
 
 
 def _overrides(ctx: typer.Context) -> dict[str, Any]:
@@ -195,7 +234,7 @@ def _overrides(ctx: typer.Context) -> dict[str, Any]:
 
     given = {
         path: str(value) if isinstance(value, Path) else value
-        for flag, path in FIELDS.items()
+        for flag, (path, _) in FIELDS.items()
         if (value := ctx.params.get(flag)) is not None and value is not False
     }
     if ctx.params.get("no_probe"):
@@ -227,32 +266,15 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
+@takes("data_memory", "deterministic", "no_probe", "keep")
 def train(
     ctx: typer.Context,
     teacher: TeacherName = None,
     recipe: RecipeOption = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Seed = None,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    offline: Offline = False,
-    skip_broken: SkipBroken = False,
-    skip_leaks: SkipLeaks = False,
-    group_by: GroupBy = None,
-    balance: BalanceOption = None,
-    data_memory: DataMemory = None,
-    device: Device = None,
-    deterministic: Deterministic = False,
-    no_probe: NoProbe = False,
     run_dir: RunDir = None,
     resume: Resume = False,
     extend: Extend = False,
-    keep: Keep = None,
     log: Log = None,
-    settings: Settings = None,
 ) -> None:
     """Train a teacher, with no limit on its size."""
     from toolkit.recipe import resolve
@@ -276,45 +298,33 @@ def _check_extend(extend: bool, run_dir: Path | None) -> None:
 
 
 @app.command()
+@takes(
+    "teacher_checkpoint",
+    "teacher_image_size",
+    "teacher_layout",
+    "teacher_scale",
+    "teacher_mean",
+    "teacher_std",
+    "teacher_classes",
+    "init",
+    "unlabelled",
+    "data_memory",
+    "deterministic",
+    "no_probe",
+    "budget",
+    "keep",
+)
 def distill(
     ctx: typer.Context,
     teacher: AnyTeacher = None,
     student: StudentName = None,
-    teacher_checkpoint: TeacherCheckpoint = None,
-    teacher_image_size: TeacherSize = None,
-    teacher_layout: TeacherLayout = None,
-    teacher_scale: TeacherScale = None,
-    teacher_mean: TeacherMean = None,
-    teacher_std: TeacherStd = None,
-    teacher_classes: TeacherClasses = None,
-    init: Init = None,
-    unlabelled: Unlabelled = False,
     train_teacher: TrainTeacher = False,
     baseline: Baseline = False,
     recipe: RecipeOption = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Seed = None,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    offline: Offline = False,
-    skip_broken: SkipBroken = False,
-    skip_leaks: SkipLeaks = False,
-    group_by: GroupBy = None,
-    balance: BalanceOption = None,
-    data_memory: DataMemory = None,
-    device: Device = None,
-    deterministic: Deterministic = False,
-    no_probe: NoProbe = False,
     run_dir: RunDir = None,
-    budget: Budget = None,
     resume: Resume = False,
     extend: Extend = False,
-    keep: Keep = None,
     log: Log = None,
-    settings: Settings = None,
 ) -> None:
     """Distil a student from a trained teacher's soft targets."""
     from toolkit.recipe import resolve
@@ -359,6 +369,7 @@ def _trained_teacher(wanted: Any, source: Any, overrides: dict[str, Any]) -> Any
 
 
 @app.command()
+@takes("data_memory", "deterministic", "budget", "keep")
 def compare(
     ctx: typer.Context,
     methods: Annotated[
@@ -377,24 +388,6 @@ def compare(
     teacher_checkpoint: TeacherCheckpoint = None,
     train_teacher: TrainTeacher = False,
     recipe: RecipeOption = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Seed = None,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    offline: Offline = False,
-    skip_broken: SkipBroken = False,
-    skip_leaks: SkipLeaks = False,
-    group_by: GroupBy = None,
-    balance: BalanceOption = None,
-    data_memory: DataMemory = None,
-    device: Device = None,
-    deterministic: Deterministic = False,
-    budget: Budget = None,
-    keep: Keep = None,
-    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods with each other and with no teacher: the same student, data and steps, several seeds.
@@ -422,32 +415,15 @@ def compare(
 
 
 @app.command()
+@takes("data_memory", "deterministic", "no_probe", "budget")
 def pipeline(
     ctx: typer.Context,
     recipe: RecipeOption = None,
     teacher: TeacherName = None,
     student: StudentName = None,
     baseline: Baseline = False,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Seed = None,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    offline: Offline = False,
-    skip_broken: SkipBroken = False,
-    skip_leaks: SkipLeaks = False,
-    group_by: GroupBy = None,
-    balance: BalanceOption = None,
-    data_memory: DataMemory = None,
-    device: Device = None,
-    deterministic: Deterministic = False,
-    no_probe: NoProbe = False,
     run_dir: Annotated[Path | None, typer.Option(help="Folder for the run directories; else runs/.")] = None,
-    budget: Budget = None,
     resume: Resume = False,
-    settings: Settings = None,
 ) -> None:
     """The whole chain: teacher, student, report, ONNX artifact, parity. By default on embedded digits, offline.
 
@@ -470,6 +446,7 @@ def pipeline(
 
 
 @app.command()
+@takes("teacher_checkpoint", "budget")
 def tune(
     ctx: typer.Context,
     space: Annotated[
@@ -496,25 +473,10 @@ def tune(
     ] = None,
     teacher: AnyTeacher = None,
     student: StudentName = None,
-    teacher_checkpoint: TeacherCheckpoint = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the draws, and of each trial's weights, order and augmentation.")
     ] = None,
-    dataset: Dataset = None,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    offline: Offline = False,
-    skip_broken: SkipBroken = False,
-    skip_leaks: SkipLeaks = False,
-    group_by: GroupBy = None,
-    balance: BalanceOption = None,
-    device: Device = None,
-    budget: Budget = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
-    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Search over recipe fields with Ray Tune (extra [tune]); val selects, the test set is not touched.
