@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from export.preprocess import fit
 from serve.decode import decode
-from toolkit.errors import ImageError, ParityError
+from toolkit.errors import ImageError, ParityError, in_line
 
 BATCHES = (1, 2, 3, 7, 64, 257)
 CHUNK = 32  # images at a time where a case does not say: larger ones leave the caches of a CPU
@@ -303,7 +303,7 @@ def _answer(run: Run, images: Images) -> tuple[Array, Array]:
     try:
         return run(images)
     except Exception as error:  # ONNX Runtime's errors share no base class
-        reason = " ".join(str(error).split())
+        reason = in_line(error)
         raise ParityError(f"the artifact cannot run a batch of {len(images)} images: {reason}") from error
 
 

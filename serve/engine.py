@@ -101,10 +101,9 @@ class Engine:
         max_batch: int = MAX_BATCH,
         max_queue: int = MAX_QUEUE,
         tf32: bool = False,
-        metrics: Metrics | None = None,
     ) -> None:
         self.max_queue = max_queue
-        self.metrics = metrics or Metrics()
+        self.metrics = Metrics()
         self.ready = False  # warmed up, and not stopping
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None

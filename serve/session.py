@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from export import artifact
 from export.preprocess import fit
-from toolkit.errors import ArtifactError, DeviceError
+from toolkit.errors import ArtifactError, DeviceError, in_line
 from toolkit.machine import available_cores
 
 Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
@@ -74,7 +74,7 @@ class Session:
             try:
                 session = self._open(data, {CPU: {}})
             except Exception as error:  # ONNX Runtime's errors share no base class
-                raise ArtifactError(f"ONNX Runtime cannot run {name}: {_line(error)}") from error
+                raise ArtifactError(f"ONNX Runtime cannot run {name}: {in_line(error)}") from error
         self._session = session
         self.provider: str = session.get_providers()[0]
         self.tf32 = tf32 and self.provider != CPU
@@ -181,7 +181,7 @@ class Session:
                 rt = {"trt_fp16_enable": str(self.metadata.precision == "fp16")}
                 return self._open(data, {TENSORRT: rt, CUDA: options | {"enable_cuda_graph": "0"}})
             except Exception as error:
-                reason = next(iter(said.getvalue().splitlines()), "") or _line(error)
+                reason = next(iter(said.getvalue().splitlines()), "") or in_line(error)
                 raise DeviceError(f"the provider {provider} cannot be had: {reason}") from error
 
     def _open(self, data: bytes, providers: dict[str, dict[str, str]]) -> ort.InferenceSession:
@@ -251,7 +251,3 @@ def _quiet() -> Iterator[io.StringIO]:
             yield said
     finally:
         ort.set_default_logger_severity(2)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -25,7 +25,7 @@ from serve.session import CPU, CUDA, Provider, Session
 from toolkit import stages
 from toolkit.classifier import TestTimeAugmentation
 from toolkit.compute import pick_device, without_tf32
-from toolkit.errors import DeviceError, UserError
+from toolkit.errors import DeviceError, UserError, in_line
 from toolkit.learner import RECOMPILED
 from toolkit.machine import available_cores
 from toolkit.progress import say
@@ -212,7 +212,7 @@ def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
             try:
                 ways["compiled"] = _compiled(plain, about, device)
             except Exception as error:  # whatever the compiler throws; most often there is no C++ compiler
-                say(f"torch.compile is left out: {' '.join(str(error).split())[:200]}")
+                say(f"torch.compile is left out: {in_line(error, 200)}")
         name = about.model if len(models) == 1 else f"{about.model} of {run.path.name}"
         name += f", {about.views} views," if about.views > 1 else ""
         for way, module in ways.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import textwrap
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit import distributed
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, in_line
 from toolkit.progress import say
 from toolkit.run import Run, load_tensors, save_tensors
 
@@ -133,13 +132,12 @@ class Checkpoint:
         differing = [f"{key}: {header.get(key)} there, {value} here" for key, value in expected.items()
                      if header.get(key) != value]  # fmt: skip
         if differing:
-            raise CheckpointError(f"{path} is the state of another run: {textwrap.shorten('; '.join(differing), 300)}")
+            raise CheckpointError(f"{path} is the state of another run: {in_line('; '.join(differing))}")
         try:
             for part, module in self.modules.items():
                 module.load_state_dict(_below(tensors, f"{part}."))
         except RuntimeError as error:
-            reason = textwrap.shorten(str(error), 300)
-            raise CheckpointError(f"{path} belongs to another model: {reason}") from error
+            raise CheckpointError(f"{path} belongs to another model: {in_line(error)}") from error
         for name, value in _below(tensors, "optimizer.").items():
             index, _, key = name.partition(".")
             parameter = self.parameters[int(index)]

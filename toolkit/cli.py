@@ -337,7 +337,7 @@ def distill(
     from toolkit import stages  # imports torch: a misspelt name is told before that
 
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
-        wanted = stages.from_teacher(wanted, _trained_teacher(wanted, source, overrides))
+        wanted = stages.from_teacher(wanted, stages.train_teacher(wanted, source, overrides))
     run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
         beside = run_dir and run_dir.with_name(f"{run_dir.name}-baseline")
@@ -353,19 +353,6 @@ def distill(
         )
     path = shlex.quote(str(run.path))
     print(f"next: toolkit validate {path}, toolkit export {path}")
-
-
-SHARED = ("seed", "device", "data", "teacher", "train")
-
-
-def _trained_teacher(wanted: Any, source: Any, overrides: dict[str, Any]) -> Any:
-    """The run of the recipe's teacher. Lengths and rates on the command line are the student's: it keeps its own."""
-    from toolkit import stages
-    from toolkit.recipe import resolve
-
-    stages.check(wanted)
-    shared = {k: v for k, v in overrides.items() if k.split(".")[0] in SHARED}
-    return stages.train(resolve(source, "train", shared), resume=True)
 
 
 @app.command()
@@ -395,11 +382,12 @@ def compare(
     The same command goes on where it was stopped, and may name more methods or --seeds; finished runs are kept.
     """
     from toolkit import compare as comparing
+    from toolkit import stages
 
     source, overrides = recipe or "cifar10", _overrides(ctx)
     plan = comparing.make_plan(methods, source, overrides, seeds, output)
     if train_teacher and teacher_checkpoint is None:
-        run = _trained_teacher(plan.baseline, source, overrides)
+        run = stages.train_teacher(plan.baseline, source, overrides)
         plan = comparing.make_plan(methods, source, overrides | {"teacher.checkpoint": str(run.path)}, seeds, output)
     comparison = comparing.compare(plan)
     from toolkit import compare_report, distributed

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from toolkit import losses
 from toolkit import recipe as recipes
 from toolkit.catalogue import closest, mac_count, parameter_count
 from toolkit.errors import Interrupted, RecipeError, RunError, TeacherError
-from toolkit.progress import say
+from toolkit.progress import clock, say
 from toolkit.recipe import Recipe, Teacher
 from toolkit.run import RUNS, Run, runs
 
@@ -207,7 +206,7 @@ def _train(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> Non
     )
     seconds = _estimate(plan, waiting, data, teacher)
     kept = f", {len(plan.runs) - len(waiting)} finished before" if len(waiting) < len(plan.runs) else ""
-    left = f"; about {_clock(sum(seconds.values()))}, judged by two steps on this machine" if waiting else ""
+    left = f"; about {clock(sum(seconds.values()))}, judged by two steps on this machine" if waiting else ""
     say(f"{len(plan.runs)} runs in {plan.output}{kept}{left}")
     began, reckoned = time.monotonic(), 0.0
     for done, (method, seed) in enumerate(waiting, 1):
@@ -219,7 +218,7 @@ def _train(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> Non
             ) from error
         reckoned += seconds.pop((method, seed))
         slower = (time.monotonic() - began) / reckoned if reckoned else 1  # a run may lack no epoch, only its end
-        left = _clock(slower * sum(seconds.values()))
+        left = clock(slower * sum(seconds.values()))
         say(f"{run.path} is finished, {done} of {len(waiting)} runs" + (f"; about {left} left" if seconds else ""))
 
 
@@ -273,10 +272,6 @@ def _taught(recipe: Recipe, epochs: int, images: int, samples: int) -> int:
     if not recipe.distils:
         return 0
     return min(recipe.cached_epochs, epochs) * samples if recipe.cached_epochs else images
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 # --- measuring it ------------------------------------------------------------------------------------------

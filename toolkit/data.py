@@ -100,11 +100,11 @@ def load(config: recipe.Data) -> DataSet:
     broken: tuple[str, ...] = ()
     version = ""  # images that never come in groups have always been split the same
     if kind == "folder":
-        root = Path(path) if path else config.data_dir
-        if root is None:
+        if not path:
             raise DataError("the data set is a folder, but which? Give --dataset folder:PATH, or --data-dir PATH")
-        name = f"folder:{root.expanduser().resolve().stem}"
-        classes, parts, broken = _folder(root.expanduser(), config)
+        root = Path(path).expanduser()
+        name = f"folder:{root.resolve().stem}"
+        classes, parts, broken = _folder(root, config)
         version = f"{SPLITTING}"
     else:
         name = kind

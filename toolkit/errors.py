@@ -4,6 +4,8 @@ A ``UserError`` is shown as one clear line (what, which value, what to do) and e
 code 1. Every other exception is a bug and keeps its traceback.
 """
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something the user can put right. The message names the thing, its value and what would be right."""
@@ -85,6 +87,18 @@ NEXT: dict[type[UserError], str] = {
     ArtifactError: "`toolkit export` makes an artifact from a finished run.",
     CheckpointError: "Train again with another --run-dir, or give another checkpoint.",
 }
+
+
+def in_line(said: object, most: int = 400) -> str:
+    """What others raised, as the end of a message: one line of at most so many characters."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def listing(wrong: str, problems: Sequence[str]) -> str:
+    """That something is wrong, and a line for each problem."""
+    head = wrong if len(problems) == 1 else f"{wrong} in {len(problems)} places"
+    return f"{head}:\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
 def install(extra: str) -> str:

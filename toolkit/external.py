@@ -18,10 +18,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from toolkit.catalogue import closest
-from toolkit.errors import DeviceError, TeacherError, install
+from toolkit.errors import DeviceError, TeacherError, in_line, install
 from toolkit.folders import listed
 from toolkit.progress import say
 from toolkit.recipe import Teacher, TeacherInput
+from toolkit.run import weights_digest
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 # What a file that says nothing may want, as flags and as the input's fields.
@@ -139,7 +140,7 @@ class OnnxNetwork(nn.Module):
                 if place.type == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
                     raise RuntimeError("the session runs on the CPU")
             except Exception as error:  # ONNX Runtime's errors share no base class
-                reason = " ".join(str(error).split())[:200]
+                reason = in_line(error, 200)
                 if place.type == "cpu":
                     raise TeacherError(f"ONNX Runtime cannot run {self.path}: {reason}") from error
                 if self.device != "auto":
@@ -185,7 +186,7 @@ def load(teacher: Teacher, classes: Sequence[str] | None, device: str, offline: 
     try:
         count = external.probe()
     except Exception as error:  # of PyTorch or ONNX Runtime, whose errors share no base class
-        reason = " ".join(str(error).split())[:300]
+        reason = in_line(error)
         raise TeacherError(f"{title(teacher)} does not take {external}: {reason}") from error
     names, external.columns = match_classes(title(teacher), theirs, count, classes, teacher.classes)
     return external, names
@@ -271,17 +272,14 @@ def _timm(
         try:
             model = timm.create_model(name, pretrained=True, **teacher.arguments)
         except Exception as error:  # of the network, of the hub, of a model without weights
-            reason = " ".join(str(error).split())[:200]
+            reason = in_line(error, 200)
             raise TeacherError(f"no weights for {teacher.name}: {reason}; give them by --teacher-weights") from error
     else:
         model = _with_weights(timm, name, path, teacher.arguments, len(classes or ()))
     config = timm.data.resolve_model_data_config(model)
     told = {"image_size": config["input_size"][-1], "mean": config["mean"], "std": config["std"]}
     input = TeacherInput.model_validate(told | teacher.input.model_dump(exclude_none=True))
-    weights = hashlib.sha256()
-    for key, tensor in model.state_dict().items():
-        weights.update(key.encode() + tensor.contiguous().numpy().tobytes())
-    return model, input, None, weights.hexdigest(), True
+    return model, input, None, weights_digest(model), True
 
 
 def _with_weights(timm: Any, name: str, path: Path, arguments: dict[str, Any], classes: int) -> nn.Module:
@@ -298,7 +296,7 @@ def _with_weights(timm: Any, name: str, path: Path, arguments: dict[str, Any], c
     try:
         model = timm.create_model(name, **({"num_classes": classes or 1000} | arguments))
     except Exception as error:  # a model's builder raises what it likes
-        reason = " ".join(str(error).split())[:200]
+        reason = in_line(error, 200)
         raise TeacherError(f"timm cannot build {name} with {arguments or 'no arguments'}: {reason}") from error
     last = str(model.pretrained_cfg.get("classifier") or "")
     if f"{last}.weight" in tensors:  # as many classes as the weights have
@@ -374,7 +372,7 @@ def _mapping(file: Path) -> Any:
     except OSError as error:
         raise TeacherError(f"cannot read the classes in {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TeacherError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        raise TeacherError(f"{file} is not YAML: {in_line(error)}") from error
     if not isinstance(mapping, list | dict):
         raise TeacherError(f"{file} must hold a list of the teacher's classes, or a mapping from them to the data's")
     if isinstance(mapping, dict):

@@ -35,9 +35,13 @@ class Features:
 
 
 @torch.no_grad()
-def output_shapes(net: nn.Module, images: Tensor) -> Shapes:
-    """The shape, without the batch, of what each module puts out for images ``[B,3,H,W]``, in the order of running."""
-    features, training = Features(net, (path for path, _ in net.named_modules() if path)), net.training
+def output_shapes(net: nn.Module, images: Tensor, within: nn.Module | None = None) -> Shapes:
+    """The shape, without the batch, of what each module puts out for images ``[B,3,H,W]``, in the order of running.
+
+    ``within``: the part of the net whose modules are meant, and whose paths are given.
+    """
+    root, training = within or net, net.training
+    features = Features(root, (path for path, _ in root.named_modules() if path))
     net.eval()  # leaves BN's statistics and the random generator as they are
     try:
         net(images)
@@ -58,10 +62,7 @@ def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> 
         if not pairs:
             raise RecipeError(f"{where}: one of the nets has no feature maps to compare; give pairs of modules")
         return pairs if method.maps else pairs[:1]
-    # A teacher that is resized for (``external.External``) has its modules one deeper.
-    deeper = {path.removeprefix("network."): path for path in teacher if path.startswith("network.network.")}
-    pairs = [(ours, theirs if theirs in teacher else deeper.get(theirs, theirs)) for ours, theirs in method.layers]
-    for paths in pairs:
+    for paths in method.layers:
         for whose, path, shapes in zip(("student", "teacher"), paths, (student, teacher), strict=True):
             if path not in shapes:
                 raise RecipeError(
@@ -73,13 +74,12 @@ def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> 
                     f"{where}: {path!r} of the {whose} puts out {list(shapes[path])}, and {name} compares feature maps "
                     f"[C,H,W]. With such: {listed(maps)}"
                 )
-    return pairs
+    return list(method.layers)
 
 
 def outer(shapes: Shapes) -> Shapes:
-    """The modules that are not deep within others; a net that is resized for (``external.External``) is one deeper."""
-    depth = {path: path.replace("network.network.", "network.", 1).count(".") for path in shapes}
-    return {path: shape for path, shape in shapes.items() if depth[path] < OUTER}
+    """The modules that are not deep within others."""
+    return {path: shape for path, shape in shapes.items() if path.count(".") < OUTER}
 
 
 def deepest(shapes: Shapes) -> list[str]:

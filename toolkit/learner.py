@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,7 +19,7 @@ from toolkit.checkpoint import Checkpoint
 from toolkit.classifier import Classifier
 from toolkit.compute import autocast, chosen
 from toolkit.data import DataSet, StoredImages, at_once
-from toolkit.errors import CheckpointError, DeviceError, RecipeError
+from toolkit.errors import CheckpointError, DeviceError, RecipeError, in_line
 from toolkit.objective import Objective
 from toolkit.optim import StochasticAverage, ascended, estimate_norms, lr_factor, make_average, make_optimizer, set_lr
 from toolkit.progress import say
@@ -228,7 +227,7 @@ def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> None
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"the model cannot start from {path}: {textwrap.shorten(str(error), 300)}") from error
+        raise CheckpointError(f"the model cannot start from {path}: {in_line(error)}") from error
 
 
 def compiled(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -251,7 +250,7 @@ def compiled(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module
     except torch.OutOfMemoryError:  # the first step takes the batch in parts
         return fast
     except Exception as error:  # whatever the compiler throws, the model itself can run
-        say(f"torch.compile failed, going on without: {textwrap.shorten(str(error), 200)}")
+        say(f"torch.compile failed, going on without: {in_line(error, 200)}")
         return model
     finally:
         model.zero_grad()

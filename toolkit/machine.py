@@ -8,8 +8,10 @@ import os
 import sys
 from pathlib import Path
 
+CGROUP = Path("/sys/fs/cgroup")
 
-def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+
+def available_cores(cgroup: Path = CGROUP) -> int:
     """Cores that this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
@@ -20,7 +22,7 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, cores)
 
 
-def total_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def total_memory() -> int:
     """Bytes of memory that this process may use: the machine's, and the limit of its container (cgroup v2 or v1)."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -28,7 +30,7 @@ def total_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         total = 4 * 2**30
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
-            total = min(total, int((cgroup / name).read_text()))
+            total = min(total, int((CGROUP / name).read_text()))
     return total
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import losses
+from toolkit.classifier import Classifier
 from toolkit.features import Features, output_shapes, pair
 from toolkit.progress import say
 from toolkit.recipe import FeatureMethod, Method, Recipe, at
@@ -46,7 +47,9 @@ class Objective(nn.Module):
 
     def _hook(self, methods: dict[str, FeatureMethod], student: nn.Module, teacher: nn.Module, image_size: int) -> None:
         images = torch.zeros(2, 3, image_size, image_size, device=next(student.parameters()).device)
-        theirs, ours = output_shapes(teacher, images), output_shapes(student, images)
+        inner = getattr(teacher, "network", None)  # of one that is resized for: ``external.External``
+        root = inner if isinstance(inner, Classifier) else teacher
+        theirs, ours = output_shapes(teacher, images, root), output_shapes(student, images)
         for name, method in methods.items():
             pairs = pair(method, name, ours, theirs)
             self.pairs[name] = pairs
@@ -55,7 +58,7 @@ class Objective(nn.Module):
                 say(f"{name} compares {', '.join(f'{one} with {other}' for one, other in pairs)}")
         every = [paths for pairs in self.pairs.values() for paths in pairs]
         self.student = Features(student, (one for one, _ in every))
-        self.teacher = Features(teacher, (other for _, other in every))
+        self.teacher = Features(root, (other for _, other in every))
 
     def forward(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         logits = logits.float()

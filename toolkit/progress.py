@@ -11,8 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 FIRST = os.environ.get("RANK", "0") == "0"
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -24,11 +23,6 @@ def say(text: str) -> None:
         console.print(text, markup=False)
 
 
-class _Live(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("live", ""))
-
-
 class Display:
     """Progress of one run of ``epochs``, of which ``done`` are done before."""
 
@@ -38,13 +32,13 @@ class Display:
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            _Live(),
+            TextColumn("{task.fields[live]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not self.live,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task(title, total=epochs, completed=done)
+        self.task = self.bar.add_task(title, total=epochs, completed=done, live="")
         self.start = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -74,11 +68,12 @@ class Display:
         say(
             f"{self.title} {row['epoch']}/{self.epochs}  loss {row['train_loss']:.3f} "
             f"top-1 {row['train_top1']:.2%}{val}  {row['images_per_second']:,.0f} img/s  "
-            f"{_clock(left)} left"
+            f"{clock(left)} left"
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``1:02:03``, or ``2:03``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

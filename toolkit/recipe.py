@@ -7,6 +7,7 @@ A recipe file is YAML. Its top level holds the fields of ``Recipe``; the optiona
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -34,7 +35,7 @@ from pydantic import (
 
 from toolkit import losses
 from toolkit.catalogue import BUDGET, PRETRAINED, closest, names, pretrained
-from toolkit.errors import RecipeError, UserError
+from toolkit.errors import RecipeError, UserError, in_line, listing
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("train", "distill")
@@ -562,7 +563,7 @@ def read_tree(source: str | Path, folder: Path, what: str, wrong: type[UserError
     except OSError as error:
         raise wrong(f"cannot read the {what} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise wrong(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise wrong(f"{path} is not valid YAML: {in_line(error)}") from error
     if not isinstance(tree, dict):
         raise wrong(f"{path} must hold a mapping of {what} fields, not {type(tree).__name__}")
     tree.setdefault("name", path.stem)
@@ -590,7 +591,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         try:
             if not equals or not key:
                 raise ValueError
-            parsed[key.strip()] = _scalar(value)
+            parsed[key.strip()] = as_number(yaml.safe_load(value))
         except (ValueError, yaml.YAMLError):
             wrong.append(setting)
     if wrong:
@@ -598,13 +599,11 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
+def as_number(value: Any) -> Any:
+    """A value from YAML, whose version 1.1 reads 1e-3 as a string."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            return value
     return value
 
 
@@ -682,8 +681,7 @@ def validate(tree: Mapping[str, Any]) -> Recipe:
             continue
         problems.append(f"{key}.name = {name!r}: there is no such {key}{closest(name, known)}")
     if problems or recipe is None:
-        head = "the recipe is wrong" if len(problems) == 1 else f"the recipe is wrong in {len(problems)} places"
-        raise RecipeError(f"{head}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise RecipeError(listing("the recipe is wrong", problems))
     return recipe
 
 

@@ -8,6 +8,7 @@ report/  export/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
@@ -22,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from toolkit import __version__
-from toolkit.errors import CheckpointError, RecipeError, RunError
+from toolkit.errors import CheckpointError, RecipeError, RunError, in_line
 from toolkit.files import locked, write_atomic, write_text
 from toolkit.recipe import Recipe, validate
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 RUNS = Path("runs")
 
@@ -43,7 +44,7 @@ class Run:
         try:
             self.recipe: Recipe = validate(yaml.safe_load(source.read_text()))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-            raise RunError(f"{source} is damaged: {' '.join(str(error).split())}") from error
+            raise RunError(f"{source} is damaged: {in_line(error)}") from error
 
     @classmethod
     def start(cls, path: Path, recipe: Recipe, resume: bool, extend: bool = False) -> Run:
@@ -211,6 +212,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = {"toolkit": json.dumps(header)}
     write_atomic(path, lambda temporary: save_file(plain, temporary, metadata=text))
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of a module's names and tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_header(path: Path) -> dict[str, Any]:

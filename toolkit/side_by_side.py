@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 
 from toolkit import report
 from toolkit.catalogue import info
-from toolkit.errors import RunError, UserError
+from toolkit.errors import RunError, UserError, in_line
 from toolkit.files import write_bytes
 from toolkit.progress import say
 from toolkit.run import RUNS, Run
@@ -172,7 +172,7 @@ def gather(paths: Iterable[Path]) -> tuple[list[Entry], dict[str, str]]:
         try:
             entries.append(_read(path, name))
         except UserError as error:
-            reason = " ".join(str(error).split())
+            reason = in_line(error)
             left_out[str(path)] = reason if str(path) in reason else f"{path}: {reason}"
     return entries, left_out
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from toolkit import recipe as recipes
 from toolkit.catalogue import ModelInfo, closest, info
-from toolkit.errors import RecipeError, SpaceError, UserError
-from toolkit.recipe import Recipe
+from toolkit.errors import RecipeError, SpaceError, UserError, listing
+from toolkit.recipe import Recipe, Section
 
 SPACES = Path(__file__).parent / "spaces"
 DIGITS = 4  # significant ones of a drawn number
@@ -26,10 +26,6 @@ Sampling = Literal["random", "grid", "optuna"]
 Scheduling = Literal["none", "asha"]
 Stage = Literal["distill", "train"]
 Values = dict[str, Any]  # recipe path to value
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Domain(Section):
@@ -43,7 +39,7 @@ class Domain(Section):
     @field_validator("choices", mode="before")
     @classmethod
     def _numbers(cls, choices: Any) -> Any:
-        return [_as_number(choice) for choice in choices] if isinstance(choices, list) else choices
+        return [recipes.as_number(choice) for choice in choices] if isinstance(choices, list) else choices
 
     @model_validator(mode="after")
     def _one_kind(self) -> Domain:
@@ -98,14 +94,6 @@ class Domain(Section):
         """A number of the range with few digits: it is to be read, too."""
         low, high = self.bounds
         return min(max(round(value) if self.integer else float(f"{value:.{DIGITS}g}"), low), high)
-
-
-def _as_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
 
 
 def _is_bound(text: str) -> str:
@@ -220,8 +208,7 @@ def make_plan(
     if sampler == "grid" and trials is not None:
         problems.append(f"--trials {trials}: a grid has as many trials as points, leave it out")
     if problems or space is None or base is None:
-        head = "the space is wrong" if len(problems) == 1 else f"the space is wrong in {len(problems)} places"
-        raise SpaceError(f"{head}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise SpaceError(listing("the space is wrong", problems))
     count = None if sampler == "grid" else trials or 10
     tree = base.model_dump(mode="json")
     return Plan(space=space, recipe=tree, sampler=sampler, scheduler=scheduler, trials=count)

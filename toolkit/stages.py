@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import shlex
 import shutil
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +27,7 @@ from toolkit import data as datasets
 from toolkit.catalogue import build, mac_count, parameter_count
 from toolkit.classifier import Ensemble, TestTimeAugmentation, Views, members, with_views
 from toolkit.duration import with_epochs
-from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
+from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError, in_line
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe, Teacher, TeacherInput, is_external
 from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_tensors, runs
@@ -403,7 +402,7 @@ def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit {header['model']}: {textwrap.shorten(str(error), 300)}") from error
+        raise CheckpointError(f"{path} does not fit {header['model']}: {in_line(error)}") from error
     return model.eval(), header
 
 
@@ -691,6 +690,19 @@ def pipeline(
 
     exported = artifacts.export(student.path)
     return Chain(teacher, student, alone, metrics, exported, time.monotonic() - began)
+
+
+SHARED = ("seed", "device", "data", "teacher", "train")
+
+
+def train_teacher(wanted: Recipe, source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Run:
+    """The run of the teacher that ``wanted``, made of ``source`` and ``overrides``, learns from.
+
+    Of the overrides it takes those of data and teacher: lengths and rates are the student's, it keeps its own.
+    """
+    check(wanted)
+    shared = {path: value for path, value in overrides.items() if path.split(".")[0] in SHARED}
+    return train(recipe.resolve(source, "train", shared), resume=True)
 
 
 def from_teacher(wanted: Recipe, run: Run) -> Recipe:

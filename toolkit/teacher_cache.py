@@ -19,6 +19,7 @@ from toolkit.compute import autocast
 from toolkit.data import SPLITTING, DataSet, at_once
 from toolkit.files import write_atomic
 from toolkit.recipe import Recipe
+from toolkit.run import weights_digest
 
 
 class TeacherCache:
@@ -30,11 +31,8 @@ class TeacherCache:
 
     def __init__(self, folder: Path, recipe: Recipe, data: DataSet, teacher: nn.Module, dtype: torch.dtype) -> None:
         self.teacher, self.dtype = teacher, dtype
-        weights = hashlib.sha256()
-        for name, tensor in teacher.state_dict().items():
-            weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         content = {
-            "teacher": weights.hexdigest(),
+            "teacher": weights_digest(teacher),
             "data": data.digest,
             "split": [recipe.data.val_size, recipe.data.split_seed, recipe.data.group_by, SPLITTING],
             "augment": recipe.augment.model_dump(mode="json"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from toolkit import recipe as recipes
 from toolkit.catalogue import ModelInfo
-from toolkit.errors import RecipeError, SearchError, install
+from toolkit.errors import RecipeError, SearchError, in_line, install
 from toolkit.files import write_bytes, write_text
 from toolkit.recipe import Recipe
 from toolkit.space import Domain, Plan, Space, Values, measure
@@ -303,12 +302,12 @@ class Nearest:
 
     def invalid(self, error: RecipeError) -> None:
         self.wrong += 1
-        self.reason = " ".join(str(error).split())
+        self.reason = in_line(error)
 
     def __str__(self) -> str:
         if not self.missing:
-            return f"makes a valid recipe; the last: {textwrap.shorten(self.reason, 300)}"
-        also = f"; {self.wrong:,} made no valid recipe, the last: {textwrap.shorten(self.reason, 200)}"
+            return f"makes a valid recipe; the last: {self.reason}"
+        also = f"; {self.wrong:,} made no valid recipe, the last: {self.reason}"
         return f"meets {self.constraints}; {self.missing}{also if self.wrong else ''}"
 
 

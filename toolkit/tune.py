@@ -23,12 +23,10 @@ import os
 import shutil
 import signal
 import socket
-import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -37,11 +35,12 @@ import yaml
 from pydantic import ValidationError
 
 from toolkit import recipe as recipes
-from toolkit.errors import Interrupted, SearchError, UserError
+from toolkit.errors import Interrupted, SearchError, UserError, in_line
 from toolkit.files import locked, write_bytes, write_text
 from toolkit.machine import available_cores
-from toolkit.progress import say
-from toolkit.space import Plan, Section, Stage, ranges
+from toolkit.progress import clock, say
+from toolkit.recipe import Section
+from toolkit.space import Plan, Stage, ranges
 from toolkit.trials import Search, Trial, error_file, not_installed, read_trials
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def resumed(output: Path, wanted: Plan | None, trials: int | None, overrides: Ma
     try:
         plan = Plan.model_validate(yaml.safe_load(file.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
-        raise SearchError(f"{file} is damaged: {textwrap.shorten(' '.join(str(error).split()), 300)}") from error
+        raise SearchError(f"{file} is damaged: {in_line(error)}") from error
     if wanted is not None and (differences := plan.differences(wanted)):
         raise SearchError(
             f"{output} holds a different search; differing: {'; '.join(differences)}. "
@@ -234,7 +233,7 @@ class Estimate:
         if left is None:
             return ""
         most = "at most " if self.search.plan.scheduler == "asha" else ""
-        return f"{most}about {timedelta(seconds=round(left))}"
+        return f"{most}about {clock(left)}"
 
 
 def finish(search: Search) -> None:
@@ -344,7 +343,7 @@ def cluster(ray: Any, address: str | None, cpus: int, gpus: float) -> Iterator[i
     try:
         ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        reason = textwrap.shorten(" ".join(str(error).split()), 200)
+        reason = in_line(error, 200)
         if address is None:
             raise SearchError(f"Ray does not start on this machine: {reason}") from error
         raise SearchError(
@@ -389,7 +388,6 @@ def _run(search: Search, cpus: int, gpus: float, slots: int) -> UserError | None
 
     estimate = Estimate(search, slots)
     problems: list[UserError] = []
-    by_number = {trial.number: trial for trial in search.trials}
 
     class Draws(Searcher):
         """Gives Ray the trials of the search, one at a time."""
@@ -402,7 +400,6 @@ def _run(search: Search, cpus: int, gpus: float, slots: int) -> UserError | None
                 return self.FINISHED
             if trial is None:
                 return self.FINISHED
-            by_number[trial.number] = trial
             return {"job": _job(search, trial, cpus, gpus).model_dump_json()}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -449,7 +446,7 @@ def _run(search: Search, cpus: int, gpus: float, slots: int) -> UserError | None
             return {}
 
     def mine(trial: Any) -> Trial:
-        return by_number[Job.model_validate_json(trial.config["job"]).number]
+        return search.trials[Job.model_validate_json(trial.config["job"]).number - 1]
 
     storage = search.output / ".ray"
     shutil.rmtree(storage, ignore_errors=True)
