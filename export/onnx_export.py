@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,17 +77,19 @@ def build(model: nn.Module, metadata: Metadata, opset: int = OPSET) -> onnx.Mode
         classes = module(example)[1].shape[1]
     if classes != len(metadata.labels):
         raise ValueError(f"the model has {classes} outputs, the metadata {len(metadata.labels)} labels")
-    program = torch.onnx.export(
-        module,
-        (example,),
-        input_names=[IMAGE],
-        output_names=[PROBABILITIES, LOGITS],
-        dynamic_shapes={IMAGE: {0: "batch"}},
-        opset_version=opset,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`isinstance.treespec", FutureWarning)  # of PyTorch 2.11, about its own code
+        program = torch.onnx.export(
+            module,
+            (example,),
+            input_names=[IMAGE],
+            output_names=[PROBABILITIES, LOGITS],
+            dynamic_shapes={IMAGE: {0: "batch"}},
+            opset_version=opset,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     assert program is not None
     proto = program.model_proto
     written = next(item.version for item in proto.opset_import if not item.domain)

@@ -99,62 +99,72 @@ def sweep(uploads: Path, kept: Collection[Path], seconds: float) -> None:
                 path.rmdir() if path.is_dir() else path.unlink()
 
 
-def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Blocks:
-    names = engine.names
-    # A small file may hold 50 megapixels: decoded by every one of the page's threads, they would fill any memory.
-    turn = BoundedSemaphore(available_cores())
+class _Answers:
+    """What the page's inputs become, as HTML; each within ``deadline`` seconds."""
 
-    def read(path: str, until: float) -> NDArray[np.uint8]:
+    def __init__(self, engine: Engine, deadline: float) -> None:
+        self.engine, self.deadline = engine, deadline
+        # A small file may hold 50 megapixels: decoded by every one of the page's threads, they would fill any memory.
+        self.turn = BoundedSemaphore(available_cores())
+
+    def _read(self, path: str, until: float) -> NDArray[np.uint8]:
         """A picture's pixels, once it is its turn. Raises ``DeadlineExceeded`` and ``ImageError``."""
-        if not turn.acquire(timeout=max(0.0, until - time.monotonic())):
+        if not self.turn.acquire(timeout=max(0.0, until - time.monotonic())):
             raise DeadlineExceeded("too many pictures wait: ask again in a moment")
         try:
             return read_image(path, "this picture")
         finally:
-            turn.release()
+            self.turn.release()
 
-    def ask(picture: dict[str, Any] | None, model: str, other: str, threshold: float) -> str:
+    def classify(self, picture: dict[str, Any] | None, model: str, other: str, threshold: float) -> str:
         if picture is None:
             return views.hint(EMPTY)
-        until = time.monotonic() + deadline
+        until = time.monotonic() + self.deadline
         try:
-            pixels = read(picture["path"], until)
+            pixels = self._read(picture["path"], until)
             # One after the other: at once each would take the other's cores, and their times would say nothing.
             opinions = [
-                views.Opinion(name, engine.submit(pixels, name, _left(until)).result())
+                views.Opinion(name, self.engine.submit(pixels, name, _left(until)).result())
                 for name in _chosen(model, other)
             ]
             return views.answers(opinions, threshold / 100)
         except UserError as error:
             return views.problem(str(error))
 
-    def look(picture: dict[str, Any] | None, model: str, other: str, wanted: bool) -> str:
+    def look(self, picture: dict[str, Any] | None, model: str, other: str, wanted: bool) -> str:
         if picture is None or not wanted:
             return ""
-        until = time.monotonic() + deadline
+        until = time.monotonic() + self.deadline
         try:
-            pixels = read(picture["path"], until)
-            return "".join(_looked(engine, pixels, name, _left(until)) for name in _chosen(model, other))
+            pixels = self._read(picture["path"], until)
+            return "".join(_looked(self.engine, pixels, name, _left(until)) for name in _chosen(model, other))
         except UserError as error:
             return views.problem(str(error))
 
-    def ask_all(files: list[dict[str, Any]] | None, model: str, other: str, threshold: float) -> str:
+    def several(self, files: list[dict[str, Any]] | None, model: str, other: str, threshold: float) -> str:
         if not files:
             return views.hint(EMPTY_TABLE)
         if len(files) > MAX_IMAGES:
             return views.problem(f"at most {MAX_IMAGES} pictures are taken at once, and these are {len(files)}")
-        chosen, until = _chosen(model, other), time.monotonic() + deadline
+        chosen, until = _chosen(model, other), time.monotonic() + self.deadline
         queued: list[tuple[views.Row, dict[str, Future[Answer]]]] = []
         for file in files:
             name = str(file.get("orig_name") or Path(file["path"]).name)
             try:
-                pixels = read(file["path"], until)
-                asked = {one: engine.submit(pixels, one, _left(until)) for one in chosen}
+                pixels = self._read(file["path"], until)
+                asked = {one: self.engine.submit(pixels, one, _left(until)) for one in chosen}
                 queued.append((views.Row(name, fit(pixels, SMALL)), asked))
             except UserError as error:
                 queued.append((views.Row(name, problem=str(error)), {}))
         return views.several([_answered(*item) for item in queued], chosen, threshold / 100)
 
+    def about(self) -> tuple[str, str]:
+        """Title and cards: after a reload of the artifacts others."""
+        return views.title(self.engine.metadata()), _cards(self.engine)
+
+
+def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Blocks:
+    names, answers = engine.names, _Answers(engine, deadline)
     with _Page(title="What is in this picture?", analytics_enabled=False) as page:
         title = gr.HTML(views.title(engine.metadata()), elem_id="title")
         with gr.Tabs():
@@ -219,24 +229,33 @@ def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Bloc
             "trigger_mode": "always_last",
         }
         models = [model.change, other.change]
-        gr.on([picture.change, *models], ask, [picture, model, other, threshold], answer, api_name="classify", **now)
+        gr.on(
+            [picture.change, *models],
+            answers.classify,
+            [picture, model, other, threshold],
+            answer,
+            api_name="classify",
+            **now,
+        )
         gr.on(
             [picture.change, *models, wanted.change],
-            look,
+            answers.look,
             [picture, model, other, wanted],
             looked,
             api_name="look",
             **now,
         )
         gr.on(
-            [pictures.change, *models], ask_all, [pictures, model, other, threshold], table, api_name="several", **now
+            [pictures.change, *models],
+            answers.several,
+            [pictures, model, other, threshold],
+            table,
+            api_name="several",
+            **now,
         )
         threshold.change(None, threshold, js="(percent) => showSureness(percent / 100)")
 
-        def about_now() -> tuple[str, str]:
-            return views.title(engine.metadata()), _cards(engine)  # after a reload others
-
-        page.load(about_now, None, [title, about], api_visibility="private", **now)
+        page.load(answers.about, None, [title, about], api_visibility="private", **now)
     return page
 
 
