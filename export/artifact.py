@@ -15,6 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
+from toolkit.choices import Precision
 from toolkit.errors import ArtifactError
 
 IMAGE, PROBABILITIES, LOGITS = "image", "probabilities", "logits"
@@ -47,7 +48,7 @@ class Metadata(BaseModel):
     temperature: float | None = Field(default=None, gt=0, description="fitted on val; logits divided by it calibrate")
     calibrated: bool = Field(default=False, description="the graph divides its logits by the temperature")
     teacher: str | None = Field(default=None, description="name of the teacher it was distilled from")
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    precision: Precision = "fp32"
     quantisation: str | None = Field(default=None, description="how an INT8 graph was made")
     licence: str | None = Field(default=None, description="what the weights may be used for, as their maker says")
     created: str | None = Field(default=None, description="UTC, from SOURCE_DATE_EPOCH at export")

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from export.preprocess import fit
 from serve.decode import decode
+from toolkit.choices import Precision
 from toolkit.errors import ImageError, ParityError, in_line
 
 BATCHES = (1, 2, 3, 7, 64, 257)
@@ -54,7 +55,7 @@ class Tolerance(BaseModel):
 MAX_DROP, MIN_AGREEMENT = 0.002, 0.99  # of a lower precision
 
 
-def tolerance(precision: Literal["fp32", "fp16", "int8"], tf32: bool, gpu: bool, drop: float = MAX_DROP) -> Tolerance:
+def tolerance(precision: Precision, tf32: bool, gpu: bool, drop: float = MAX_DROP) -> Tolerance:
     """What is held against a session of this precision; ``drop`` is what the lower ones may lose of top-1.
 
     fp32 keeps every answer on the CPU; a GPU adds up in another order, where a tie may fall otherwise. fp16 and TF32

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from export.artifact import Metadata
 from export.preprocess import fit
 from serve.metrics import Metrics
-from serve.session import CPU, CUDA, TENSORRT, Array, Provider, Session
+from serve.session import CPU, CUDA, TENSORRT, Array, Session
+from toolkit.choices import Provider
 from toolkit.errors import ArtifactError, UnknownNameError, UserError
 
 MAX_BATCH, MAX_QUEUE = 32, 256  # images

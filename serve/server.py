@@ -24,7 +24,7 @@ from export import artifact
 from serve import metrics
 from serve.engine import MAX_BATCH, MAX_QUEUE, Engine
 from serve.limits import Protocol
-from serve.session import Provider
+from toolkit.choices import Provider
 from toolkit.errors import UserError
 from toolkit.machine import available_cores
 

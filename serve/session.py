@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict
 
 from export import artifact
 from export.preprocess import fit
+from toolkit.choices import Provider
 from toolkit.errors import ArtifactError, DeviceError, in_line
 from toolkit.machine import available_cores
 
-Provider = Literal["auto", "cuda", "tensorrt", "cpu"]
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 Array = NDArray[np.float32]
 

@@ -13,18 +13,9 @@ from toolkit import __version__, cli
 from toolkit.run import Run
 
 COMMANDS = (
-    "train",
-    "distill",
-    "validate",
-    "report",
-    "tune",
-    "export",
-    "serve",
-    "predict",
-    "models",
-    "doctor",
-    "pipeline",
-)
+    "train", "distill", "compare", "pipeline", "tune", "validate", "report", "export", "inspect", "bench", "serve",
+    "predict", "data", "models", "doctor",
+)  # fmt: skip
 
 
 def test_help_lists_the_commands(toolkit: Toolkit) -> None:

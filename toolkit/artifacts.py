@@ -25,19 +25,18 @@ from torch import nn
 from export import inspection, onnx_export, parity, quantise, triton
 from export.artifact import Metadata
 from serve.session import CPU as CPU_PROVIDER
-from serve.session import Provider, Session, check_provider
+from serve.session import Session, check_provider
 from toolkit import data as datasets
 from toolkit import engine, report, stages
 from toolkit.bench import alternate
 from toolkit.catalogue import check_budget, mac_count, parameter_count
-from toolkit.classifier import Classifier, TestTimeAugmentation, Views, with_views
+from toolkit.choices import Precision, Provider, Views
+from toolkit.classifier import Classifier, TestTimeAugmentation, with_views
 from toolkit.errors import DataError, ParityError, UserError
 from toolkit.files import check_free, write_bytes, write_text
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
 from toolkit.run import Run, environment
-
-Precision = Literal["fp32", "fp16", "int8"]
 
 EXAMPLES = 8  # test images beside an artifact, for the page
 FITTED_ON = 1000  # val images: the temperature is one number
@@ -58,7 +57,7 @@ class Options:
     ``even_if_slower``: ship a precision for another machine than this one. ``force``: replace files that exist.
     """
 
-    precision: Precision | Literal["auto"] = "fp32"
+    precision: Literal[Precision, "auto"] = "fp32"
     max_drop: float = 0.002
     opset: int = 20
     any_size: bool = False

@@ -21,8 +21,9 @@ from torch import nn
 
 from export import onnx_export
 from export.artifact import Metadata
-from serve.session import CPU, CUDA, Provider, Session
+from serve.session import CPU, CUDA, Session
 from toolkit import stages
+from toolkit.choices import Provider
 from toolkit.classifier import TestTimeAugmentation
 from toolkit.compute import pick_device, without_tf32
 from toolkit.errors import DeviceError, UserError, in_line

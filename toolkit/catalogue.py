@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from toolkit.choices import Role
 from toolkit.errors import BudgetError, RecipeError, UnknownNameError
 
 if TYPE_CHECKING:
     from toolkit.classifier import Classifier
 
-Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")
 BUDGET = 5_000_000
 PRETRAINED = "pretrained"  # in place of a path: the weights in students/pretrained/

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from toolkit.choices import Views
 
 
 class Classifier(nn.Module):
@@ -55,9 +56,6 @@ def members(net: nn.Module) -> list[nn.Module]:
         net = net.classifier
     found = net.members if isinstance(net, Ensemble) else [net]
     return [member.classifier if isinstance(member, TestTimeAugmentation) else member for member in found]
-
-
-Views = Literal["flip", "flip_and_shift"]
 
 
 def with_views(classifier: nn.Module, views: Views | None) -> nn.Module:

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from toolkit import __version__
 from toolkit.catalogue import BUDGET
+from toolkit.choices import Balance, Precision, Provider, Sampling, Scheduling, Views
 from toolkit.errors import UserError, next_step
 from toolkit.files import is_full
 
@@ -52,15 +53,6 @@ app = typer.Typer(
 )
 
 
-LogName = Literal["tensorboard"]
-ViewsName = Literal["flip", "flip_and_shift"]
-ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
-PrecisionName = Literal["fp32", "fp16", "int8", "auto"]
-BalanceName = Literal["none", "weights", "sampling"]
-SamplerName = Literal["random", "grid", "optuna"]
-SchedulerName = Literal["none", "asha"]
-
-
 # Options that several commands share. Those of a recipe are named after the field that they set.
 RecipeOption = Annotated[
     str | None,
@@ -91,7 +83,7 @@ GroupBy = Annotated[
     typer.Option("--group-by", metavar="PATTERN", help="Images whose paths match alike stay on one side of a split."),
 ]
 BalanceOption = Annotated[
-    BalanceName | None, typer.Option("--balance", help="For classes of unequal size: weights in the loss, or sampling.")
+    Balance | None, typer.Option("--balance", help="For classes of unequal size: weights in the loss, or sampling.")
 ]
 Device = Annotated[
     str | None,
@@ -113,7 +105,7 @@ Extend = Annotated[
     bool, typer.Option("--extend", help="Go on with the run in --run-dir, for more --epochs than it began with.")
 ]
 Keep = Annotated[int | None, typer.Option("--keep", help="Newest training states that are kept.")]
-Log = Annotated[LogName | None, typer.Option("--log", help="Also write the metrics for TensorBoard.")]
+Log = Annotated[Literal["tensorboard"] | None, typer.Option("--log", help="Also write the metrics for TensorBoard.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train the student without a teacher too, and compare.")]
 TeacherName = Annotated[
     str | None, typer.Option("--teacher", metavar="NAME", help="Architecture of the teacher (`toolkit models`).")
@@ -155,10 +147,10 @@ StudentName = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 TtaOption = Annotated[
-    ViewsName | None, typer.Option("--tta", help="Also average over these views of each image: a figure of its own.")
+    Views | None, typer.Option("--tta", help="Also average over these views of each image: a figure of its own.")
 ]
 Tf32 = Annotated[bool, typer.Option("--tf32", help="Let CUDA round to 10 bits of mantissa.")]
-ProviderOption = Annotated[ProviderName, typer.Option("--provider", help="ONNX Runtime's provider.")]
+ProviderOption = Annotated[Provider, typer.Option("--provider", help="ONNX Runtime's provider.")]
 
 # Each flag that sets a field of the recipe: the field, and the option.
 FIELDS: dict[str, tuple[str, Any]] = {
@@ -444,9 +436,9 @@ def tune(
         str | None,
         typer.Option("--recipe", metavar="NAME|FILE", help="Shipped recipe or YAML file; else the space's own."),
     ] = None,
-    sampler: Annotated[SamplerName | None, typer.Option(help="Where trials come from; random where not given.")] = None,
+    sampler: Annotated[Sampling | None, typer.Option(help="Where trials come from; random where not given.")] = None,
     scheduler: Annotated[
-        SchedulerName | None, typer.Option(help="asha gives poor trials up early; none where not given.")
+        Scheduling | None, typer.Option(help="asha gives poor trials up early; none where not given.")
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials to run; else 10, and all points of a grid.")] = None,
     gpus_per_trial: Annotated[
@@ -569,7 +561,7 @@ def export(
     target: Annotated[Path | None, typer.Argument(help="Run directory; else the newest distilled student.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
     precision: Annotated[
-        PrecisionName, typer.Option(help="auto makes all, and ships the fastest that loses too little.")
+        Literal[Precision, "auto"], typer.Option(help="auto makes all, and ships the fastest that loses too little.")
     ] = "fp32",
     max_drop: Annotated[
         float, typer.Option(min=0, max=100, help="Points of test top-1 that a lower precision may lose.")
@@ -580,7 +572,7 @@ def export(
     calibration_images: Annotated[int, typer.Option(help="Training images that INT8's ranges are taken from.")] = 512,
     fine_tune: Annotated[int, typer.Option(min=0, help="Epochs of quantisation-aware fine-tuning before INT8.")] = 0,
     tta: Annotated[
-        ViewsName | None, typer.Option("--tta", help="Average over these views of each image, in the graph.")
+        Views | None, typer.Option("--tta", help="Average over these views of each image, in the graph.")
     ] = None,
     accept_any_size: Annotated[
         bool, typer.Option("--accept-any-size", help="Images of any size; the graph crops and resizes them.")
@@ -664,8 +656,8 @@ def inspect(
 
 def _provider(name: str) -> str:
     """Typer takes no list of literals."""
-    if name not in get_args(ProviderName):
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(get_args(ProviderName))}")
+    if name not in get_args(Provider):
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(get_args(Provider))}")
     return name
 
 
@@ -676,7 +668,7 @@ def bench(
         list[str] | None,
         typer.Option(
             "--provider",
-            metavar="|".join(get_args(ProviderName)),
+            metavar="|".join(get_args(Provider)),
             callback=lambda names: [_provider(name) for name in names or []],
             help="ONNX Runtime's provider; may be given again.",
         ),

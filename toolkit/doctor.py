@@ -52,7 +52,8 @@ def _providers() -> tuple[list[str], str]:
 
     from export.artifact import Metadata
     from export.onnx_export import build, to_bytes
-    from serve.session import Provider, Session
+    from serve.session import Session
+    from toolkit.choices import Provider
     from toolkit.errors import UserError
 
     working, reason = [], ""

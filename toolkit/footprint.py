@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from toolkit import compute, recipe
-from toolkit.catalogue import Role, build
+from toolkit.catalogue import build
+from toolkit.choices import Role
 
 IMAGES = 16  # in the step that is timed
 

@@ -35,6 +35,7 @@ from pydantic import (
 
 from toolkit import losses
 from toolkit.catalogue import BUDGET, PRETRAINED, closest, names, pretrained
+from toolkit.choices import Balance, Role, Stage, Views
 from toolkit.errors import RecipeError, UserError, in_line, listing
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -180,7 +181,7 @@ class Teacher(Model):
         None,
         description="YAML: names of its outputs in their order, or a mapping from them (or their numbers) to classes",
     )
-    views: Literal["flip", "flip_and_shift"] | None = Field(
+    views: Views | None = Field(
         None, description="test-time augmentation: its logits are the mean over views of each image"
     )
     weights: str | None = Field(
@@ -405,7 +406,7 @@ class Recipe(Section):
     )
     batch_size: int = Field(128, ge=2, description="images a step")
     batch_growth: BatchGrowth = BatchGrowth()
-    balance: Literal["none", "weights", "sampling"] = Field(
+    balance: Balance = Field(
         "none",
         description="for classes of unequal size. weights: each class weighs the same in the cross entropy; sampling: "
         "an epoch shows as many images of each class, those of small classes several times",
@@ -503,7 +504,7 @@ class Recipe(Section):
         return model
 
     @property
-    def role(self) -> Literal["teacher", "student"]:
+    def role(self) -> Role:
         return "student" if self.student is not None else "teacher"
 
     def identity(self) -> dict[str, Any]:
@@ -609,7 +610,7 @@ def as_number(value: Any) -> Any:
 
 def resolve(
     source: str | Path | Mapping[str, Any],
-    stage: Literal["train", "distill"],
+    stage: Stage,
     overrides: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of one run.

@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from toolkit import recipe as recipes
 from toolkit.catalogue import ModelInfo, closest, info
+from toolkit.choices import Sampling, Scheduling, Stage
 from toolkit.errors import RecipeError, SpaceError, UserError, listing
 from toolkit.recipe import Recipe, Section
 
@@ -22,9 +23,6 @@ DIGITS = 4  # significant ones of a drawn number
 # They decide what a trial is measured on: results with different values of these cannot be compared.
 FIXED = ("data.dataset", "data.val_size", "data.split_seed")
 
-Sampling = Literal["random", "grid", "optuna"]
-Scheduling = Literal["none", "asha"]
-Stage = Literal["distill", "train"]
 Values = dict[str, Any]  # recipe path to value
 
 

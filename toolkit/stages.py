@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from torch import nn
 from toolkit import compute, distributed, engine, external, learner, recipe
 from toolkit import data as datasets
 from toolkit.catalogue import build, mac_count, parameter_count
-from toolkit.classifier import Ensemble, TestTimeAugmentation, Views, members, with_views
+from toolkit.choices import Provider, Stage, Views
+from toolkit.classifier import Ensemble, TestTimeAugmentation, members, with_views
 from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError, in_line
 from toolkit.progress import say
@@ -34,7 +35,6 @@ from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_tens
 from toolkit.tracking import tensorboard
 
 if TYPE_CHECKING:
-    from serve.session import Provider
     from toolkit.artifacts import Exported
     from toolkit.classifier import Classifier
 
@@ -107,9 +107,7 @@ def distill(
     return _fit(wanted, data, teacher, path, resume, doing, on_epoch, extend, log, measured)
 
 
-def _resolved(
-    wanted: Recipe | str | Path, stage: Literal["train", "distill"], settings: Mapping[str, Any] | None
-) -> Recipe:
+def _resolved(wanted: Recipe | str | Path, stage: Stage, settings: Mapping[str, Any] | None) -> Recipe:
     if isinstance(wanted, Recipe):
         if settings:
             raise ValueError("settings belong to the name or file of a recipe, not to one that is resolved")

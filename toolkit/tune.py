@@ -35,12 +35,13 @@ import yaml
 from pydantic import ValidationError
 
 from toolkit import recipe as recipes
+from toolkit.choices import Stage
 from toolkit.errors import Interrupted, SearchError, UserError, in_line
 from toolkit.files import locked, write_bytes, write_text
 from toolkit.machine import available_cores
 from toolkit.progress import clock, say
 from toolkit.recipe import Section
-from toolkit.space import Plan, Stage, ranges
+from toolkit.space import Plan, ranges
 from toolkit.trials import Search, Trial, error_file, not_installed, read_trials
 
 if TYPE_CHECKING:
