@@ -308,7 +308,7 @@ def options(wanted: Recipe, file: str | None = None) -> str:
         given += ["--image-size", str(data.image_size)]
     given += ["--group-by", data.group_by] if data.group_by else []
     given += ["--skip-broken"] * data.skip_broken + ["--skip-leaks"] * data.skip_leaks
-    if data.data_dir is not None and not data.dataset.startswith("folder"):
+    if data.data_dir is not None and data.dataset.startswith("cifar"):
         given += ["--data-dir", str(data.data_dir)]
     try:
         named = Data.model_validate(recipe.read(file or name).get("data") or {})
