@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -159,6 +159,16 @@ class ParityReport(BaseModel):
             raise ParityError(f"the artifact does not compute what PyTorch computes: {first}{more}")
 
 
+class ManyImages(Protocol):
+    """A tensor ``[N,3,S,S]``, or what lies in a file and is read as one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor, /) -> Tensor: ...
+    def split(self, size: int, /) -> Iterable[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Kind:
     """Images of one kind, with PyTorch's logits and probabilities of them; the batches are their beginnings."""
@@ -173,7 +183,8 @@ class Reference:
     """What PyTorch gives, once, for any number of artifacts to be compared with.
 
     ``deployed`` maps uint8 ``[N,S,S,3]`` to probabilities and logits (see ``onnx_export.deployed``), and is brought
-    into channels_last; ``images`` uint8 ``[N,3,S,S]`` and ``labels`` int64 ``[N]`` are the test set. Each of
+    into channels_last; ``images`` uint8 ``[N,3,S,S]``, which may lie in a file, and ``labels`` int64 ``[N]`` are the
+    test set. Each of
     ``batches`` will go through an artifact in one call. With ``any_size`` there are images of other sizes too, which
     PyTorch sees as ``preprocess.fit`` makes them.
     """
@@ -181,35 +192,39 @@ class Reference:
     def __init__(
         self,
         deployed: nn.Module,
-        images: Tensor,
+        images: ManyImages,
         labels: Tensor,
         batches: Sequence[int] = BATCHES,
         any_size: bool = False,
     ) -> None:
         if len(images) == 0:
             raise ValueError("parity needs at least one test image")
-        self.test = np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
+        self.images, self.size = images, images.shape[-1]
         self.labels = labels.cpu().numpy()
         deployed = deployed.to(memory_format=torch.channels_last)  # faster, and the same numbers but for rounding
 
         def pytorch(images: Images) -> tuple[Array, Array]:
             distinct, back = np.unique(images, axis=0, return_inverse=True)  # black is black 257 times
-            logits, probabilities = _in_chunks(lambda chunk: _torch(deployed, chunk), distinct)
+            chunks = (distinct[i : i + CHUNK] for i in range(0, len(distinct), CHUNK))
+            logits, probabilities = _joined(_torch(deployed, chunk) for chunk in chunks)
             return logits[back], probabilities[back]
 
-        self.expected = pytorch(self.test)
-        first = np.arange(max(batches)) % len(self.test)
-        real = self.test[first]
+        self.expected = _joined(_torch(deployed, chunk) for chunk in self._chunks())
+        first = np.arange(max(batches)) % len(images)
+        real = _nhwc(images[torch.from_numpy(first)])
         self.kinds = [Kind("real", real, tuple(batches), (self.expected[0][first], self.expected[1][first]))]
         self.kinds += [Kind(name, kind, tuple(batches), pytorch(kind)) for name, kind in _kinds(real)]
-        size = self.test.shape[1]
-        for name, kind in _sizes(self.test) if any_size else ():
-            square = np.stack([fit(image, size) for image in kind])
+        for name, kind in _sizes(real) if any_size else ():
+            square = np.stack([fit(image, self.size) for image in kind])
             self.kinds.append(Kind(name, kind, SIZE_BATCHES, pytorch(square)))
 
     def answers(self, run: Run) -> tuple[Array, Array]:
         """Logits and probabilities of the test set, which goes through ``run`` in chunks. Raises ``ParityError``."""
-        return _in_chunks(lambda chunk: _answer(run, chunk), self.test)
+        return _joined(_answer(run, chunk) for chunk in self._chunks())
+
+    def _chunks(self) -> Iterator[Images]:
+        """The test set, a little at a time: it may be larger than the memory."""
+        return map(_nhwc, self.images.split(CHUNK))
 
 
 def compare(
@@ -230,10 +245,9 @@ def compare(
     cannot run a batch or gives another shape; differences are in the report.
     """
     actual = answers or reference.answers(run)
-    cases = [_compare("test", len(reference.test), reference.expected, actual, tolerance)]
-    side = reference.test.shape[1]
+    cases = [_compare("test", len(reference.labels), reference.expected, actual, tolerance)]
     for kind in reference.kinds:
-        resized = kind.images.shape[1:3] != (side, side)
+        resized = kind.images.shape[1:3] != (reference.size, reference.size)
         held = tolerance if not resized else tolerance.model_copy(
             update={"logits": tolerance.resized, "probabilities": tolerance.resized}
         )  # fmt: skip
@@ -247,7 +261,7 @@ def compare(
         tf32=tf32,
         tolerance=tolerance,
         cases=tuple(cases),
-        n=len(reference.test),
+        n=len(reference.labels),
         top1_torch=float((best[0] == reference.labels).mean()),
         top1_artifact=float((best[1] == reference.labels).mean()),
         agreement=float((best[0] == best[1]).mean()),
@@ -282,15 +296,15 @@ def _corrupted(image: Images, rng: np.random.Generator) -> Images:
                 return decoded
 
 
-def _sizes(test: Images) -> Iterator[tuple[str, Images]]:
+def _sizes(real: Images) -> Iterator[tuple[str, Images]]:
     """Name and images of other sizes: noise, and test images blown up or shrunk."""
-    side, n = test.shape[1], max(SIZE_BATCHES)
+    side, n = real.shape[1], max(SIZE_BATCHES)
     rng = np.random.default_rng(1)
     for times in SIZES:
         height, width = (round(side * factor) for factor in times)
         yield f"random {height}x{width}", rng.integers(0, 256, (n, height, width, 3), dtype=np.uint8)
-        real = [Image.fromarray(test[i % len(test)]).resize((width, height)) for i in range(n)]
-        yield f"real {height}x{width}", np.stack([np.asarray(image) for image in real])
+        scaled = [Image.fromarray(real[i % len(real)]).resize((width, height)) for i in range(n)]
+        yield f"real {height}x{width}", np.stack([np.asarray(image) for image in scaled])
 
 
 def _torch(deployed: nn.Module, images: Images) -> tuple[Array, Array]:
@@ -308,9 +322,13 @@ def _answer(run: Run, images: Images) -> tuple[Array, Array]:
         raise ParityError(f"the artifact cannot run a batch of {len(images)} images: {reason}") from error
 
 
-def _in_chunks(run: Run, images: Images) -> tuple[Array, Array]:
-    parts = [run(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+def _joined(answers: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
+    logits, probabilities = zip(*answers, strict=True)
+    return np.concatenate(logits), np.concatenate(probabilities)
+
+
+def _nhwc(images: Tensor) -> Images:
+    return np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _compare(

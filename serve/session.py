@@ -152,19 +152,13 @@ class Session:
 
     def _gpu(self, data: bytes, provider: Provider, tf32: bool, cuda_graph: bool) -> ort.InferenceSession | None:
         """A session on the GPU; with ``auto`` None where there is no GPU, or it cannot run this, which is told."""
-        wanted: Literal["cuda", "tensorrt"] = "tensorrt" if provider == "tensorrt" else "cuda"
         try:
-            check_provider(wanted)
-        except DeviceError:
-            if provider == "auto":
-                return None
-            raise
-        try:
-            return self._open_gpu(data, wanted, tf32, cuda_graph)
+            return self._open_gpu(data, "tensorrt" if provider == "tensorrt" else "cuda", tf32, cuda_graph)
         except DeviceError as error:
             if provider != "auto":
                 raise
-            logging.getLogger(__name__).warning("%s; the CPU takes its place", error)
+            if not isinstance(error.__cause__, NoCudaError):
+                logging.getLogger(__name__).warning("%s; the CPU takes its place", error)
             return None
 
     def _open_gpu(
@@ -172,6 +166,7 @@ class Session:
     ) -> ort.InferenceSession:
         with _quiet() as said:
             try:
+                need_cuda()
                 # EXHAUSTIVE tunes anew for each batch size, for hundreds of milliseconds.
                 options = {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
                 options["enable_cuda_graph"] = str(int(cuda_graph))
@@ -225,19 +220,23 @@ def check_provider(provider: Provider) -> None:
         with _quiet():
             try:
                 need_cuda()
-            except RuntimeError as error:
+            except NoCudaError as error:
                 raise DeviceError(f"the provider {provider} cannot be had: {error}") from error
 
 
+class NoCudaError(RuntimeError):
+    """There is no GPU, or nothing to use it with."""
+
+
 def need_cuda() -> None:
-    """Raises ``RuntimeError`` where ONNX Runtime's CUDA cannot work, before its gigabytes of libraries are loaded."""
+    """Raises ``NoCudaError`` where ONNX Runtime's CUDA cannot work, before its gigabytes of libraries are loaded."""
     if CUDA not in ort.get_available_providers():
-        raise RuntimeError("this onnxruntime is built without CUDA (install onnxruntime-gpu)")
+        raise NoCudaError("this onnxruntime is built without CUDA (install onnxruntime-gpu)")
     driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         ctypes.CDLL(driver)
     except OSError as error:
-        raise RuntimeError(f"no NVIDIA driver here ({driver} does not load)") from error
+        raise NoCudaError(f"no NVIDIA driver here ({driver} does not load)") from error
     ort.preload_dlls()  # from the nvidia packages; nobody has imported torch, which would have loaded them
 
 

@@ -1,6 +1,7 @@
 """What tests share: a way to call the command line, one small run of the whole chain, one running server."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Chain:
 
 def pytest_configure(config: pytest.Config) -> None:
     """The CPU everywhere, for the same bits each time, unless the tests marked ``gpu`` are asked for."""
-    if "gpu" not in config.getoption("markexpr"):
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -33,7 +33,9 @@ def test_each_command_has_help_for_each_option(toolkit: Toolkit, command: str) -
     assert all(described.values()), described
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--teacher", "wrn82"], ["predict", "missing.png"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--teacher", "wrn82"], ["compare", "dkdd"], ["predict", "missing.png"]]
+)
 def test_what_needs_no_torch_imports_none(arguments: list[str], nowhere: Path) -> None:
     script = (
         "import sys; from toolkit.cli import app\n"

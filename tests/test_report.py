@@ -58,7 +58,7 @@ def write(folder, k=10, n=60, epochs=3, val=True, classes=None, accuracy=3.0):
         "A student",
         metrics,
         history(epochs, val),
-        images,
+        images.__getitem__,
         labels,
         softmax(logits),
         classes,
@@ -222,7 +222,8 @@ def test_worst_mistakes_are_the_most_confident_ones():
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.01, 0.99], [0.2, 0.8], [0.45, 0.55]])
     images = np.zeros((5, 8, 8, 3), dtype=np.uint8)
     texts = [
-        text.get_text() for text in report._predictions(images, labels, probabilities, ["cat", "dog"]).axes[0].texts
+        text.get_text()
+        for text in report._predictions(images.__getitem__, labels, probabilities, ["cat", "dog"]).axes[0].texts
     ]
     start = next(i for i, text in enumerate(texts) if text.startswith("Worst mistakes"))
     assert "4 wrong" in texts[start]

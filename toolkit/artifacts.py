@@ -155,7 +155,7 @@ def export(
         raise DataError("--calibrate needs a validation split to fit the temperature on: data.val_size is 0")
     about = describe(header, model, options, temperature)
     reference = parity.Reference(
-        onnx_export.deployed(network, about), data.test.images[:], data.test.labels, any_size=options.any_size
+        onnx_export.deployed(network, about), data.test.images, data.test.labels, any_size=options.any_size
     )
     plain = reference.expected[0] if options.views is None else engine.predict(model, data.test.images, CPU)
     about = about.model_copy(update={"plain_accuracy": float((plain.argmax(1) == reference.labels).mean())})

@@ -25,7 +25,7 @@ from serve.session import CPU, CUDA, Session
 from toolkit import stages
 from toolkit.choices import Provider
 from toolkit.classifier import TestTimeAugmentation
-from toolkit.compute import pick_device, without_tf32
+from toolkit.compute import without_tf32
 from toolkit.errors import DeviceError, UserError, in_line
 from toolkit.learner import RECOMPILED
 from toolkit.machine import available_cores
@@ -201,7 +201,7 @@ def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
             models[run.path, session.metadata.views] = run, session
     contestants = []
     for run, session in models.values():
-        about, device = session.metadata, pick_device("auto" if session.provider == CPU else "cuda")
+        about, device = session.metadata, torch.device("cpu" if session.provider == CPU else "cuda")
         model: nn.Module = stages.load_run(run)[0]
         if about.views > 1:
             model = TestTimeAugmentation(model, "flip" if about.views == 2 else "flip_and_shift")
@@ -245,7 +245,7 @@ def peak(precision: str, gpu: bool) -> float:
     side = PEAK_SIDE_GPU if gpu else PEAK_SIDE
     if gpu:
         kind = {"int8": torch.int8, "fp16": torch.float16}.get(precision, torch.float32)
-        a, b = (torch.randn(side, side, device="cuda").to(kind) for _ in range(2))  # zeros and ones take less power
+        a, b = ((100 * torch.rand(side, side, device="cuda") - 50).to(kind) for _ in range(2))  # zeros take less power
 
         def multiply() -> object:
             product = torch._int_mm(a, b.t()) if kind == torch.int8 else a @ b

@@ -290,22 +290,7 @@ def _check_extend(extend: bool, run_dir: Path | None) -> None:
 
 
 @app.command()
-@takes(
-    "teacher_checkpoint",
-    "teacher_image_size",
-    "teacher_layout",
-    "teacher_scale",
-    "teacher_mean",
-    "teacher_std",
-    "teacher_classes",
-    "init",
-    "unlabelled",
-    "data_memory",
-    "deterministic",
-    "no_probe",
-    "budget",
-    "keep",
-)
+@takes(*TEACHER, "init", "unlabelled", "data_memory", "deterministic", "no_probe", "budget", "keep")
 def distill(
     ctx: typer.Context,
     teacher: AnyTeacher = None,
@@ -374,11 +359,12 @@ def compare(
     The same command goes on where it was stopped, and may name more methods or --seeds; finished runs are kept.
     """
     from toolkit import compare as comparing
-    from toolkit import stages
 
     source, overrides = recipe or "cifar10", _overrides(ctx)
     plan = comparing.make_plan(methods, source, overrides, seeds, output)
     if train_teacher and teacher_checkpoint is None:
+        from toolkit import stages  # imports torch: a misspelt name is told before that
+
         run = stages.train_teacher(plan.baseline, source, overrides)
         plan = comparing.make_plan(methods, source, overrides | {"teacher.checkpoint": str(run.path)}, seeds, output)
     comparison = comparing.compare(plan)

@@ -79,8 +79,9 @@ class Split:
 class DataSet:
     """A data set in memory, or where that is too small for its images in a file.
 
-    ``mean`` and ``std`` (per channel, of images in [0,1]) come from the training split alone. ``digest`` is
-    the SHA-256 of classes, images and labels before the split. ``broken`` names the files that were left out.
+    ``mean`` and ``std`` (per channel, of images in [0,1]) come from the training split alone. ``digest`` is the
+    SHA-256 of classes, images and labels before the split, and of how a folder is split. ``broken`` names the files
+    that were left out.
     """
 
     name: str
@@ -201,10 +202,9 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     def read(path: Path) -> np.ndarray | None:
         try:
             data = path.read_bytes()
-        except PermissionError:  # which the digest of the files tells
-            return None
         except OSError:
-            trouble.append(path)
+            if os.access(path, os.R_OK):  # else the digest of the files tells
+                trouble.append(path)
             return None
         try:
             return preprocess.fit(decode(data, str(path)), side)

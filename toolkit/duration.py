@@ -18,14 +18,14 @@ from toolkit.progress import say
 from toolkit.recipe import Recipe
 from toolkit.run import Run
 
-TIMED_STEPS, TIMED_STEPS_GPU = 20, 200  # in each of two short epochs; the second is timed
-MARGIN = 1.03  # a run that ends early has lost less than one that is cut off
+TIMED_STEPS, TIMED_STEPS_GPU = 20, 200  # in each of a few short epochs; the second is timed
+MARGIN = 1.05  # a run that ends early has lost less than one that is cut off
 
 
 def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | None) -> Recipe:
     """The recipe with ``epochs`` in place of ``minutes``: as its run at ``path`` began, else as timed here.
 
-    Two short epochs of the one training loop are timed in a directory beside it that is thrown away; the time that
+    A few short epochs of the one training loop are timed in a directory beside it that is thrown away; the time that
     this takes, compiling included, counts. Raises ``RecipeError`` where not one epoch fits.
     """
     if recipe.minutes is None:
@@ -46,10 +46,10 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     images = data.train.images[: (TIMED_STEPS_GPU if gpu else TIMED_STEPS) * recipe.batch_size]
     some = dataclasses.replace(data, train=Split(images, data.train.labels[: len(images)]))
     schedule = recipe.schedule.model_copy(update={"warmup_epochs": 0})
-    short = recipe.model_copy(
-        update={"minutes": None, "epochs": 2, "eval_epochs": 1, "schedule": schedule, "swa_start": None}
-    )
-    say("timing two short epochs")
+    # The second is not the first, whose seconds hold what comes once, nor on a GPU the last, which writes its state.
+    length = {"minutes": None, "epochs": 3 if gpu else 2, "eval_epochs": 1}
+    short = recipe.model_copy(update=length | {"schedule": schedule, "swa_start": None})
+    say("timing a few short epochs")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".timed-", dir=path.parent) as folder:  # on the disk that the run is on
         for name in ("compiled", "timed") if gpu else ("timed",):  # what a process has compiled once starts at once
@@ -60,8 +60,7 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
                 # A folder of its own: the teacher's answers are kept beside a run.
                 engine.fit(short, some, Run.start(Path(folder, name, "run"), short, False), teacher, on_epoch)
             except Interrupted as error:
-                raise Interrupted("stopped while two short epochs were timed; the run had not begun") from error
-    # Of the second epoch: the first one's seconds hold what comes once, as the choice of kernels.
+                raise Interrupted("stopped while a few short epochs were timed; the run had not begun") from error
     samples = len(data.train) * recipe.augment.copies
     training = samples // recipe.batch_size * recipe.batch_size / rows[1]["images_per_second"]
     teaching = rows[1]["teacher_seconds"] * len(data.train) / len(images)  # of one epoch's views

@@ -129,7 +129,8 @@ def _fit(
             if first:
                 run.append(row)
             # A GPU may take longer to write its state than to train an epoch.
-            if device.type == "cpu" or state.age > SAVE_SECONDS or at.stopped or at.epoch == recipe.epochs:
+            due = device.type == "cpu" or state.age > SAVE_SECONDS or not run.checkpoint("last").is_file()
+            if due or better or at.stopped or at.epoch == recipe.epochs:
                 state.save(at)
             display.epoch(row)
             if on_epoch is not None and first:

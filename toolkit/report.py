@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from scipy.special import log_softmax
 from toolkit.errors import DivergedError
 from toolkit.files import write_bytes
 
+Pictures = Callable[[NDArray[np.int64]], NDArray[np.uint8]]  # indices [n] to images [n,H,W,3]
 ECE_BINS = 15
 DPI = 120
 COLUMNS, SAMPLE_ROWS, MISTAKE_ROWS = 10, 3, 2  # of predictions.png
@@ -115,7 +116,7 @@ def write(
     title: str,
     metrics: dict[str, Any],
     history: Sequence[Mapping[str, Any]],
-    images: NDArray[np.uint8],
+    images: Pictures,
     labels: ArrayLike,
     probabilities: ArrayLike,
     classes: Sequence[str],
@@ -124,12 +125,12 @@ def write(
 ) -> None:
     """Write the report of a model into ``folder``, which is made where it is missing.
 
-    ``metrics`` is what ``measure`` returned, ``history`` one mapping an epoch as in ``metrics.jsonl`` (empty
-    where there was no training), ``images`` the test images ``[N,H,W,3]``, ``labels`` ``[N]`` and
-    ``probabilities`` ``[N,K]`` theirs, ``facts`` what the head of the page says about the run, and
-    ``layer_table`` torchinfo's text. Files: ``metrics.json``, ``confusion.png``, ``predictions.png``,
-    ``report.md``, and with a history ``curves.png``, ``schedule.png`` and ``history.csv``. The same input gives
-    the same bytes; each file is replaced whole, the page last.
+    ``metrics`` is what ``measure`` returned, ``history`` one mapping an epoch as in ``metrics.jsonl`` (empty where
+    there was no training), ``images`` gives the test images of some indices, uint8 ``[n,H,W,3]``, ``labels`` ``[N]``
+    and ``probabilities`` ``[N,K]`` theirs, ``facts`` what the head of the page says about the run, and
+    ``layer_table`` torchinfo's text. Files: ``metrics.json``, ``confusion.png``, ``predictions.png``, ``report.md``,
+    and with a history ``curves.png``, ``schedule.png`` and ``history.csv``. The same input gives the same bytes; each
+    file is replaced whole, the page last.
     """
     write_bytes(folder / "metrics.json", _json(metrics))
     if history:
@@ -343,7 +344,7 @@ def _confusion(counts: NDArray[np.int64], classes: Sequence[str]) -> Figure:
 
 
 def _predictions(
-    images: NDArray[np.uint8],
+    images: Pictures,
     labels: NDArray[np.int64],
     probabilities: NDArray[np.float32],
     classes: Sequence[str],
@@ -373,11 +374,12 @@ def _predictions(
     for text, chosen in blocks:
         axes.text(0, top + 0.2, text, fontsize=12, fontweight="bold", color=INK, va="center")
         top += heading
+        pictures = images(chosen)
         for place, index in enumerate(chosen):
             x, y = place % COLUMNS, top + place // COLUMNS * row_height
             right = predicted[index] == labels[index]
             mark, colour, line = ("✓", GREEN, "solid") if right else ("✗", VERMILLION, "dashed")
-            axes.imshow(images[index], extent=(x, x + side, y + side, y))
+            axes.imshow(pictures[place], extent=(x, x + side, y + side, y))
             # Unclipped: at the edge of the axes half of the line would be lost.
             frame = Rectangle((x, y), side, side, fill=False, edgecolor=colour, linestyle=line, linewidth=2.2)
             axes.add_patch(frame).set_clip_on(False)

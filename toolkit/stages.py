@@ -316,7 +316,7 @@ def options(wanted: Recipe, file: str | None = None) -> str:
         named = Data()
     for key in ("val_size", "split_seed"):
         if getattr(data, key) != getattr(named, key):
-            given += ["--set", f"data.{key}={getattr(data, key):g}"]
+            given += ["--set", f"data.{key}={getattr(data, key)}"]
     return shlex.join(given)
 
 
@@ -528,7 +528,8 @@ def _validate_artifact(
     header = about.model_dump(include={"dataset", "dataset_digest", "image_size"}) | {"classes": list(about.labels)}
     data = data_of(run_of(path), header, path, dataset, data_dir)
     began = time.monotonic()
-    logits, _ = session.run_batches(to_nhwc(data.test.images[:]))
+    chunks = data.test.images.split(datasets.at_once(session.metadata.image_size, 512))
+    logits = np.concatenate([session.run_batches(to_nhwc(chunk))[0] for chunk in chunks])
     seconds = time.monotonic() - began
     metrics = report.measure(logits, data.test.labels.numpy(), data.classes)
     facts = {
@@ -570,7 +571,10 @@ def _reported(
     metrics = identity | {"seconds": seconds} | metrics
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
     labels = data.test.labels.numpy()
-    images = to_nhwc(data.test.images[:])
+
+    def images(index: np.ndarray) -> np.ndarray:
+        return to_nhwc(data.test.images[torch.from_numpy(index)])
+
     report.write(folder, title, metrics, history, images, labels, probabilities, data.classes, facts, table)
     return metrics, folder
 
