@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def find(name: str, config: recipe.Data) -> Path:
 
 def _unpack(name: str, kind: Cifar, root: Path, download: bool) -> None:
     """Make ``root``'s folder from the archive in it or from the network: whole, or not at all."""
-    from torchvision.datasets.utils import calculate_md5, download_url, extract_archive
+    from torchvision.datasets.utils import calculate_md5, download_url
 
     filename, md5 = kind.archive
     archive, url = root / filename, kind.address + filename
@@ -139,9 +140,10 @@ def _unpack(name: str, kind: Cifar, root: Path, download: bool) -> None:
                 with _socket_timeout(DOWNLOAD_TIMEOUT):  # its progress goes to stderr
                     download_url(url, temporary, filename, md5)
                 archive = Path(temporary, filename)
-            extract_archive(str(archive), temporary)
+            with tarfile.open(archive) as files:
+                files.extractall(temporary, filter="data")
             Path(temporary, kind.folder).rename(root / kind.folder)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the official bytes
+    except (OSError, HTTPException, RuntimeError, tarfile.TarError) as error:  # RuntimeError: not the official bytes
         what = f"downloading {name} from {url} to {root}" if download else f"unpacking {archive}"
         raise DataError(
             f"{what} failed: {error}; put the official {filename} there, or give the folder that holds "
