@@ -228,31 +228,10 @@ def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Bloc
             "show_progress": "hidden",
             "trigger_mode": "always_last",
         }
-        models = [model.change, other.change]
-        gr.on(
-            [picture.change, *models],
-            answers.classify,
-            [picture, model, other, threshold],
-            answer,
-            api_name="classify",
-            **now,
-        )
-        gr.on(
-            [picture.change, *models, wanted.change],
-            answers.look,
-            [picture, model, other, wanted],
-            looked,
-            api_name="look",
-            **now,
-        )
-        gr.on(
-            [pictures.change, *models],
-            answers.several,
-            [pictures, model, other, threshold],
-            table,
-            api_name="several",
-            **now,
-        )
+        models = [model.change, other.change]  # in the API the functions have their own names
+        gr.on([picture.change, *models], answers.classify, [picture, model, other, threshold], answer, **now)
+        gr.on([picture.change, *models, wanted.change], answers.look, [picture, model, other, wanted], looked, **now)
+        gr.on([pictures.change, *models], answers.several, [pictures, model, other, threshold], table, **now)
         threshold.change(None, threshold, js="(percent) => showSureness(percent / 100)")
 
         page.load(answers.about, None, [title, about], api_visibility="private", **now)

@@ -180,7 +180,7 @@ def _folder(root: Path, config: recipe.Data) -> tuple[tuple[str, ...], dict[str,
             what = f" for {listed(missing)}" if listing.classes != ("",) else ""
             raise DataError(f"no readable images in {listing.places[part]}{what}")
     if "test" not in parts:
-        held = folders.test_count(len(parts["train"]), len(listing.classes))
+        held = folders.held_count(len(parts["train"]), len(listing.classes))
         parts["train"], parts["test"] = _hold_out(parts["train"], held, config.split_seed, listing.classes)
         if missing := _missing(parts["test"], listing.classes):
             raise DataError(

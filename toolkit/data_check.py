@@ -17,7 +17,7 @@ from PIL import Image
 
 from serve.decode import decode
 from toolkit.errors import ImageError
-from toolkit.folders import find, listed, passed_over, shares, test_count
+from toolkit.folders import find, held_count, listed, passed_over, shares
 from toolkit.machine import available_cores
 from toolkit.recipe import resolve
 
@@ -165,7 +165,7 @@ def held_out(classes: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     if not classes or any("test" in counts or not counts["train"] for counts in classes.values()):
         return {}
     images = np.array([counts["train"] for counts in classes.values()])
-    held = shares(images, test_count(int(images.sum()), len(images)))
+    held = shares(images, held_count(int(images.sum()), len(images)))
     return dict(zip(classes, held.tolist(), strict=True))
 
 

@@ -61,7 +61,7 @@ def shares(images: np.ndarray, count: int) -> np.ndarray:
     return whole
 
 
-def test_count(images: int, classes: int) -> int:
+def held_count(images: int, classes: int) -> int:
     """How many of the training images are held out where there are no test images."""
     return max(classes, round(TEST_FRACTION * images))
 
