@@ -108,6 +108,8 @@ def test_all_errors_come_at_once_with_field_value_and_what_is_allowed():
         ({"student": None, "teacher": None}, "names no student to distil"),
         ({"teacher": None}, r"loss.kd_weight \(=0.9\) needs a teacher"),
         ({"loss": {"ce_weight": 0, "kd_weight": 0}}, "both 0"),
+        ({"start_from": "teacher", "loss": {}}, "start_from=teacher needs a student that learns from a teacher"),
+        ({"start_from": "teacher", "teacher": {"name": "t.onnx"}}, "a teacher that was trained here"),
         ({"epochs": 3, "schedule": {"warmup_epochs": 5}}, r"warmup_epochs \(=5\) must be at most epochs \(=3\)"),
         ({"optimizer": {"momentum": 0}}, "nesterov"),
         ({"average_decay": 0.9, "swa_start": 3}, "average_decay and swa_start each average the weights"),

@@ -365,3 +365,17 @@ def test_plain_python(nowhere: Path, coloured: Path) -> None:
         distill(run.recipe, settings={"epochs": 3})
     with pytest.raises(AttributeError):
         getattr(__import__("toolkit"), "nothing")  # noqa: B009
+
+
+def test_a_student_goes_on_from_its_teacher(toolkit: Toolkit, chain: Chain) -> None:
+    command = ("distill", "--recipe", "digits", "--teacher-checkpoint", chain.teacher, "--init",
+               "teacher", "--epochs", 1, "--set", "schedule.warmup_epochs=0", "--set", "optimizer.lr=1e-9",
+               "--run-dir")  # fmt: skip
+    assert "the model cannot start from" in toolkit(*command, "other", "--set", "student.widths=[8,8,8]").stderr
+    result = toolkit(*command, "run", "--set", "student.widths=[32,64,128]", "--set", "student.resize=36")
+    assert result.exit_code == 0, result.stderr
+    begun, ended = (load_file(Path(run) / "checkpoints/best.safetensors") for run in (chain.teacher, "run"))
+    for name in ("network.first.weight", "network.stages.2.conv3.weight", "network.head.weight"):
+        torch.testing.assert_close(ended[name], begun[name])
+    alone = stages.without_teacher(stages.Run(Path("run")).recipe)
+    assert alone.start_from is None

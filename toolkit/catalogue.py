@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 ROLES: tuple[Role, ...] = ("teacher", "student")
 BUDGET = 5_000_000
-PRETRAINED = "pretrained"  # in place of a path: the weights in students/pretrained/
+# In place of a path:
+PRETRAINED = "pretrained"  # the weights in students/pretrained/
+TEACHER = "teacher"  # those of the recipe's (first) teacher
 
 
 @cache

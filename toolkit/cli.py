@@ -136,7 +136,8 @@ TeacherClasses = Annotated[
     typer.Option(metavar="FILE", help="YAML: names of its outputs in order, or a mapping from outputs to classes."),
 ]
 Init = Annotated[
-    str | None, typer.Option("--init", metavar="pretrained|RUN|FILE", help="Weights that the student starts from.")
+    str | None,
+    typer.Option("--init", metavar="pretrained|teacher|RUN|FILE", help="Weights that the student starts from."),
 ]
 Unlabelled = Annotated[
     bool, typer.Option("--unlabelled", help="A folder without classes: the teacher's answers are all there is.")

@@ -221,6 +221,10 @@ def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> None
     assert path is not None
     if str(path) == PRETRAINED:
         path = pretrained(recipe.model.name)[0]
+    elif recipe.starts_from_teacher:
+        assert recipe.teacher is not None
+        assert recipe.teacher.checkpoint is not None
+        path = recipe.teacher.checkpoint
     tensors, header = load_tensors(Run(path).checkpoint("best") if path.is_dir() else path)
     if header["classes"] != list(classes):
         tensors |= {name: value for name, value in model.state_dict().items() if name.startswith("network.head.")}

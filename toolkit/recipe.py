@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from toolkit import losses
-from toolkit.catalogue import BUDGET, PRETRAINED, closest, names, pretrained
+from toolkit.catalogue import BUDGET, PRETRAINED, TEACHER, closest, names, pretrained
 from toolkit.choices import Balance, Role, Stage, Views
 from toolkit.errors import RecipeError, UserError, in_line, listing
 
@@ -433,8 +433,9 @@ class Recipe(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     start_from: Path | None = Field(
         None,
-        description="run directory or weights (.safetensors) to start from, or pretrained: the shipped ones of this "
-        "student; its last layer starts at random where its classes are others",
+        description="run directory or weights (.safetensors) to start from; pretrained: the shipped ones of this "
+        "student; teacher: those of its teacher, if it has the same layers. The last layer starts at random where the "
+        "classes are others",
     )
     int8: bool = Field(
         False, description="train for INT8: inputs and weights of convs and products are rounded to 8 bits"
@@ -455,6 +456,11 @@ class Recipe(Section):
             raise ValueError("neither a teacher nor a student is named")
         if self.distils and self.teacher is None:
             raise ValueError(f"loss.kd_weight (={peak(self.loss.kd_weight):g}) needs a teacher")
+        if self.starts_from_teacher and (not self.distils or self.teacher is None or self.teacher.external):
+            raise ValueError(
+                "start_from=teacher needs a student that learns from a teacher that was trained here: leave it out, or "
+                "name a run"
+            )
         by_features = [name for name, method in self.loss.methods.items() if isinstance(method, FeatureMethod)]
         if self.distils and by_features:
             needs = f"loss.methods.{by_features[0]} needs the teacher's features"
@@ -495,6 +501,10 @@ class Recipe(Section):
     def distils(self) -> bool:
         """Whether a teacher's logits are part of the loss."""
         return self.student is not None and peak(self.loss.kd_weight) > 0
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        return str(self.start_from) == TEACHER
 
     @property
     def model(self) -> Model:

@@ -241,7 +241,8 @@ def _watch(*watchers: OnEpoch | None) -> OnEpoch:
 def without_teacher(wanted: Recipe) -> Recipe:
     """The baseline of a distillation: the same recipe with the labels alone."""
     loss = wanted.loss.model_copy(update={"ce_weight": 1.0, "kd_weight": 0.0})
-    return wanted.model_copy(update={"teacher": None, "loss": loss})
+    start = None if wanted.starts_from_teacher else wanted.start_from
+    return wanted.model_copy(update={"teacher": None, "loss": loss, "start_from": start})
 
 
 def teacher_of(wanted: Recipe, data: datasets.DataSet) -> tuple[nn.Module, Teacher]:
