@@ -135,26 +135,25 @@ def main(
 ) -> None:
     """Print images a second of the three loops and their ratios for each net, and the geometric means."""
     images -= images % BATCH
-    spawn, rows = get_context("spawn"), []
+    spawn = get_context("spawn")
+    gains, shares = [], []
     for net in NETS:
         # A process for ours and one for the stock loop, as each sets the allocator and cuDNN for itself; they take
         # turns, so that what else the machine does meets all of them.
         with ProcessPoolExecutor(1, spawn) as left, ProcessPoolExecutor(1, spawn) as right:
-            rounds_seen = []
+            seen = []
             for count in [2 * BATCH] + [images] * rounds:
                 rate, where = left.submit(ours, net, count, data_dir).result()
                 limit = left.submit(bare, net, count, data_dir).result()
-                rounds_seen.append((right.submit(stock, net, count, data_dir).result(), limit, rate))
-        rows.append((net, list(zip(*rounds_seen[1:], strict=True))))
-
-    print(f"{where}; medians of {rounds} rounds of {images} images, images a second")
-    print(f"{'net':<13} {'stock':>7} {'bare':>7} {'toolkit':>8} {'to stock':>9} {'to bare':>8}")
-    gains, shares = [], []
-    for net, (slow, limit, fast) in rows:
+                seen.append((right.submit(stock, net, count, data_dir).result(), limit, rate))
+        slow, limits, fast = zip(*seen[1:], strict=True)
+        if not gains:
+            print(f"{where}; medians of {rounds} rounds of {images} images, images a second")
+            print(f"{'net':<13} {'stock':>7} {'bare':>7} {'toolkit':>8} {'to stock':>9} {'to bare':>8}")
         gains.append(statistics.median(b / a for a, b in zip(slow, fast, strict=True)))
-        shares.append(statistics.median(b / a for a, b in zip(limit, fast, strict=True)))
-        rates = "{:>7,.0f} {:>7,.0f} {:>8,.0f}".format(*map(statistics.median, (slow, limit, fast)))
-        print(f"{net:<13} {rates} {gains[-1]:>9.2f} {shares[-1]:>8.3f}")
+        shares.append(statistics.median(b / a for a, b in zip(limits, fast, strict=True)))
+        rates = "{:>7,.0f} {:>7,.0f} {:>8,.0f}".format(*map(statistics.median, (slow, limits, fast)))
+        print(f"{net:<13} {rates} {gains[-1]:>9.2f} {shares[-1]:>8.3f}", flush=True)
     print(f"{'geometric mean':<38} {statistics.geometric_mean(gains):>9.2f} {statistics.geometric_mean(shares):>8.3f}")
     print("bars: 1.9 and 0.95")
 

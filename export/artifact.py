@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -36,6 +36,9 @@ class Metadata(BaseModel):
     recipe_digest: str = Field(description="SHA-256 of the recipe")
     dataset: str
     dataset_digest: str = Field(description="SHA-256 of classes, images and labels")
+    split: dict[str, Any] = Field(
+        default_factory=dict, description="how val and test were held out of them: fields of the recipe's data"
+    )
     accuracy: float | None = Field(default=None, ge=0, le=1, description="top-1 of this file on the test set")
     ece: float | None = Field(
         default=None, ge=0, le=1, description="expected calibration error of this file on the test set"
@@ -53,6 +56,11 @@ class Metadata(BaseModel):
     licence: str | None = Field(default=None, description="what the weights may be used for, as their maker says")
     created: str | None = Field(default=None, description="UTC, from SOURCE_DATE_EPOCH at export")
     versions: dict[str, str] = Field(default_factory=dict, description="tool to version, at export")
+
+    @property
+    def overflows(self) -> bool:
+        """Whether it holds U8S8 weights of 8 bits, which an x86 without VNNI adds up in 16."""
+        return (self.quantisation or "").startswith("U8S8 QDQ")
 
     @computed_field  # type: ignore[prop-decorator]
     @property

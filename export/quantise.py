@@ -23,6 +23,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from export.artifact import IMAGE, type_of
+from toolkit import machine as machines
 from toolkit.errors import DataError
 
 METHODS = ("MinMax", "Percentile", "Entropy")
@@ -63,12 +64,9 @@ def scheme_for(gpu: bool, machine: str | None = None, cpuinfo: Path = Path("/pro
     """The scheme of a provider on this machine; an x86 core counts as one with VNNI only where it says so."""
     if gpu:
         return GPU
-    if (machine or platform.machine()).lower() in ("arm64", "aarch64"):
+    if (machine or platform.machine()).lower() in machines.ARM:
         return ARM
-    try:
-        return X86 if "vnni" in cpuinfo.read_text() else X86_WITHOUT_VNNI
-    except OSError:
-        return X86_WITHOUT_VNNI
+    return X86_WITHOUT_VNNI if machines.lacks_vnni(machine, cpuinfo) else X86
 
 
 def half(proto: onnx.ModelProto) -> onnx.ModelProto:

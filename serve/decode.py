@@ -26,6 +26,8 @@ FORMATS = {
 FORMATS_IN_WORDS = "PNG, JPEG, WebP, GIF or BMP"
 MAX_PIXELS = 50_000_000
 SCAN, MAX_SCANS = b"\xff\xda", 200  # each goes over all pixels of a JPEG; usual are up to 12
+MAX_SEGMENTS = 10_000  # of a JPEG with as many scans as that
+MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # in pixels 00 follows, or a restart
 MAX_BYTES = 20 * 2**20  # of an upload, or of a request with several
 
 
@@ -54,7 +56,7 @@ def decode(data: bytes, name: str = "the image", side: int | None = None) -> NDA
     format = next((format for format, start in FORMATS.items() if start.match(data)), None)
     if format is None:
         raise ImageFormatError(f"{name} is not a {FORMATS_IN_WORDS} image")
-    if format == "JPEG" and data.count(SCAN) > MAX_SCANS:
+    if format == "JPEG" and data.count(SCAN) > MAX_SCANS and _scans(data) > MAX_SCANS:
         raise ImageError(f"{name} is broken: it has more than {MAX_SCANS} scans")
     _only_our_limit()
     try:
@@ -80,6 +82,19 @@ def decode(data: bytes, name: str = "the image", side: int | None = None) -> NDA
             return np.array(_rgb(image))
         except Exception as error:
             raise ImageError(f"{name} is broken or cut short ({error})") from error
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end, and no more than can be too many: cameras put films and raw data behind it."""
+    at = scans = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = MARKER.search(data, at)
+        if marker is None or marker[1] == b"\xd9":  # the end of the image
+            return scans
+        scans += marker[1] == b"\xda"
+        alone = marker[1] in (b"\x01", b"\xd8")  # without a length
+        at = marker.end() + (0 if alone else max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big")))
+    return MAX_SCANS + 1
 
 
 @functools.cache

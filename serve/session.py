@@ -21,10 +21,13 @@ from export import artifact
 from export.preprocess import fit
 from toolkit.choices import Provider
 from toolkit.errors import ArtifactError, DeviceError, in_line
-from toolkit.machine import available_cores
+from toolkit.machine import available_cores, lacks_vnni
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 Array = NDArray[np.float32]
+
+
+logger = logging.getLogger(__name__)
 
 
 def _graph(number: int) -> ort.RunOptions:
@@ -75,6 +78,12 @@ class Session:
                 session = self._open(data, {CPU: {}})
             except Exception as error:  # ONNX Runtime's errors share no base class
                 raise ArtifactError(f"ONNX Runtime cannot run {name}: {in_line(error)}") from error
+            if self.metadata.overflows and lacks_vnni():
+                logger.warning(
+                    "%s holds weights of 8 bits, whose sums may overflow on this CPU (no VNNI): export it anew on this "
+                    "machine, or take fp32",
+                    name,
+                )
         self._session = session
         self.provider: str = session.get_providers()[0]
         self.tf32 = tf32 and self.provider != CPU
@@ -158,7 +167,7 @@ class Session:
             if provider != "auto":
                 raise
             if not isinstance(error.__cause__, NoCudaError):
-                logging.getLogger(__name__).warning("%s; the CPU takes its place", error)
+                logger.warning("%s; the CPU takes its place", error)
             return None
 
     def _open_gpu(

@@ -5,6 +5,7 @@ test here also says: no traceback.
 """
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -214,9 +215,26 @@ def test_a_folder_whose_images_changed_is_not_the_same_run(toolkit: Toolkit, pho
     ):
         refused(toolkit(*command), "photos have changed since", words)
     assert files(Path("runs")) == before
-    assert toolkit("validate", run, "--dataset", "folder:photos").exit_code == 0
+    result = toolkit("validate", run, "--dataset", "folder:photos/")
+    assert result.exit_code == 0
+    assert "warning: " in result.stderr
+    assert "measured too high" in result.stderr
     (photos / "night").rename(photos / "evening")
     refused(toolkit("export", run), "knows the classes day, night... (2), folder:photos has day, evening... (2)")
+
+
+def test_weights_are_measured_on_the_images_that_were_held_out_from_them(toolkit: Toolkit, photos: Path) -> None:
+    split = ("--group-by", r"(\d)\.png", "--set", "data.split_seed=3", "--set", "batch_size=8")
+    result = toolkit(*FOLDER, *split, "--run-dir", "run")
+    assert result.exit_code == 0, result.stderr
+    shutil.copy("run/checkpoints/best.safetensors", "alone.safetensors")
+    of_weights = ("alone.safetensors", "--dataset", "folder:photos")
+    reports = [toolkit("validate", *what, "--json") for what in (("run",), of_weights)]
+    inside, alone = (json.loads(report.stdout) for report in reports)
+    assert (alone["n"], alone["nll"]) == (inside["n"], inside["nll"])
+    assert "warning" not in reports[1].stderr
+    again = toolkit(*FOLDER, "--set", "batch_size=8", "--set", "start_from=alone.safetensors", "--run-dir", "again")
+    assert "was trained on another split of folder:photos (split_seed 3 there, 0 here; group_by" in again.stderr
 
 
 def test_two_folders_given_by_data_dir_are_two_runs(toolkit: Toolkit, photos: Path) -> None:
@@ -375,7 +393,13 @@ def test_artifacts(
 def test_images(toolkit: Toolkit, chain: Chain, content: bytes | None, words: str) -> None:
     if content is not None:
         Path("cat.png").write_bytes(content)
-    refused(toolkit("predict", chain.example, "cat.png", "--json"), "cat.png", words)
+    result = toolkit("predict", "cat.png", chain.example, "--json")
+    assert result.exit_code == 1
+    assert "error: cat.png" in result.stderr
+    assert words in result.stderr
+    bad, good = json.loads(result.stdout)
+    assert (bad["image"], words in bad["error"]) == ("cat.png", True)
+    assert len(good["labels"]) == 5  # the others are answered
 
 
 def test_a_port_in_use(toolkit: Toolkit, chain: Chain) -> None:

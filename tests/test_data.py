@@ -270,6 +270,13 @@ def test_archive_that_lies_there_is_unpacked_without_a_network(tiny: Tiny) -> No
     assert tiny.archive.is_file()
 
 
+def test_two_processes_may_unpack_at_once(tiny: Tiny) -> None:
+    kind = cifar.CIFARS[tiny.name]
+    for _ in range(2):  # the second finds what the first has made meanwhile
+        cifar._unpack(tiny.name, kind, tiny.archive.parent, download=False)
+    assert {path.name for path in tiny.archive.parent.iterdir()} == {tiny.archive.name, tiny.folder}
+
+
 def test_damaged_archive_is_named_and_kept(tiny: Tiny) -> None:
     expected = hashlib.md5(tiny.archive.read_bytes()).hexdigest()
     tiny.archive.write_bytes(b"half of it")
@@ -370,6 +377,23 @@ def test_folder_without_parts_is_split_by_seed(photos: Path) -> None:
     other = load_data(f"folder:{photos / 'train'}", val_size=0, split_seed=1)
     assert keys(again.test) == keys(data.test) != keys(other.test)
     assert keys(other.train, other.test) == keys(data.train, data.test)
+
+
+def test_the_split_does_not_follow_the_image_size(tmp_path: Path) -> None:
+    """With copies images are split by groups; each file here can be told at any size."""
+    for shade in range(40):
+        folder = tmp_path / "photos" / ("light" if shade >= 20 else "dark")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (f"{shade:02}.png", "copy.png")[: 2 if shade == 7 else 1]:
+            Image.new("RGB", (40, 40), (6 * shade, 0, 255 - 6 * shade)).save(folder / name)
+    small, large = (
+        {
+            tuple(image[:, 8, 8].tolist())
+            for image in load_data(f"folder:{tmp_path / 'photos'}", image_size=side).test.images
+        }
+        for side in (16, 24)
+    )
+    assert small == large
 
 
 @pytest.mark.parametrize("spelling", ["val", "valid", "Validation"])

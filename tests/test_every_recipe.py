@@ -122,6 +122,20 @@ def test_fields_that_contradict_each_other(change, message):
         resolve(STUDENT | change, "distill")
 
 
+def test_what_means_the_same_is_the_same():
+    """After a trip through a file, by a path with a slash at its end: the same run."""
+    tree = STUDENT | {
+        "data": {"dataset": "folder:photos/", "split_seed": 3},
+        "student": {"name": "resnet9", "widths": (8, 8)},
+    }
+    one = resolve(tree, "distill")
+    other = resolve(yaml.safe_load(one.to_yaml().replace("folder:photos", "folder:./photos")), "distill")
+    assert one == other
+    assert one.student.arguments == {"widths": [8, 8]}
+    with pytest.raises(RecipeError, match=r"data.split_seed = -1: input should be greater than or equal to 0"):
+        resolve(tree | {"data": {"split_seed": -1}}, "distill")
+
+
 def test_sections_and_overrides_count_for_their_stage():
     tree = STUDENT | {"epochs": 9, "train": {"epochs": 5, "loss": {"kd_weight": 0}}, "distill": {"batch_size": 64}}
     overrides = recipes.parse_settings(["optimizer.lr=1e-3", "train.seed=7", "student.blocks=[7,7,7]"])

@@ -304,6 +304,22 @@ def test_timm_is_strict(timm_weights: Path, tmp_path: Path) -> None:
         external.load(Teacher(name="timm:test_resnet"), tuple(COLOURS), "cpu", True)
 
 
+def test_a_teacher_that_finds_the_rare_class_has_something_to_teach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """95 of 100 parts are good; it is right in 94 and takes some for bad; one that always says good in 95."""
+    labels = torch.arange(1000).ge(950).long()
+    split = datasets.Split(torch.zeros(1000, 3, 32, 32, dtype=torch.uint8), labels)
+    data = datasets.DataSet("parts", ("good", "bad"), split, split, split, (0, 0, 0), (1, 1, 1), "")
+    wanted = recipe.resolve({"teacher": {"name": "timm:x"}, "student": {"name": "resnet9"}}, "distill")
+    assert wanted.teacher is not None
+    monkeypatch.setattr(external, "hint", lambda *_: None)
+    answers = torch.cat([torch.zeros(895), torch.ones(100), torch.zeros(5)]).long()
+    monkeypatch.setattr(engine, "predict", lambda *_: np.eye(2)[answers])
+    assert stages.preflight(nn.Identity(), wanted.teacher, data, wanted)["top1"] == 0.94
+    answers = torch.zeros(1000).long()
+    with pytest.raises(TeacherError, match=r"has nothing to teach: it gets 95\.0% of 1,000 val images right"):
+        stages.preflight(nn.Identity(), wanted.teacher, data, wanted)
+
+
 # --- without labels, and not from nothing --------------------------------------------------------------------
 
 

@@ -99,6 +99,16 @@ def test_a_table_of_paths_and_labels(tmp_path: Path) -> None:
     assert len(data.train) == 8
 
 
+def test_a_table_of_paths_alone_has_no_classes(tmp_path: Path) -> None:
+    for i in range(3):
+        draw(tmp_path / f"{i}.png")
+    (tmp_path / "paths.csv").write_text("path\n0.png\n1.png\n2.png\n")
+    listing = folders.find(tmp_path / "paths.csv", unlabelled=True)
+    assert (listing.classes, len(listing.files["train"])) == (("",), 3)
+    with pytest.raises(DataError, match="it needs label"):
+        folders.find(tmp_path / "paths.csv")
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
@@ -309,7 +319,9 @@ def test_data_check_finds_what_is_wrong(drawn: Path, tmp_path: Path, toolkit: To
     assert "--recipe fine-tune" in text
     (tmp_path / "train/star/iphone.heic").write_bytes(b"")
     (tmp_path / "train/star/gone.png").symlink_to("nowhere")
-    assert "not read  1 dangling link, 1 .heic" in toolkit("data", "check", tmp_path).stdout
+    (tmp_path / "loose.JPG").write_bytes(star.read_bytes())
+    left = toolkit("data", "check", tmp_path).stdout.partition("not read  ")[2].splitlines()[0]
+    assert sorted(left.split(", ")) == ["1 .heic", "1 .jpg outside of the class folders", "1 dangling link"]
     assert toolkit("data", "check", tmp_path / "nothing").exit_code == 1
 
 

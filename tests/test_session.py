@@ -124,6 +124,22 @@ def test_cuda_without_a_driver_is_an_error_and_auto_says_what_it_took(
     assert capfd.readouterr() == ("", "")
 
 
+def test_eight_bits_that_this_cpu_adds_up_wrongly_are_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "lacks_vnni", lambda: True)
+    for words, told in (
+        ("U8S8 with weights of 7 bits QDQ", False),
+        ("S8S8 QDQ", False),
+        ("U8S8 QDQ, per channel", True),
+    ):
+        proto = onnx.load(path)
+        (entry,) = [entry for entry in proto.metadata_props if entry.key == "quantisation"]
+        entry.value = json.dumps(words)
+        Session(proto.SerializeToString(), "cpu")
+        assert ("may overflow on this CPU" in caplog.text) == told, words
+
+
 def _no_library(name: str) -> None:
     raise OSError(f"{name}: cannot open shared object file")
 

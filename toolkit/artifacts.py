@@ -218,6 +218,7 @@ def describe(header: Mapping[str, Any], model: Classifier, options: Options, tem
         recipe_digest=header["recipe_digest"],
         dataset=header["dataset"],
         dataset_digest=header["dataset_digest"],
+        split=header.get("split", {}),
         views=len(TestTimeAugmentation(model, options.views).weights) if options.views else 1,
         temperature=temperature,
         calibrated=options.calibrated,

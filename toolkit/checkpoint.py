@@ -66,7 +66,8 @@ class Checkpoint:
     """All of a run's training state as one safetensors file: a kill leaves the old one or the new one whole."""
 
     def __init__(self, run: Run, learner: Learner, header: dict[str, Any]) -> None:
-        self.run, self.header, self.saved = run, header, time.monotonic()
+        self.run, self.header = run, header
+        self.saved, self.seconds = time.monotonic(), 0.0  # when the last state was written, and how long that took
         self.optimizer = learner.optimizer
         self.modules: dict[str, nn.Module] = {"model": learner.model, "objective": learner.objective}
         if learner.average is not None:
@@ -86,7 +87,7 @@ class Checkpoint:
         return time.monotonic() - self.saved
 
     def save(self, at: Position) -> None:
-        self.saved = time.monotonic()
+        began = self.saved = time.monotonic()
         if distributed.RANK != 0:
             return
         tensors = {
@@ -107,6 +108,8 @@ class Checkpoint:
             if self.run.checkpoint(newer).is_file():
                 self.run.checkpoint(newer).replace(self.run.checkpoint(older))
         self.run.checkpoint("next").replace(self.run.checkpoint("last"))
+        self.saved = time.monotonic()
+        self.seconds = self.saved - began
 
     def load(self) -> Position:
         """Restore the newest whole state where there is one; the position from which to go on.
@@ -128,11 +131,16 @@ class Checkpoint:
                 say(f"warning: {error}; going on with the state before it")
         if "position" not in header:
             raise CheckpointError(f"{path} holds weights alone, not the state of a run")
-        expected = {key: value for key, value in self.header.items() if key != "recipe_digest"}  # Run.start holds to it
-        differing = [f"{key}: {header.get(key)} there, {value} here" for key, value in expected.items()
-                     if header.get(key) != value]  # fmt: skip
+        # Run.start holds to the recipe.
+        differing = {key: f"{key}: {header.get(key)} there, {value} here" for key, value in self.header.items()
+                     if header.get(key) != value and key not in ("recipe_digest", "split")}  # fmt: skip
+        if differing.keys() == {"dataset_digest"}:
+            raise CheckpointError(
+                f"the images of {header['dataset']} have changed since {self.run.path} was begun: bring back what they "
+                "were, or begin anew in another --run-dir"
+            )
         if differing:
-            raise CheckpointError(f"{path} is the state of another run: {in_line('; '.join(differing))}")
+            raise CheckpointError(f"{path} is the state of another run: {in_line('; '.join(differing.values()))}")
         try:
             for part, module in self.modules.items():
                 module.load_state_dict(_below(tensors, f"{part}."))

@@ -144,6 +144,8 @@ def _unpack(name: str, kind: Cifar, root: Path, download: bool) -> None:
                 files.extractall(temporary, filter="data")
             Path(temporary, kind.folder).rename(root / kind.folder)
     except (OSError, HTTPException, RuntimeError, tarfile.TarError) as error:  # RuntimeError: not the official bytes
+        if (root / kind.folder).is_dir():  # another process was faster
+            return
         what = f"downloading {name} from {url} to {root}" if download else f"unpacking {archive}"
         raise DataError(
             f"{what} failed: {error}; put the official {filename} there, or give the folder that holds "

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from toolkit import __version__
 from toolkit.catalogue import BUDGET
 from toolkit.choices import Balance, Precision, Provider, Sampling, Scheduling, Views
-from toolkit.errors import UserError, next_step
+from toolkit.errors import ImageError, UserError, next_step
 from toolkit.files import is_full
 
 
@@ -319,14 +319,15 @@ def distill(
     run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
         beside = run_dir and run_dir.with_name(f"{run_dir.name}-baseline")
-        alone = stages.train(stages.without_teacher(wanted), beside, resume=True, extend=extend)
+        alone = stages.train_baseline(wanted, beside, resume=True, extend=extend)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
     _print_run(run)
     if baseline:
         ours, theirs = (stages.validate(path)[0]["top1"] for path in (run.path, alone.path))
         print(
-            f"test top-1 with the teacher {ours:.2%}, without {theirs:.2%}: {100 * (ours - theirs):+.2f} points "
+            f"test top-1 with the teacher {ours:.2%}, without {theirs:.2%}"
+            f"{' from random weights' if wanted.starts_from_teacher else ''}: {100 * (ours - theirs):+.2f} points "
             "(one seed each: `toolkit compare` says whether that is more than chance)"
         )
     path = shlex.quote(str(run.path))
@@ -723,6 +724,8 @@ def serve(
     paths = named(artifacts or [str(_newest_artifact("serving"))])
     first = next(iter(paths.values()))
     own = first.with_suffix(".examples")  # of an artifact outside of a run
+    if not own.is_dir() and (first.parent.parent / "recipe.yaml").is_file():
+        own = first.parent / "examples"
     settings = server.Settings(
         artifacts=paths,
         host=host,
@@ -736,7 +739,7 @@ def serve(
         tf32=tf32,
         reload=reload,
         key=None if api_key_file is None else server.read_key(api_key_file),
-        examples=tuple(sorted((own if own.is_dir() else first.parent / "examples").glob("*.png"))),
+        examples=tuple(sorted(own.glob("*.png"))),
     )
     if not settings.private:
         print(f"anybody who reaches {host} may use this server: --api-key-file sets a key", file=sys.stderr)
@@ -760,15 +763,25 @@ def predict(
     from serve.decode import read_image
     from serve.session import Session
 
-    decoded = [(path, read_image(path)) for path in images]
     session = Session(artifact or _newest_artifact("predicting with"), provider)
-    answers = [(path, session.predict(image, top_k)) for path, image in decoded]
+    document: list[dict[str, Any]] = []
+    broken = 0
+    for path in images:  # one at a time: many photos in full size take more than the memory
+        try:
+            answer = session.predict(read_image(path), top_k)
+        except ImageError as error:  # the others have their answers
+            broken += 1
+            print(f"error: {error}", file=sys.stderr)
+            document.append({"image": str(path), "error": str(error)})
+            continue
+        document.append({"image": str(path), **answer.model_dump(mode="json")})
+        if not as_json:
+            best = ", ".join(f"{n} {p:.1%}" for n, p in zip(answer.labels, answer.probabilities, strict=True))
+            print(f"{path}: {best}  ({answer.milliseconds:.1f} ms, {session.provider})")
     if as_json:
-        _print_json([{"image": str(path), **answer.model_dump(mode="json")} for path, answer in answers])
-        return
-    for path, answer in answers:
-        best = ", ".join(f"{n} {p:.1%}" for n, p in zip(answer.labels, answer.probabilities, strict=True))
-        print(f"{path}: {best}  ({answer.milliseconds:.1f} ms, {session.provider})")
+        _print_json(document)
+    if broken:
+        raise typer.Exit(1)
 
 
 data_commands = typer.Typer(no_args_is_help=True, help="Look at images before they are trained on.")

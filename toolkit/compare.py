@@ -46,6 +46,7 @@ SHARED = (
     "seed",
     "budget",
     "precision",
+    "start_from",
     "device",
 )
 
@@ -93,6 +94,11 @@ def make_plan(
     if base.teacher is None:
         raise TeacherError(f"the recipe {base.name} names no teacher: give one by --teacher NAME")
     recipes.check_length(base)
+    if base.starts_from_teacher:
+        raise RecipeError(
+            "start_from=teacher gives the methods weights that the baseline cannot have: name others by --init, or "
+            "none by --set start_from="
+        )
     found: dict[str, Recipe] = {}
     for method in methods:
         name, changes = _read_method(method, base)
@@ -284,7 +290,7 @@ def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> C
 
     device, test = compute.pick_device(plan.baseline.device), data.test
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
-    answers = engine.predict(teacher, test.images, device, compute.pick_dtype("auto", device))
+    answers = engine.predict(teacher, test.images, device)
     student = learner.new_model(plan.baseline, data)
     student_macs = cache(partial(mac_count, student))
     teacher_macs = mac_count(teacher, plan.baseline.data.image_size)

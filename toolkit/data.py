@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +26,13 @@ from toolkit.errors import DataError, ImageError
 from toolkit.files import write_atomic
 from toolkit.folders import listed
 from toolkit.machine import available_cores, total_memory
+from toolkit.progress import say
 
-SPLITTING = 2  # raised where the same options come to hold out other images
+SPLITTING = 3  # raised where the same options come to hold out other images
 ORDERS = 20  # of groups that are tried, for a split that is near each class's share
 DECODED_AT_LEAST = 64  # images of a folder at a time: enough for many threads
+MANY = 1000  # images, whose decoding takes long enough to be told
+STALE_SECONDS = 24 * 3600
 DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
 
 
@@ -214,9 +219,13 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     def decode_all(temporary: Path) -> None:
         digests = np.zeros((len(files), DIGEST_BYTES), dtype=np.uint8)
         array = npy.open_memmap(temporary, "w+", np.uint8, (len(files), side, side, 3))
-        if hasattr(os, "posix_fallocate"):  # a disk that is too small is told now, not as a fault in mapped memory
-            with temporary.open("r+b") as file:
+        with temporary.open("r+b") as file:  # a disk that is too small is told now, not as a fault in mapped memory
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            else:  # macOS
+                file.seek(array.offset)
+                for _ in files:
+                    file.write(bytes(side * side * 3))
         with ThreadPoolExecutor(available_cores()) as pool:  # threads are enough: Pillow lets go of the GIL
             count = max(DECODED_AT_LEAST, at_once(side))
             for start in range(0, len(files), count):
@@ -232,6 +241,12 @@ def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[S
     path = cache_folder() / f"{_files_digest(files, side)}.npy"
     known = path.with_suffix(".digests")
     if not (path.is_file() and known.is_file()):
+        if len(files) >= MANY:
+            say(f"decoding {len(files):,} images, once, into {path.parent}")
+        for stale in path.parent.glob(".*.npy.*"):  # of a process that was killed while it decoded
+            with contextlib.suppress(OSError):  # of another user, or gone
+                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    stale.unlink()
         write_atomic(path, decode_all)
     array = np.load(path, mmap_mode="r")
     digests = np.frombuffer(known.read_bytes(), dtype=np.uint8).reshape(len(files), DIGEST_BYTES)
@@ -253,7 +268,8 @@ def _grouped(
 ) -> dict[str, Split]:
     """The parts with their groups, after a look at what two of them have in common."""
     every = [name for part in parts for name in names[part]]
-    _, groups = np.unique(np.concatenate(list(digests.values())), axis=0, return_inverse=True)
+    _, first, groups = np.unique(np.concatenate(list(digests.values())), axis=0, return_index=True, return_inverse=True)
+    groups = first[groups]  # numbered by their places: digests, and their order, are others at another image size
     if config.group_by is not None:
         groups = _named_groups(every, groups, config.group_by)
     ends = np.cumsum([len(parts[part]) for part in parts])

@@ -48,7 +48,7 @@ class Look:
 
 @dataclass
 class Report:
-    """``classes``: name to its images in each part; ``passed_over``: files that are not read, by suffix.
+    """``classes``: name to its images in each part; ``passed_over``: files that are not read, by kind.
 
     Pairs of names: ``copies`` are the same bytes, ``near`` look the same; ``leaks`` those of either that lie in two
     parts; ``contradictions`` those of two classes. ``command`` distils with what is suggested.
@@ -100,7 +100,7 @@ def check(root: Path, unlabelled: bool = False) -> Report:
         sizes=sides,
         formats=dict(Counter(looks[i].format for i in good).most_common()),
         broken={names[i]: str(one.error) for i, one in enumerate(looks) if one.error is not None},
-        passed_over=dict(passed_over(root).most_common()),
+        passed_over=dict(passed_over(listing).most_common()),
         copies=named(copies),
         near=named(near),
         leaks=named([(a, b) for a, b in (*copies, *near) if files[a][1] != files[b][1]]),

@@ -18,7 +18,7 @@ from toolkit.progress import say
 from toolkit.recipe import Recipe
 from toolkit.run import Run
 
-TIMED_STEPS, TIMED_STEPS_GPU = 20, 200  # in each of a few short epochs; the second is timed
+TIMED_STEPS, TIMED_STEPS_GPU = 20, 100  # in each of a few short epochs; the second is timed
 MARGIN = 1.05  # a run that ends early has lost less than one that is cut off
 
 
@@ -56,9 +56,10 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
             started = time.monotonic()
             ends.clear()
             rows.clear()
+            timed = short if name == "timed" else short.model_copy(update={"epochs": 1})
             try:
                 # A folder of its own: the teacher's answers are kept beside a run.
-                engine.fit(short, some, Run.start(Path(folder, name, "run"), short, False), teacher, on_epoch)
+                engine.fit(timed, some, Run.start(Path(folder, name, "run"), timed, False), teacher, on_epoch)
             except Interrupted as error:
                 raise Interrupted("stopped while a few short epochs were timed; the run had not begun") from error
     samples = len(data.train) * recipe.augment.copies

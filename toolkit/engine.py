@@ -29,8 +29,9 @@ from toolkit.recipe import BatchGrowth, Recipe
 from toolkit.run import Run, save_tensors
 
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
+MOSTLY = 0.5  # share of the commonest class beyond which top-1 does not tell a net that learns from a guess
 READ_SECONDS = 0.5  # the loss is read from the device this often: each reading waits for the device
-SAVE_SECONDS = 30  # between two states at the ends of a GPU's epochs
+SAVE_SHARE = 0.05  # of a GPU's time that writing states at the ends of epochs may take
 READ_STEPS = 10  # or, where several processes must agree, this often
 
 
@@ -129,7 +130,7 @@ def _fit(
             if first:
                 run.append(row)
             # A GPU may take longer to write its state than to train an epoch.
-            due = device.type == "cpu" or state.age > SAVE_SECONDS or not run.checkpoint("last").is_file()
+            due = device.type == "cpu" or state.seconds <= SAVE_SHARE * state.age
             if due or better or at.stopped or at.epoch == recipe.epochs:
                 state.save(at)
             display.epoch(row)
@@ -217,6 +218,8 @@ def gives_up(recipe: Recipe, row: dict[str, Any], data: DataSet) -> bool:
     chance = data.train.labels.bincount().max().item() / count
     if recipe.balance != "none":  # then the commonest class is no better an answer than another
         chance = 1 / len(data.classes)
+    if chance > MOSTLY:
+        return False
     return row["train_top1"] < chance + 2 * math.sqrt(chance * (1 - chance) / count)
 
 
@@ -241,6 +244,7 @@ def describe(recipe: Recipe, data: DataSet) -> dict[str, Any]:
         "image_size": recipe.data.image_size,
         "dataset": data.name,
         "dataset_digest": data.digest,
+        "split": recipe.data.split,
         "recipe_digest": recipe.digest(),
         "teacher": recipe.teacher.name if recipe.distils and recipe.teacher else None,
     }

@@ -43,6 +43,7 @@ class Listing:
     classes: tuple[str, ...]
     files: Mapping[str, Sequence[tuple[Path, int]]]
     places: Mapping[str, Path]
+    table: bool = False
 
     def name(self, path: Path) -> str:
         """The path of a file as messages give it: from the root, where it lies there. A name need not be UTF-8."""
@@ -85,7 +86,7 @@ def find(root: Path, unlabelled: bool = False) -> Listing:
 
 def _find(root: Path, unlabelled: bool) -> Listing:
     if root.is_file():
-        return _table(root)
+        return _table(root, unlabelled)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
     if unlabelled:
@@ -121,15 +122,23 @@ def images(folder: Path) -> Iterator[Path]:
     return (path for path in _files(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def passed_over(root: Path) -> Counter[str]:
-    """What else lies in a folder, by suffix, and links that lead nowhere; a table names what it wants."""
-    if root.is_file():
+def passed_over(listing: Listing) -> Counter[str]:
+    """What else lies in a folder: files by suffix, images of no class, links that lead nowhere.
+
+    A table names what it wants.
+    """
+    if listing.table:
         return Counter()
-    return Counter(
-        (path.suffix.lower() or "no suffix") if path.is_file() else "dangling link"
-        for path in _files(root, lambda error: None)  # a folder that may not be read is no part of the data
-        if path.suffix.lower() not in SUFFIXES or not path.is_file()
-    )
+    taken = {path for found in listing.files.values() for path, _ in found}
+
+    def kind(path: Path) -> str:
+        if not path.is_file():
+            return "dangling link"
+        suffix = path.suffix.lower() or "no suffix"
+        return f"{suffix} outside of the class folders" if suffix in SUFFIXES else suffix
+
+    # A folder that may not be read is no part of the data.
+    return Counter(kind(path) for path in _files(listing.root, lambda error: None) if path not in taken)
 
 
 def _stop(error: OSError) -> None:
@@ -213,7 +222,7 @@ def _instead(folder: Path) -> str:
 # --- a table -----------------------------------------------------------------------------------------------
 
 
-def _table(path: Path) -> Listing:
+def _table(path: Path, unlabelled: bool) -> Listing:
     root = path.parent
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -225,10 +234,12 @@ def _table(path: Path) -> Listing:
         raise DataError(f"{path} is not a CSV file of paths and labels: {error}") from error
     if not rows:
         raise DataError(f"{path} names no images")
-    columns = _columns(path, list(rows[0]))
+    columns = _columns(path, list(rows[0]), ("path",) if unlabelled else ("path", "label"))
 
     problems = []
     values = [{key: (row[name] or "").strip() for key, name in columns.items()} for row in rows]
+    if unlabelled:
+        values = [row | {"label": "."} for row in values]
     if lacking := [line for line, row in enumerate(values, 2) if not row["path"] or not row["label"]]:
         problems.append(f"{len(lacking)} of {len(rows)} rows lack a path or a label (lines {listed(lacking)})")
     labels: dict[str, set[str]] = defaultdict(set)
@@ -251,20 +262,20 @@ def _table(path: Path) -> Listing:
         files[part_of(row.get("part", "train")) or "train"][root / row["path"]] = classes.index(row["label"])
     if not files["train"]:
         raise DataError(f"{path} names no training images")
-    if len(classes) < 2:
+    if len(classes) < 2 and not unlabelled:
         raise DataError(f"only one class in {path} ({classes[0]}): at least two are needed")
     ordered = {part: list(files[part].items()) for part in PARTS if part in files}
-    return Listing(root, classes, ordered, dict.fromkeys(ordered, path))
+    return Listing(root, ("",) if unlabelled else classes, ordered, dict.fromkeys(ordered, path), table=True)
 
 
-def _columns(path: Path, found: Sequence[str | None]) -> dict[str, str]:
-    """path, label and perhaps part, to the names of these columns."""
+def _columns(path: Path, found: Sequence[str | None], needed: Sequence[str]) -> dict[str, str]:
+    """path, label and perhaps part, to the names of these columns; those that are ``needed`` are there."""
     plain = {re.sub(r"[^a-z]", "", str(name).lower()): str(name) for name in found}
     columns = {}
     for wanted, names in COLUMNS.items():
         if name := next((name for name in names if name in plain), None):
             columns[wanted] = plain[name]
-    if missing := [wanted for wanted in ("path", "label") if wanted not in columns]:
+    if missing := [wanted for wanted in needed if wanted not in columns]:
         needs = " and ".join(f"{wanted} (or {', '.join(COLUMNS[wanted][1:])})" for wanted in missing)
         raise DataError(f"{path} has the columns {listed(list(map(str, found)))}; it needs {needs}")
     return columns

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -212,20 +213,24 @@ def resized(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, size=side, mode="bilinear", antialias=True)
 
 
+def first_weights(recipe: Recipe) -> Path:
+    """The file that ``recipe.start_from`` names."""
+    path = recipe.start_from
+    if str(path) == PRETRAINED:
+        return pretrained(recipe.model.name)[0]
+    if recipe.starts_from_teacher:
+        path = recipe.teacher.checkpoint if recipe.teacher else None
+    assert path is not None
+    return Run(path).checkpoint("best") if path.is_dir() else path
+
+
 def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> None:
     """Give a new model the weights that ``recipe.start_from`` names, but for its last layer where classes are others.
 
     Normalisation is theirs too. ``CheckpointError`` where they do not fit.
     """
-    path = recipe.start_from
-    assert path is not None
-    if str(path) == PRETRAINED:
-        path = pretrained(recipe.model.name)[0]
-    elif recipe.starts_from_teacher:
-        assert recipe.teacher is not None
-        assert recipe.teacher.checkpoint is not None
-        path = recipe.teacher.checkpoint
-    tensors, header = load_tensors(Run(path).checkpoint("best") if path.is_dir() else path)
+    path = first_weights(recipe)
+    tensors, header = load_tensors(path)
     if header["classes"] != list(classes):
         tensors |= {name: value for name, value in model.state_dict().items() if name.startswith("network.head.")}
     try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+ARM = ("arm64", "aarch64")
 
 
 def available_cores(cgroup: Path = CGROUP) -> int:
@@ -32,6 +34,16 @@ def total_memory() -> int:
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int((CGROUP / name).read_text()))
     return total
+
+
+def lacks_vnni(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU is an x86 that does not say it has VNNI: without it sums of 8-bit products may overflow."""
+    if (machine or platform.machine()).lower() in ARM:
+        return False
+    try:
+        return "vnni" not in cpuinfo.read_text()
+    except OSError:
+        return True
 
 
 def keep_freed_memory() -> None:

@@ -56,7 +56,7 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
         gram = wide @ wide.T
-        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.7750 * gram) @ wide
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
     return wide if len(matrix) <= matrix.shape[1] else wide.T
 
 

@@ -52,6 +52,7 @@ PLACES = (
     "keep_checkpoints",
 )
 TITLES = ("name", "source", "reported_top1")  # nor what is only said about it
+SPLIT = ("val_size", "split_seed", "group_by", "skip_broken", "skip_leaks")
 
 
 class Section(BaseModel):
@@ -72,7 +73,7 @@ class Data(Section):
     val_size: int | float = Field(
         0.1, ge=0, description="validation split: a fraction below 1, or a count of images; 0 for none"
     )
-    split_seed: int = Field(0, description="seed of the validation split; the same for teacher and student")
+    split_seed: int = Field(0, ge=0, lt=2**32, description="seed of the splits; the same for teacher and student")
     memory: float | None = Field(
         None,
         gt=0,
@@ -86,6 +87,17 @@ class Data(Section):
         "has one) stay on one side of a split",
     )
     unlabelled: bool = Field(False, description="a folder's images have no classes: the teacher's answers are taken")
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """What decides, for given images, which are held out for val and test."""
+        return {key: getattr(self, key) for key in SPLIT}
+
+    @field_validator("dataset")
+    @classmethod
+    def _a_path_has_one_name(cls, dataset: str) -> str:
+        kind, colon, path = dataset.partition(":")
+        return f"{kind}:{Path(path)}" if colon else dataset  # photos/ is photos
 
     @field_validator("group_by")
     @classmethod
@@ -148,6 +160,14 @@ class Model(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_json(cls, tree: Any) -> Any:
+        # What is read from a file again has lists.
+        if not isinstance(tree, Mapping):
+            return tree
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in tree.items()}
 
     @property
     def arguments(self) -> dict[str, Any]:

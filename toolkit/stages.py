@@ -7,6 +7,7 @@ return what happened. The command line prints it.
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import shutil
 import time
@@ -129,18 +130,28 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
     device = distributed.own_device(compute.pick_device(wanted.device))
     teacher = teacher.to(device).to(memory_format=compute.usual(wanted, device).layout)
     dtype = compute.pick_dtype(wanted.precision, device)
-    _, top1 = engine.evaluate(teacher, some, device, dtype)
+    labels = some.labels.numpy()
+    right = engine.predict(teacher, some.images, device, dtype).argmax(1) == labels
+    top1 = float(right.mean())
     every = max(1, count // 200)
     part = datasets.Split(some.images[::every], some.labels[::every])
     plain = members(teacher)
     better = external.hint(plain, lambda: engine.evaluate(teacher, part, device, dtype)[1])
     header = None if known.external or known.checkpoint is None else load_header(known.checkpoint)
+    for one in (known, *known.also):
+        weights = one.checkpoint if isinstance(one, Teacher) else one
+        if weights is not None and weights.suffix == ".safetensors" and not (isinstance(one, Teacher) and one.external):
+            tell_what_it_knows(weights, data, wanted)
     ours = {"dataset": data.name, "dataset_digest": data.digest, "image_size": wanted.data.image_size}
     differing = [key for key in ours if header is not None and header[key] != ours[key]]
     chance = data.train.labels.bincount().max().item() / len(data.train)
     said = f"{top1:.1%} of {count:,} {name} images right, a guess {chance:.1%}"
-    better_by = max(0.1 * (1 - chance), 3 * (chance * (1 - chance) / count) ** 0.5)
-    if top1 < chance + min(better_by, (1 - chance) / 2):  # where few images of unequal classes were looked at
+    # One that finds the rare classes may be right less often than one that always says the commonest.
+    present, counts = np.unique(labels, return_counts=True)
+    recall, blind = float(np.mean([right[labels == label].mean() for label in present])), 1 / len(present)
+    doubt = (blind * (1 - blind) * (1 / counts).sum()) ** 0.5 / len(present)
+    by_chance = (chance * (1 - chance) / count) ** 0.5
+    if not (is_better(top1, chance, by_chance) or is_better(recall, blind, doubt)):
         if header is None:
             given = "; ".join(str(member) for member in plain if isinstance(member, external.External))
             raise TeacherError(
@@ -153,11 +164,32 @@ def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted
         raise TeacherError(
             f"the teacher {known.checkpoint} has nothing to teach: it gets {said}. It was trained on {why}."
         )
-    if differing == ["dataset_digest"]:
-        say(f"the images of {data.name} have changed since {known.checkpoint} was trained: it may know some of the "
-            "val and test images")  # fmt: skip
     say(f"the teacher {external.title(known)} gets {said}" + (f"; {better}" if better else ""))
     return {"top1": top1, "images": count, "split": name}
+
+
+def is_better(share: float, guess: float, deviation: float) -> bool:
+    """Whether a share of right answers is well above that of a guess, by more than chance and enough to teach."""
+    needed = max(0.1 * (1 - guess), 3 * deviation)
+    return share >= guess + min(needed, (1 - guess) / 2)  # where few images of unequal classes were looked at
+
+
+def tell_what_it_knows(weights: Path, data: datasets.DataSet, wanted: Recipe) -> None:
+    """Say where weights were trained on images that are held out here."""
+    header = load_header(weights)
+    if header["dataset"] != data.name:
+        return
+    ours, theirs = wanted.data.split, header.get("split", {})
+    differing = [
+        f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if theirs.get(key, ours[key]) != ours[key]
+    ]
+    if differing:
+        why = f"{weights} was trained on another split of {data.name} ({'; '.join(differing)})"
+    elif header["image_size"] == wanted.data.image_size and header["dataset_digest"] != data.digest:
+        why = f"the images of {data.name} have changed since {weights} was trained"
+    else:
+        return
+    say(f"warning: {why}: it may know some of the images that are held out here, and be measured too high")
 
 
 def check(wanted: Recipe) -> datasets.DataSet:
@@ -198,6 +230,8 @@ def _fit(
             run = Run.start(path, wanted, resume, extend)
             if measured is not None:
                 run.note(teacher=measured)
+            if fresh and wanted.start_from is not None and not wanted.starts_from_teacher:
+                tell_what_it_knows(learner.first_weights(wanted), data, wanted)
         distributed.wait()
         run = Run(path)
         if run.finished:
@@ -238,6 +272,14 @@ def _watch(*watchers: OnEpoch | None) -> OnEpoch:
     return watch
 
 
+def train_baseline(wanted: Recipe, run_dir: Path | None, resume: bool, extend: bool = False) -> Run:
+    """The run of the same student without its teacher."""
+    run = train(without_teacher(wanted), run_dir, resume, extend=extend)
+    if distributed.RANK == 0:
+        run.note(baseline=True)
+    return run
+
+
 def without_teacher(wanted: Recipe) -> Recipe:
     """The baseline of a distillation: the same recipe with the labels alone."""
     loss = wanted.loss.model_copy(update={"ce_weight": 1.0, "kd_weight": 0.0})
@@ -249,11 +291,6 @@ def teacher_of(wanted: Recipe, data: datasets.DataSet) -> tuple[nn.Module, Teach
     """The recipe's trained teacher, and what it was; ``TeacherError`` where there is none, or another one."""
     assert wanted.teacher is not None
     teacher, known, _ = load_teachers(wanted, data.classes)
-    if wanted.teacher.weights not in (None, known.weights):
-        raise TeacherError(
-            f"{known.checkpoint} has SHA-256 {str(known.weights)[:12]}, the recipe asks for "
-            f"{wanted.teacher.weights[:12]}: it is another teacher. Give the right one by --teacher-checkpoint."
-        )
     if known.name != wanted.teacher.name:
         raise TeacherError(
             f"{known.checkpoint} holds {known.name}, the recipe asks for {wanted.teacher.name}: give --teacher "
@@ -322,14 +359,14 @@ def options(wanted: Recipe, file: str | None = None) -> str:
 
 
 def same_images(one: Data, other: Data) -> bool:
-    keys = ("dataset", "image_size", "split_seed", "val_size", "group_by", "skip_broken", "skip_leaks")
-    return all(getattr(one, key) == getattr(other, key) for key in keys)
+    return (one.dataset, one.image_size, one.split) == (other.dataset, other.image_size, other.split)
 
 
 def load_teachers(wanted: Recipe, classes: Sequence[str] | None) -> tuple[nn.Module, Teacher, list[str]]:
     """The recipe's teacher, with those of ``teacher.also`` as an ensemble; what it was; and its logits' classes.
 
-    These are ``classes``, or with None those of the (first) teacher. Raises ``TeacherError``.
+    These are ``classes``, or with None those of the (first) teacher. Raises ``TeacherError``, also where it is not the
+    one whose SHA-256 the recipe holds to.
     """
     assert wanted.teacher is not None
     first = wanted.teacher.model_copy(update={"checkpoint": find_teacher(wanted)})
@@ -345,6 +382,11 @@ def load_teachers(wanted: Recipe, classes: Sequence[str] | None) -> tuple[nn.Mod
         digest = hashlib.sha256("".join(digests).encode()).hexdigest()
         also = tuple(one if one.external or one.views != known.views else one.checkpoint for _, one in loaded[1:])
         known = known.model_copy(update={"weights": digest, "also": also})
+    if wanted.teacher.weights not in (None, known.weights):
+        raise TeacherError(
+            f"{known.checkpoint} has SHA-256 {str(known.weights)[:12]}, the recipe asks for "
+            f"{wanted.teacher.weights[:12]}: it is another teacher. Give the right one by --teacher-checkpoint."
+        )
     return model, known, list(classes or ())
 
 
@@ -438,11 +480,11 @@ def load_data(config: Data, taught: Recipe | None = None) -> datasets.DataSet:
 
 
 def newest_run() -> Run:
-    """The newest finished run: of a distilled student, else of a student alone, else of a teacher. ``RunError``."""
-    finished = [run for run in runs() if run.finished]
+    """The newest finished run of a student, else of a teacher; a baseline is no result. ``RunError``."""
+    finished = [run for run in runs() if run.finished and not Run.facts(run.path).get("baseline")]
     if not finished:
         raise RunError(f"there is no finished run under {RUNS}/: `toolkit distill` makes one, `toolkit pipeline` too")
-    return max(finished, key=lambda run: (run.recipe.distils, run.recipe.role == "student"))  # the first of equals
+    return max(finished, key=lambda run: run.recipe.role == "student")  # the first of equals
 
 
 # --- validation --------------------------------------------------------------------------------------------
@@ -526,7 +568,8 @@ def _validate_artifact(
 
     session = Session(path, provider)
     about = session.metadata
-    header = about.model_dump(include={"dataset", "dataset_digest", "image_size"}) | {"classes": list(about.labels)}
+    header = about.model_dump(include={"dataset", "dataset_digest", "image_size", "split"})
+    header["classes"] = list(about.labels)
     data = data_of(run_of(path), header, path, dataset, data_dir)
     began = time.monotonic()
     chunks = data.test.images.split(datasets.at_once(session.metadata.image_size, 512))
@@ -547,9 +590,9 @@ def _validate_artifact(
 
 
 def _report_beside(path: Path) -> Path:
-    """The report of a file lies beside it; what comes with the toolkit is not written to."""
-    shipped = path.resolve().parent == SHIPPED.resolve().parent
-    return (RUNS / path.name if shipped else path).with_suffix(".report")
+    """The report of a file lies beside it, but for what comes with the toolkit, or where nothing can be written."""
+    elsewhere = path.resolve().parent == SHIPPED.resolve().parent or not os.access(path.parent, os.W_OK)
+    return (RUNS / path.name if elsewhere else path).with_suffix(".report")
 
 
 def _reported(
@@ -615,6 +658,11 @@ def data_of(
         )
     if dataset is None:
         check_unchanged(data, header["dataset_digest"], what, advice)
+    elif data.digest != header["dataset_digest"]:
+        say(
+            f"warning: {what} was made from other images, or from these before they changed; where it was trained on "
+            "some that are test images now, it is measured too high"
+        )
     return data
 
 
@@ -623,7 +671,9 @@ def data_config(of_run: Data | None, header: Mapping[str, Any], dataset: str | N
         name = header["dataset"]
         if dataset is None and name.startswith("folder"):
             raise DataError(f"the model was trained on {name}; say where it is by --dataset folder:PATH")
-        of_run = Data(dataset=dataset or name, image_size=header["image_size"])
+        same_kind = dataset is None or dataset.partition(":")[0] == name.partition(":")[0]
+        split = header.get("split", {}) if same_kind else {}
+        of_run = Data.model_validate({"dataset": dataset or name, "image_size": header["image_size"], **split})
     changes: dict[str, Any] = {}
     if dataset is not None:
         changes["dataset"] = dataset
@@ -640,12 +690,12 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
         return None
     try:
         assert run.recipe.teacher is not None
-        teacher = load_teachers(run.recipe, data.classes)[0]
+        teacher = load_teachers(run.recipe, data.classes)[0]  # the very one, by its weights
     except (TeacherError, CheckpointError, RunError) as error:
         say(f"the comparison with the teacher is left out: {error}")
         return None
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
-    return engine.predict(teacher, data.test.images, device, compute.pick_dtype("auto", device))
+    return engine.predict(teacher, data.test.images, device)
 
 
 def run_of(artifact: Path) -> Run | None:
@@ -683,7 +733,7 @@ def pipeline(
         teacher = train(teacher_recipe, root and root / "teacher", resume)
         student_recipe = from_teacher(student_recipe, teacher)
         student = distill(student_recipe, root and root / "student", resume)
-        alone = train(without_teacher(student_recipe), root and root / "baseline", resume) if baseline else None
+        alone = train_baseline(student_recipe, root and root / "baseline", resume) if baseline else None
     except Interrupted as error:
         raise Interrupted(f"{error}; the whole chain goes on with the same `toolkit pipeline` and --resume") from error
     metrics, _ = validate(student.path)
@@ -695,13 +745,13 @@ def pipeline(
     return Chain(teacher, student, alone, metrics, exported, time.monotonic() - began)
 
 
-SHARED = ("seed", "device", "data", "teacher", "train")
+SHARED = ("seed", "device", "data", "balance", "teacher", "train")
 
 
 def train_teacher(wanted: Recipe, source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Run:
     """The run of the teacher that ``wanted``, made of ``source`` and ``overrides``, learns from.
 
-    Of the overrides it takes those of data and teacher: lengths and rates are the student's, it keeps its own.
+    Of the overrides it takes those of data, balance and teacher: lengths and rates are the student's, it keeps its own.
     """
     check(wanted)
     shared = {path: value for path, value in overrides.items() if path.split(".")[0] in SHARED}
