@@ -84,8 +84,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
     folder = tmp_path_factory.mktemp("server")
     path = small_artifact(folder / "student.onnx")
-    (folder / "examples").mkdir()
-    (folder / "examples" / "ramp.png").write_bytes(encoded(small_images(1)[0].permute(1, 2, 0).numpy()))
+    (folder / "student.examples").mkdir()
+    (folder / "student.examples" / "ramp.png").write_bytes(encoded(small_images(1)[0].permute(1, 2, 0).numpy()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         with serving(path, f"copy={path}") as server:

@@ -178,7 +178,7 @@ def test_fine_tuning_starts_from_the_run_and_is_found_again(toolkit: Toolkit, ch
     recipe = Run(tuned).recipe
     assert recipe.int8
     assert recipe.distils
-    assert recipe.start_from == chain.student
+    assert recipe.start_from == chain.student / "checkpoints/best.safetensors"
     assert recipe.teacher is not None
     assert recipe.teacher.checkpoint == chain.student / "checkpoints/best.safetensors"  # its answers are held to
     assert (chain.student / "checkpoints/best.safetensors").read_bytes() == weights

@@ -84,7 +84,7 @@ def files(folder: Path) -> dict[Path, bytes]:
         ),
         ("validate nowhere", ["nowhere"]),
         ("export", ["no finished run under runs", "toolkit distill"]),
-        ("predict --artifact none.onnx missing.png", ["missing.png", "No such file"]),
+        ("predict --artifact none.onnx missing.png", ["none.onnx", "No such file"]),
     ],
 )
 def test_names_and_values(toolkit: Toolkit, nowhere: Path, arguments: str, words: list[str]) -> None:
@@ -210,8 +210,8 @@ def test_a_folder_whose_images_changed_is_not_the_same_run(toolkit: Toolkit, pho
     extend = ("--extend", "--run-dir", run, "--epochs", 9)
     for command, words in (
         ((*arguments, *extend), "photos have changed since"),
-        (("validate", run), "name the data by --dataset"),
-        (("export", run), "export needs the same ones"),
+        (("validate", run), "1 are gone: day/3.png; bring them back"),
+        (("export", run), "1 are gone: day/3.png; bring them back"),
     ):
         refused(toolkit(*command), "photos have changed since", words)
     assert files(Path("runs")) == before
@@ -220,7 +220,25 @@ def test_a_folder_whose_images_changed_is_not_the_same_run(toolkit: Toolkit, pho
     assert "warning: " in result.stderr
     assert "measured too high" in result.stderr
     (photos / "night").rename(photos / "evening")
-    refused(toolkit("export", run), "knows the classes day, night... (2), folder:photos has day, evening... (2)")
+    refused(toolkit("export", run), "photos have changed since", "13 are gone: day/3.png, night/0.png")
+    of_weights = toolkit("validate", run, "--dataset", "folder:photos")
+    refused(of_weights, "knows the classes day, night... (2), folder:photos has day, evening... (2)")
+
+
+def test_a_photo_that_came_later_is_no_part_of_a_run(toolkit: Toolkit, photos: Path) -> None:
+    arguments = (*FOLDER, "--set", "batch_size=8")
+    assert toolkit(*arguments).exit_code == 0
+    (run,) = Path("runs").iterdir()
+    before = json.loads(toolkit("validate", run, "--json").stdout)
+    (photos / "dusk").mkdir()
+    for name in ("day", "dusk"):
+        Image.effect_noise((30, 20), 50).save(photos / name / "new.png")
+    after = toolkit("validate", run, "--json")
+    assert "2 images in photos are not in" in after.stderr
+    assert [json.loads(after.stdout)[key] for key in ("n", "nll")] == [before["n"], before["nll"]]
+    assert toolkit("export", run).exit_code == 0
+    shutil.rmtree(photos / "dusk")
+    refused(toolkit(*arguments), "photos have changed since", "--run-dir")
 
 
 def test_weights_are_measured_on_the_images_that_were_held_out_from_them(toolkit: Toolkit, photos: Path) -> None:
@@ -233,7 +251,10 @@ def test_weights_are_measured_on_the_images_that_were_held_out_from_them(toolkit
     inside, alone = (json.loads(report.stdout) for report in reports)
     assert (alone["n"], alone["nll"]) == (inside["n"], inside["nll"])
     assert "warning" not in reports[1].stderr
-    again = toolkit(*FOLDER, "--set", "batch_size=8", "--set", "start_from=alone.safetensors", "--run-dir", "again")
+    other = (*FOLDER, "--set", "batch_size=8", "--run-dir", "again", "--set")
+    refused(toolkit(*other, "start_from=missing.safetensors"), "there is no checkpoint missing.safetensors")
+    again = toolkit(*other, "start_from=alone.safetensors")
+    assert again.exit_code == 0, again.stderr
     assert "was trained on another split of folder:photos (split_seed 3 there, 0 here; group_by" in again.stderr
 
 

@@ -1,6 +1,7 @@
 """The training loop: determinism, resuming, what is kept, and what stops it."""
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -370,10 +371,14 @@ def test_a_perfect_teacher_of_unequal_classes_may_teach():
 
 
 def test_balanced_sampling_is_held_to_the_chance_of_equal_classes():
-    row = {"epoch": 50, "train_top1": 0.9}
-    assert engine.gives_up(resolve(TREE, "distill"), row, unequal())
+    data = unequal()
+    row, four = {"epoch": 50, "train_top1": 0.35}, data.train.labels.clone()
+    four[: len(four) // 2] = torch.arange(len(four) // 2) % 3 + 1  # the commonest of four classes is 0.45 to 0.5
+    data = dataclasses.replace(data, classes=("a", "b", "c", "d"), train=Split(data.train.images, four))
+    assert engine.gives_up(resolve(TREE, "distill"), row, data)
     for balance in ("sampling", "weights"):
-        assert not engine.gives_up(resolve(TREE, "distill", {"balance": balance}), row, unequal())
+        assert not engine.gives_up(resolve(TREE, "distill", {"balance": balance}), row, data)
+    assert not engine.gives_up(resolve(TREE, "distill"), row, unequal())  # 95 of 100 are one class: top-1 tells nothing
 
 
 def test_a_run_is_extended_by_name_alone(tmp_path, data):

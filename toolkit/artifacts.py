@@ -170,7 +170,7 @@ def export(
         candidates.append(measure(quantise.half(graph), about.model_copy(update={"precision": "fp16"})))
     if wants(options, "int8"):
         if options.tuning_epochs:
-            images = stages.data_config(run.recipe.data, header, None, data_dir)
+            images = stages.data_config(run, header, None, data_dir)
             tuned = stages.load_run(fine_tuned(run, images, options.tuning_epochs))[0]
             graph = onnx_export.build(with_views(tuned, options.views), about, options.opset)
         scheme = quantise.scheme_for(gpu=candidates[0].session.provider != CPU_PROVIDER)
@@ -348,7 +348,7 @@ def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
     own = run.recipe.model_dump()
     changes: dict[str, Any] = {
         "data": images,
-        "start_from": run.path,
+        "start_from": run.checkpoint("best"),
         "int8": True,
         "epochs": epochs,
         "optimizer": {"name": "sgd", "lr": TUNING_LR, "weight_decay": 0},

@@ -136,8 +136,8 @@ class Checkpoint:
                      if header.get(key) != value and key not in ("recipe_digest", "split")}  # fmt: skip
         if differing.keys() == {"dataset_digest"}:
             raise CheckpointError(
-                f"the images of {header['dataset']} have changed since {self.run.path} was begun: bring back what they "
-                "were, or begin anew in another --run-dir"
+                f"the images of {header['dataset']} have changed since {self.run.path} was begun, or are read or split "
+                "in another way by this version: bring back what they were, or begin anew in another --run-dir"
             )
         if differing:
             raise CheckpointError(f"{path} is the state of another run: {in_line('; '.join(differing.values()))}")

@@ -495,9 +495,7 @@ def tune(
 def validate(
     target: Annotated[
         Path | None,
-        typer.Argument(
-            help="Run directory, weights (.safetensors) or artifact (.onnx); else the newest distilled student."
-        ),
+        typer.Argument(help="Run directory, weights (.safetensors) or artifact (.onnx); else the newest student."),
     ] = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
@@ -546,7 +544,7 @@ def report(
 
 @app.command()
 def export(
-    target: Annotated[Path | None, typer.Argument(help="Run directory; else the newest distilled student.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="Run directory; else the newest student.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
     precision: Annotated[
         Literal[Precision, "auto"], typer.Option(help="auto makes all, and ships the fastest that loses too little.")
@@ -722,7 +720,7 @@ def serve(
     from serve.engine import named
 
     paths = named(artifacts or [str(_newest_artifact("serving"))])
-    first = next(iter(paths.values()))
+    first = next(iter(paths.values())).resolve()
     own = first.with_suffix(".examples")  # of an artifact outside of a run
     if not own.is_dir() and (first.parent.parent / "recipe.yaml").is_file():
         own = first.parent / "examples"

@@ -96,8 +96,8 @@ def make_plan(
     recipes.check_length(base)
     if base.starts_from_teacher:
         raise RecipeError(
-            "start_from=teacher gives the methods weights that the baseline cannot have: name others by --init, or "
-            "none by --set start_from="
+            "start_from=teacher gives the methods weights that the baseline cannot have: name others by "
+            "--set start_from=RUN, or none by --set start_from="
         )
     found: dict[str, Recipe] = {}
     for method in methods:

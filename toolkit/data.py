@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import time
@@ -85,8 +86,8 @@ class DataSet:
     """A data set in memory, or where that is too small for its images in a file.
 
     ``mean`` and ``std`` (per channel, of images in [0,1]) come from the training split alone. ``digest`` is the
-    SHA-256 of classes, images and labels before the split, and of how a folder is split. ``broken`` names the files
-    that were left out.
+    SHA-256 of classes, images and labels before the split, and of how a folder is split. ``files`` are the paths of all
+    images in a folder, ``broken`` those that were left out.
     """
 
     name: str
@@ -98,11 +99,13 @@ class DataSet:
     std: tuple[float, float, float]
     digest: str
     broken: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 def load(config: recipe.Data) -> DataSet:
     """The data set that the recipe names. Raises ``DataError``."""
     kind, _, path = config.dataset.partition(":")
+    files: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
     version = ""  # images that never come in groups have always been split the same
     if kind == "folder":
@@ -110,7 +113,7 @@ def load(config: recipe.Data) -> DataSet:
             raise DataError("the data set is a folder, but which? Give --dataset folder:PATH, or --data-dir PATH")
         root = Path(path).expanduser()
         name = f"folder:{root.resolve().stem}"
-        classes, parts, broken = _folder(root, config)
+        classes, parts, files, broken = _folder(root, config)
         version = f"{SPLITTING}"
     else:
         name = kind
@@ -122,7 +125,7 @@ def load(config: recipe.Data) -> DataSet:
         count = _val_count(train, config.val_size, classes)
         train, val = _hold_out(train, count, config.split_seed, classes, rare_may_lack=True)
     mean, std = _statistics(train.images)
-    return DataSet(name, classes, train, val, test, mean, std, digest, broken)
+    return DataSet(name, classes, train, val, test, mean, std, digest, broken, files)
 
 
 # --- the embedded data set ---------------------------------------------------------------------------------
@@ -156,13 +159,17 @@ def _cifar(name: str, config: recipe.Data) -> tuple[tuple[str, ...], dict[str, S
 # --- a folder of images ------------------------------------------------------------------------------------
 
 
-def _folder(root: Path, config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split], tuple[str, ...]]:
+def _folder(
+    root: Path, config: recipe.Data
+) -> tuple[tuple[str, ...], dict[str, Split], tuple[str, ...], tuple[str, ...]]:
     """The images that ``folders.find`` finds.
 
-    Without test images a fifth of the training images is held out. Returns classes, parts, and the files that
+    Without test images a fifth of the training images is held out. Returns classes, parts, all files, and those that
     could not be read and were left out.
     """
     listing = folders.find(root, config.unlabelled)
+    if config.images is not None:
+        listing = _only(listing, config.images)
     total = sum(len(found) for found in listing.files.values())
     limit = config.memory * 2**30 if config.memory else total_memory() / 2
     parts, names, digests, broken = {}, {}, {}, []
@@ -192,7 +199,25 @@ def _folder(root: Path, config: recipe.Data) -> tuple[tuple[str, ...], dict[str,
                 f"too few images of {listed(missing)} in {listing.places['train']} to hold out "
                 f"{folders.TEST_FRACTION:.0%} of each class for the test: add some, or make folders train and test"
             )
-    return listing.classes, parts, tuple(broken)
+    every = (listing.name(path) for found in listing.files.values() for path, _ in found)
+    return listing.classes, parts, tuple(every), tuple(broken)
+
+
+def _only(listing: folders.Listing, source: Path) -> folders.Listing:
+    """The images that are named in a JSON file. Raises ``DataError``."""
+    try:
+        names = set(json.loads(source.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{source} is not a JSON list of images: {error}") from error
+    there = {listing.name(path) for found in listing.files.values() for path, _ in found}
+    if gone := sorted(names - there):
+        raise DataError(
+            f"the images of {listing.root} have changed since {source} was written, {len(gone)} are gone: "
+            f"{listed(gone)}; bring them back"
+        )
+    if later := len(there - names):
+        say(f"{later} images in {listing.root} are not in {source}: they are left out")
+    return folders.only(listing, names)
 
 
 def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[Split, np.ndarray]:

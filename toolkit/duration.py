@@ -56,7 +56,9 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
             started = time.monotonic()
             ends.clear()
             rows.clear()
-            timed = short if name == "timed" else short.model_copy(update={"epochs": 1})
+            # Whatever the timed epochs compile is compiled before: one epoch's steps are the others', if nothing grows.
+            grows = short.progressive.start or short.batch_growth.milestones or short.batch_growth.patience
+            timed = short if name == "timed" or grows else short.model_copy(update={"epochs": 1})
             try:
                 # A folder of its own: the teacher's answers are kept beside a run.
                 engine.fit(timed, some, Run.start(Path(folder, name, "run"), timed, False), teacher, on_epoch)

@@ -11,8 +11,8 @@ import csv
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +110,18 @@ def _find(root: Path, unlabelled: bool) -> Listing:
     return _labelled(root, layout, {part: found[0] for part, found in parts.items()})
 
 
+def only(listing: Listing, names: Collection[str]) -> Listing:
+    """The files of these names, in the parts and classes that have some."""
+    files = {
+        part: some
+        for part, found in listing.files.items()
+        if (some := [(path, label) for path, label in found if listing.name(path) in names])
+    }
+    left = sorted({label for found in files.values() for _, label in found})
+    numbered = {part: [(path, left.index(label)) for path, label in found] for part, found in files.items()}
+    return replace(listing, classes=tuple(listing.classes[label] for label in left), files=numbered)
+
+
 def subfolders(folder: Path) -> list[Path]:
     """Those that are not hidden, sorted; nor what macOS puts into archives."""
     return sorted(
@@ -130,12 +142,13 @@ def passed_over(listing: Listing) -> Counter[str]:
     if listing.table:
         return Counter()
     taken = {path for found in listing.files.values() for path, _ in found}
+    inside = "parts" if listing.classes == ("",) else "class folders"
 
     def kind(path: Path) -> str:
         if not path.is_file():
             return "dangling link"
         suffix = path.suffix.lower() or "no suffix"
-        return f"{suffix} outside of the class folders" if suffix in SUFFIXES else suffix
+        return f"{suffix} outside of the {inside}" if suffix in SUFFIXES else suffix
 
     # A folder that may not be read is no part of the data.
     return Counter(kind(path) for path in _files(listing.root, lambda error: None) if path not in taken)

@@ -81,6 +81,11 @@ class Data(Section):
     )
     skip_broken: bool = Field(False, description="leave unreadable images of a folder out")
     skip_leaks: bool = Field(False, description="leave training images out that are in val or test too")
+    images: Path | None = Field(
+        None,
+        description="JSON file: a list of a folder's images that count, by their paths in it; others are left out. A "
+        "run keeps its own (images.json)",
+    )
     group_by: str | None = Field(
         None,
         description="regular expression: images of a folder in whose paths it finds the same (its first group, if it "
@@ -479,7 +484,7 @@ class Recipe(Section):
         if self.starts_from_teacher and (not self.distils or self.teacher is None or self.teacher.external):
             raise ValueError(
                 "start_from=teacher needs a student that learns from a teacher that was trained here: leave it out, or "
-                "name a run"
+                "name a run (in a file for both stages it is distill.start_from)"
             )
         by_features = [name for name, method in self.loss.methods.items() if isinstance(method, FeatureMethod)]
         if self.distils and by_features:

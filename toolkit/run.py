@@ -1,6 +1,6 @@
 """The run directory: everything that one run wrote.
 
-recipe.yaml  environment.json  metrics.jsonl  summary.json (once finished)
+recipe.yaml  environment.json  metrics.jsonl  summary.json (once finished)  images.json (of a folder)
 checkpoints/last.safetensors   all of the training state, to resume from; last-1, ... are the ones before it
 checkpoints/best.safetensors   the weights that are kept, with what they are in the header
 report/  export/
@@ -101,6 +101,11 @@ class Run:
     @property
     def report(self) -> Path:
         return self.path / "report"
+
+    @property
+    def images(self) -> Path:
+        """Which of a folder's images it has, of each part."""
+        return self.path / "images.json"
 
     @property
     def export(self) -> Path:

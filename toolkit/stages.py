@@ -7,6 +7,7 @@ return what happened. The command line prints it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -26,12 +27,14 @@ from torch import nn
 from toolkit import compute, distributed, engine, external, learner, recipe
 from toolkit import data as datasets
 from toolkit.catalogue import build, mac_count, parameter_count
+from toolkit.checkpoint import Checkpoint
 from toolkit.choices import Provider, Stage, Views
 from toolkit.classifier import Ensemble, TestTimeAugmentation, members, with_views
 from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError, in_line
+from toolkit.files import write_text
 from toolkit.progress import say
-from toolkit.recipe import Data, Recipe, Teacher, TeacherInput, is_external
+from toolkit.recipe import SPLIT, Data, Recipe, Teacher, TeacherInput, is_external
 from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_tensors, runs
 from toolkit.tracking import tensorboard
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from toolkit.classifier import Classifier
 
 LOOKED_AT = 1000  # images on which a teacher is measured before it teaches
+SEEDED = ("val_size", "split_seed", "group_by")  # what decides which images are val, where the test is the same
 TOO_FEW = 100  # val images to tell its top-1 from a guess by
 
 
@@ -180,13 +184,19 @@ def tell_what_it_knows(weights: Path, data: datasets.DataSet, wanted: Recipe) ->
     if header["dataset"] != data.name:
         return
     ours, theirs = wanted.data.split, header.get("split", {})
-    differing = [
-        f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if theirs.get(key, ours[key]) != ours[key]
-    ]
-    if differing:
-        why = f"{weights} was trained on another split of {data.name} ({'; '.join(differing)})"
-    elif header["image_size"] == wanted.data.image_size and header["dataset_digest"] != data.digest:
-        why = f"the images of {data.name} have changed since {weights} was trained"
+    keys = [key for key in ours if theirs.get(key, ours[key]) != ours[key]]
+    same_size = header["image_size"] == wanted.data.image_size
+    if not data.files or (same_size and header["dataset_digest"] == data.digest):  # the test images are the same
+        keys = [key for key in keys if key in (SEEDED if data.files else SEEDED[:2]) and data.val is not None]
+        count = len(data.train) + len(data.val or ())
+        held = [size * count if size < 1 else size for size in (theirs.get("val_size", 0), ours["val_size"])]
+        if not data.files and keys == ["val_size"] and held[0] >= held[1]:  # then what is held out here was there too
+            return
+    if keys:
+        differing = "; ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in keys)
+        why = f"{weights} was trained on another split of {data.name} ({differing})"
+    elif same_size and header["dataset_digest"] != data.digest:
+        why = f"the images of {data.name} have changed since {weights} was trained, or are split in another way"
     else:
         return
     say(f"warning: {why}: it may know some of the images that are held out here, and be measured too high")
@@ -221,6 +231,8 @@ def _fit(
     path = run_dir or default_path(wanted)
     wanted = with_epochs(wanted, path, data, teacher)
     fresh = not (path / "recipe.yaml").exists()
+    if fresh and wanted.start_from is not None and not wanted.starts_from_teacher:
+        tell_what_it_knows(learner.first_weights(wanted), data, wanted)
     with distributed.joined(distributed.own_device(compute.pick_device(wanted.device))):
         if distributed.RANK == 0:
             state = path / "checkpoints/last.safetensors"
@@ -230,14 +242,14 @@ def _fit(
             run = Run.start(path, wanted, resume, extend)
             if measured is not None:
                 run.note(teacher=measured)
-            if fresh and wanted.start_from is not None and not wanted.starts_from_teacher:
-                tell_what_it_knows(learner.first_weights(wanted), data, wanted)
         distributed.wait()
         run = Run(path)
         if run.finished:
             check_unchanged(data, run.summary()["dataset_digest"], run.path)
         say(f"{run.path} is finished already; its results are kept" if run.finished else f"{doing} in {run.path}")
         try:
+            if data.files and distributed.RANK == 0 and not run.finished and not Checkpoint.exists(run):
+                write_text(run.images, json.dumps(data.files))  # an image that comes later is no part of it
             board = tensorboard(run.path / "tensorboard") if log and distributed.RANK == 0 else None
             engine.fit(wanted, data, run, teacher, _watch(on_epoch, board))
         except RunError:  # another process writes it
@@ -274,8 +286,11 @@ def _watch(*watchers: OnEpoch | None) -> OnEpoch:
 
 def train_baseline(wanted: Recipe, run_dir: Path | None, resume: bool, extend: bool = False) -> Run:
     """The run of the same student without its teacher."""
-    run = train(without_teacher(wanted), run_dir, resume, extend=extend)
-    if distributed.RANK == 0:
+    alone = without_teacher(wanted)
+    known = (run_dir or default_path(alone)) / "summary.json"
+    before = known.is_file()
+    run = train(alone, run_dir, resume, extend=extend)
+    if distributed.RANK == 0 and not before:  # a run that was there is more than a baseline
         run.note(baseline=True)
     return run
 
@@ -359,7 +374,8 @@ def options(wanted: Recipe, file: str | None = None) -> str:
 
 
 def same_images(one: Data, other: Data) -> bool:
-    return (one.dataset, one.image_size, one.split) == (other.dataset, other.image_size, other.split)
+    keys = ("dataset", "image_size", "images", *SPLIT)
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
 def load_teachers(wanted: Recipe, classes: Sequence[str] | None) -> tuple[nn.Module, Teacher, list[str]]:
@@ -479,9 +495,16 @@ def load_data(config: Data, taught: Recipe | None = None) -> datasets.DataSet:
 # --- what a command works on -------------------------------------------------------------------------------
 
 
+def _is_baseline(run: Run) -> bool:
+    try:
+        return bool(run.facts(run.path).get("baseline"))
+    except RunError:  # its environment.json is damaged
+        return False
+
+
 def newest_run() -> Run:
     """The newest finished run of a student, else of a teacher; a baseline is no result. ``RunError``."""
-    finished = [run for run in runs() if run.finished and not Run.facts(run.path).get("baseline")]
+    finished = [run for run in runs() if run.finished and not _is_baseline(run)]
     if not finished:
         raise RunError(f"there is no finished run under {RUNS}/: `toolkit distill` makes one, `toolkit pipeline` too")
     return max(finished, key=lambda run: run.recipe.role == "student")  # the first of equals
@@ -649,7 +672,7 @@ def data_of(
     Where they are: the flags, else the run, else what the ``header`` says. ``RunError`` with ``advice`` where they
     have changed.
     """
-    config = data_config(run.recipe.data if run else None, header, dataset, data_dir)
+    config = data_config(run, header, dataset, data_dir)
     data = load_data(config, run.recipe if run else None)
     if list(header["classes"]) != list(data.classes):
         raise DataError(
@@ -658,25 +681,31 @@ def data_of(
         )
     if dataset is None:
         check_unchanged(data, header["dataset_digest"], what, advice)
-    elif data.digest != header["dataset_digest"]:
+    elif data.name == header["dataset"] and data.digest != header["dataset_digest"]:
         say(
-            f"warning: {what} was made from other images, or from these before they changed; where it was trained on "
-            "some that are test images now, it is measured too high"
+            f"warning: the images of {data.name} have changed since {what} was trained, or are split in another way: "
+            "where it was trained on some that are test images now, it is measured too high"
         )
     return data
 
 
-def data_config(of_run: Data | None, header: Mapping[str, Any], dataset: str | None, data_dir: Path | None) -> Data:
+def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None, data_dir: Path | None) -> Data:
+    of_run = run.recipe.data if run else None
     if of_run is None:
         name = header["dataset"]
         if dataset is None and name.startswith("folder"):
             raise DataError(f"the model was trained on {name}; say where it is by --dataset folder:PATH")
-        same_kind = dataset is None or dataset.partition(":")[0] == name.partition(":")[0]
-        split = header.get("split", {}) if same_kind else {}
-        of_run = Data.model_validate({"dataset": dataset or name, "image_size": header["image_size"], **split})
+        kind, _, folder = (dataset or name).partition(":")
+        same = name == (f"{kind}:{Path(folder).expanduser().resolve().stem}" if folder else kind)
+        split = header.get("split", {}) if same else {}
+        of_run = Data.model_validate(
+            {"dataset": dataset or name, "image_size": header["image_size"], **split, "val_size": 0}
+        )
     changes: dict[str, Any] = {}
     if dataset is not None:
-        changes["dataset"] = dataset
+        changes |= {"dataset": dataset, "images": None}
+    elif run is not None and run.images.is_file():
+        changes["images"] = run.images
     if data_dir is not None:
         changes["data_dir"] = data_dir
         if (dataset or of_run.dataset).startswith("folder"):  # a folder is named by its path: it has moved

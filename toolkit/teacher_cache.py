@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toolkit import distributed
 from toolkit.augment import Augmenter
 from toolkit.compute import autocast
-from toolkit.data import SPLITTING, DataSet, at_once
+from toolkit.data import DataSet, at_once
 from toolkit.files import write_atomic
 from toolkit.recipe import Recipe
 from toolkit.run import weights_digest
@@ -34,7 +34,7 @@ class TeacherCache:
         content = {
             "teacher": weights_digest(teacher),
             "data": data.digest,
-            "split": [recipe.data.val_size, recipe.data.split_seed, recipe.data.group_by, SPLITTING],
+            "split": [recipe.data.val_size, recipe.data.split_seed, recipe.data.group_by],
             "augment": recipe.augment.model_dump(mode="json"),
             "seed": recipe.seed,
             "dtype": str(dtype),
