@@ -99,8 +99,7 @@ def make_teacher(run: Path, output: Path) -> None:
     """Write a trained net alone, as others do: it takes normalised pixels [N,3,S,S] and says nothing of that."""
     import torch
 
-    from toolkit.run import Run
-    from toolkit.stages import load_run
+    from toolkit.run import Run, load_run
 
     model, header = load_run(Run(run))
     example = torch.zeros(2, 3, header["image_size"], header["image_size"])

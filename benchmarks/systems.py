@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from toolkit import compute, engine, recipe, stages
+from toolkit import compute, engine, recipe
 from toolkit import data as datasets
 from toolkit.catalogue import info
 from toolkit.data import DataSet, Split
@@ -36,7 +36,7 @@ from toolkit.errors import DivergedError, Interrupted, UserError
 from toolkit.files import write_text
 from toolkit.progress import say
 from toolkit.recipe import Recipe
-from toolkit.run import Run
+from toolkit.run import Run, load_run
 
 MICRO_BATCH = 250
 HEAD = (
@@ -118,7 +118,7 @@ def train(name: str, wanted: Recipe, data: DataSet, folder: Path) -> list[str]:
 def measure(run: Run, data: DataSet) -> float:
     """Top-1 on the test images."""
     device = compute.pick_device(run.recipe.device)
-    logits = engine.predict(stages.load_run(run)[0].to(device), data.test.images, device)
+    logits = engine.predict(load_run(run)[0].to(device), data.test.images, device)
     return float((logits.argmax(1) == data.test.labels.numpy()).mean())
 
 

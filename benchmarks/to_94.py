@@ -19,8 +19,7 @@ import typer
 
 from toolkit import compute, data, engine, recipe
 from toolkit.classifier import TestTimeAugmentation
-from toolkit.run import Run
-from toolkit.stages import load_run
+from toolkit.run import Run, load_run
 
 BAR = 1.5
 

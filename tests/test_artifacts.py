@@ -22,7 +22,7 @@ from export.preprocess import fit
 from serve.session import Session
 from toolkit import artifacts, bench, stages
 from toolkit import data as datasets
-from toolkit.run import Run
+from toolkit.run import Run, load_run
 
 SHIP = ("--even-if-slower", "--max-drop", 100, "--calibration-images", 64)  # a small net is no faster in INT8
 
@@ -126,7 +126,7 @@ def test_int8_says_what_it_is_and_holds_no_path(toolkit: Toolkit, chain: Chain, 
 
 def test_the_temperature_is_the_best_on_val_and_applied_by_flag(chain: Chain, toolkit: Toolkit) -> None:
     run = Run(chain.student)
-    model, _ = stages.load_run(run)
+    model, _ = load_run(run)
     data = stages.load_data(run.recipe.data)
     assert data.val is not None
     temperature = artifacts.fitted_temperature(model, data)

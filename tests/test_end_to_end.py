@@ -17,10 +17,10 @@ import torch
 from conftest import Chain, Toolkit
 
 from serve.session import Session
-from toolkit import stages
+from toolkit import stages, teaching
 from toolkit.data import load
 from toolkit.recipe import Teacher
-from toolkit.run import Run
+from toolkit.run import Run, load_run
 
 TINY = ("--set", "teacher.widths=[8, 16, 32]")
 
@@ -133,7 +133,7 @@ def test_json_of_validate_is_the_same_for_run_and_artifact(toolkit: Toolkit, cha
 
 def test_the_artifact_answers_as_pytorch_for_each_test_image(chain: Chain) -> None:
     run = Run(chain.student)
-    model, header = stages.load_run(run)
+    model, header = load_run(run)
     test = load(run.recipe.data).test
     session = Session(chain.artifact, "cpu")
     with torch.inference_mode():
@@ -275,7 +275,7 @@ def test_teachers_look_at_the_views_that_they_are_given(chain: Chain) -> None:
 
     def load(**fields: object) -> tuple[torch.nn.Module, Teacher]:
         teacher = Teacher.model_validate(wanted.teacher.model_dump() | {"weights": None} | fields)
-        return stages.load_teachers(wanted.model_copy(update={"teacher": teacher}), None)[:2]
+        return teaching.load(wanted.model_copy(update={"teacher": teacher}), None)[:2]
 
     images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():

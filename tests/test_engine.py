@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit import checkpoint, engine, learner, stages
+from toolkit import checkpoint, engine, learner, teaching
 from toolkit import data as datasets
 from toolkit.classifier import Ensemble
 from toolkit.data import DataSet, Split, at_once
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RunError
 from toolkit.recipe import BatchGrowth, Teacher, resolve
-from toolkit.run import Run, load_tensors
-from toolkit.stages import load_model
+from toolkit.run import Run, load_model, load_tensors
 from toolkit.teacher_cache import TeacherCache
 
 TREE = {
@@ -366,7 +365,7 @@ def test_a_perfect_teacher_of_unequal_classes_may_teach():
             return torch.stack([1 - bright, bright], 1)
 
     recipe = resolve(TREE, "distill", {"data.image_size": 16})
-    found = stages.preflight(Perfect(), Teacher(name="perfect.onnx"), unequal(), recipe)
+    found = teaching.preflight(Perfect(), Teacher(name="perfect.onnx"), unequal(), recipe)
     assert (found["top1"], found["images"]) == (1, 100)
 
 

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from toolkit import data as datasets
-from toolkit import engine, external, features, recipe, stages
+from toolkit import engine, external, features, recipe, stages, teaching
 from toolkit.catalogue import mac_count, parameter_count, pretrained
 from toolkit.classifier import Ensemble
 from toolkit.errors import TeacherError
 from toolkit.recipe import Teacher
+from toolkit.run import load_model, load_run
 
 SIDE, COUNT = 16, 12
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
@@ -133,7 +134,7 @@ def test_our_own_artifact_teaches(chain: Chain) -> None:
     teacher, names = external.load(Teacher(name=str(path)), None, "cpu", True)
     assert names == list("0123456789")
     images = torch.randint(0, 256, (3, 3, 32, 32)).float() / 255
-    model, _ = stages.load_run(stages.Run(chain.folder / chain.student))
+    model, _ = load_run(stages.Run(chain.folder / chain.student))
     torch.testing.assert_close(teacher(images), model(images), rtol=1e-3, atol=1e-3)
 
 
@@ -160,9 +161,9 @@ def test_weights_beside_the_graph_are_a_part_of_its_digest(tmp_path: Path) -> No
 
 def test_a_teacher_of_our_own_gets_images_of_its_size(chain: Chain) -> None:
     wanted = stages.Run(chain.student).recipe
-    model, _ = stages.load_model(chain.teacher / "checkpoints/best.safetensors")
+    model, _ = load_model(chain.teacher / "checkpoints/best.safetensors")
     larger = wanted.model_copy(update={"data": wanted.data.model_copy(update={"image_size": 48})})
-    resized, _, _ = stages.load_teachers(larger, tuple("0123456789"))
+    resized, _, _ = teaching.load(larger, tuple("0123456789"))
     images = torch.rand(2, 3, 48, 48)
     small = torch.nn.functional.interpolate(images, size=32, mode="bilinear", antialias=True)
     torch.testing.assert_close(resized(images), model(small))
@@ -262,7 +263,7 @@ def test_timm_and_an_ensemble_of_all(timm_weights: Path, tmp_path: Path, coloure
         "also": [str(colours), {"name": "", "checkpoint": str(chain.folder / chain.teacher), "classes": str(file)}],
     }
     wanted = recipe.resolve({"student": {"name": "resnet9"}, "teacher": mixed, "loss": {"kd_weight": 1}}, "distill")
-    model, known, _ = stages.load_teachers(wanted, tuple(COLOURS))
+    model, known, _ = teaching.load(wanted, tuple(COLOURS))
     assert isinstance(model, Ensemble)
     first, second, third = model.members
     assert isinstance(first, external.External)
@@ -314,10 +315,10 @@ def test_a_teacher_that_finds_the_rare_class_has_something_to_teach(monkeypatch:
     monkeypatch.setattr(external, "hint", lambda *_: None)
     answers = torch.cat([torch.zeros(895), torch.ones(100), torch.zeros(5)]).long()
     monkeypatch.setattr(engine, "predict", lambda *_: np.eye(2)[answers])
-    assert stages.preflight(nn.Identity(), wanted.teacher, data, wanted)["top1"] == 0.94
+    assert teaching.preflight(nn.Identity(), wanted.teacher, data, wanted)["top1"] == 0.94
     answers = torch.zeros(1000).long()
     with pytest.raises(TeacherError, match=r"has nothing to teach: it gets 95\.0% of 1,000 val images right"):
-        stages.preflight(nn.Identity(), wanted.teacher, data, wanted)
+        teaching.preflight(nn.Identity(), wanted.teacher, data, wanted)
 
 
 # --- without labels, and not from nothing --------------------------------------------------------------------

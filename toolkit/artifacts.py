@@ -36,7 +36,7 @@ from toolkit.errors import DataError, ParityError, UserError
 from toolkit.files import check_free, write_bytes, write_text
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
-from toolkit.run import Run, environment
+from toolkit.run import Run, environment, load_run
 
 EXAMPLES = 8  # test images beside an artifact, for the page
 FITTED_ON = 1000  # val images: the temperature is one number
@@ -140,7 +140,7 @@ def export(
         check_free(file, options.force)
     if options.triton is not None:
         check_free(options.triton / path.stem, options.force)
-    model, header = stages.load_run(run)
+    model, header = load_run(run)
     if header["role"] == "student":
         check_budget(
             header["model"], parameter_count(model), options.budget or run.recipe.budget, len(header["classes"])
@@ -171,7 +171,7 @@ def export(
     if wants(options, "int8"):
         if options.tuning_epochs:
             images = stages.data_config(run, header, None, data_dir)
-            tuned = stages.load_run(fine_tuned(run, images, options.tuning_epochs))[0]
+            tuned = load_run(fine_tuned(run, images, options.tuning_epochs))[0]
             graph = onnx_export.build(with_views(tuned, options.views), about, options.opset)
         scheme = quantise.scheme_for(gpu=candidates[0].session.provider != CPU_PROVIDER)
         candidates.append(measure(*best_int8(graph, about, data, scheme, provider, options)))

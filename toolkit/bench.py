@@ -31,6 +31,7 @@ from toolkit.learner import RECOMPILED
 from toolkit.machine import available_cores
 from toolkit.progress import say
 from toolkit.report import BLUE, FAINT, GREEN, GRID, INK, VERMILLION, as_image
+from toolkit.run import load_run
 
 TURN_SECONDS = 0.2  # of one contestant before the next; a single call may take longer
 WARM_CALLS = 3
@@ -202,7 +203,7 @@ def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
     contestants = []
     for run, session in models.values():
         about, device = session.metadata, torch.device("cpu" if session.provider == CPU else "cuda")
-        model: nn.Module = stages.load_run(run)[0]
+        model: nn.Module = load_run(run)[0]
         if about.views > 1:
             model = TestTimeAugmentation(model, "flip" if about.views == 2 else "flip_and_shift")
         gpu = device.type == "cuda"

@@ -275,12 +275,13 @@ def train(
     _check_extend(extend, run_dir)
     wanted = resolve(_source(ctx, "cifar10"), "train", _overrides(ctx))
     from toolkit import stages  # imports torch: a misspelt name is told before that
+    from toolkit.teaching import options as same_options
 
     run = stages.train(wanted, run_dir, resume or extend, extend=extend, log=log)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
     _print_run(run)
-    given = stages.options(run.recipe, recipe)
+    given = same_options(run.recipe, recipe)
     print(f"next: toolkit distill {given} --teacher {run.recipe.model.name} --student NAME")
 
 

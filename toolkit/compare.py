@@ -25,7 +25,7 @@ from toolkit.catalogue import closest, mac_count, parameter_count
 from toolkit.errors import Interrupted, RecipeError, RunError, TeacherError
 from toolkit.progress import clock, say
 from toolkit.recipe import Recipe, Teacher
-from toolkit.run import RUNS, Run, runs
+from toolkit.run import RUNS, Run, load_run, runs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -171,11 +171,11 @@ def compare(plan: Plan) -> Comparison:
     The same plan goes on where it was stopped. Before the first step this raises whatever is wrong with data,
     student, teacher or directories; ``Interrupted`` after Ctrl-C or SIGTERM.
     """
-    from toolkit import stages
+    from toolkit import stages, teaching
 
     data = stages.check(plan.baseline)
     base = next(recipe for recipe in plan.methods.values() if recipe.teacher is not None)
-    teacher, known = stages.teacher_of(_with_its_teacher(base, plan), data)
+    teacher, known, _ = teaching.load(_with_its_teacher(base, plan), data.classes)
     methods = {  # whichever is the newest run later on: the teacher stays the same
         method: recipe.model_copy(update={"teacher": known}) if recipe.distils else recipe
         for method, recipe in plan.methods.items()
@@ -200,11 +200,11 @@ def _with_its_teacher(base: Recipe, plan: Plan) -> Recipe:
 
 
 def _train(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> None:
-    from toolkit import stages
+    from toolkit import stages, teaching
 
     waiting = _waiting(plan, data)
     if waiting:  # a poor teacher is told before the first baseline is trained
-        stages.preflight(teacher, known, data, plan.baseline)
+        teaching.preflight(teacher, known, data, plan.baseline)
     recipe = plan.baseline
     say(
         f"comparing {', '.join(plan.methods)} by {recipe.model.name} on {data.name}: {recipe.epochs} epochs each, "
@@ -286,7 +286,7 @@ def _taught(recipe: Recipe, epochs: int, images: int, samples: int) -> int:
 def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> Comparison:
     import torch
 
-    from toolkit import compute, engine, learner, report, stages
+    from toolkit import compute, engine, learner, report
 
     device, test = compute.pick_device(plan.baseline.device), data.test
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
@@ -301,7 +301,7 @@ def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> C
     results = []
     for method, seed in plan.runs:
         run = Run(plan.path(method, seed))
-        model, _ = stages.load_run(run)
+        model, _ = load_run(run)
         logits = engine.predict(model.to(device), test.images, device)
         metrics, summary = report.measure(logits, test.labels.numpy(), data.classes, answers), run.summary()
         samples = len(data.train) * run.recipe.augment.copies

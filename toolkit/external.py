@@ -193,8 +193,12 @@ def load(teacher: Teacher, classes: Sequence[str] | None, device: str, offline: 
 
 
 def title(teacher: Teacher) -> str:
-    """What messages call a teacher."""
-    return str(teacher.checkpoint) if teacher.checkpoint and teacher.name == "onnx" else teacher.name
+    """What messages call a teacher: its run directory, its file, or the name of one of timm's."""
+    path = teacher.checkpoint
+    if path is None or teacher.name.startswith("timm:"):
+        return teacher.name
+    folder = path.parent.parent
+    return str(folder if (folder / "recipe.yaml").is_file() and not teacher.external else path)
 
 
 def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, list[str] | None, str, bool]:

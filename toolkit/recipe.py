@@ -212,7 +212,7 @@ class Teacher(Model):
     weights: str | None = Field(
         None, description="SHA-256 of that teacher's weights; written when a run starts, and then held to"
     )
-    also: tuple[Path | Teacher, ...] = Field(
+    also: tuple[Teacher, ...] = Field(
         (),
         description="more teachers, each by its run directory, weights or ONNX file, or as a mapping of these fields: "
         "their probabilities are averaged with its own, and those without a mapping take its views",
@@ -220,15 +220,30 @@ class Teacher(Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _file_by_its_name(cls, tree: Any) -> Any:
-        if isinstance(tree, Mapping) and str(tree.get("name")).endswith(".onnx"):
-            return {**tree, "name": "onnx", "checkpoint": tree["name"]}
+    def _written_shortly(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        tree = dict(tree)
+        if str(tree.get("name")).endswith(".onnx"):
+            tree |= {"name": "onnx", "checkpoint": tree["name"]}
+        if isinstance(tree.get("also"), list | tuple):
+            tree["also"] = [_one_more(entry, tree.get("views")) for entry in tree["also"]]
         return tree
 
     @property
     def external(self) -> bool:
         """Whether it is from elsewhere: an ONNX file, or one of timm's models."""
         return is_external(self.name)
+
+
+def _one_more(entry: Any, views: Any) -> Any:
+    """An entry of ``teacher.also`` as the fields of a teacher: its name is that of its weights, unless it is given."""
+    if isinstance(entry, Mapping):
+        return {"name": "", **entry}
+    if not isinstance(entry, str | Path):
+        return entry
+    named = {"name": str(entry)} if is_external(str(entry)) else {"name": "", "checkpoint": entry}
+    return named | {"views": views}
 
 
 def is_external(name: str) -> bool:

@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from toolkit import __version__
+from toolkit.catalogue import build
 from toolkit.errors import CheckpointError, RecipeError, RunError, in_line
 from toolkit.files import locked, write_atomic, write_text
 from toolkit.recipe import Recipe, validate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from toolkit.classifier import Classifier
 
 RUNS = Path("runs")
 
@@ -253,3 +256,30 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, json.loads(text)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
+    """The model of a file of weights, and the file's header (see ``engine.describe``). ``CheckpointError``."""
+    tensors, header = load_tensors(path)
+    if "position" in header:
+        raise CheckpointError(f"{path} is the state of an unfinished run; its weights are in best.safetensors")
+    size = header["image_size"]
+    model = build(header["model"], header["role"], len(header["classes"]), image_size=size, **header["arguments"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {header['model']}: {in_line(error)}") from error
+    return model.eval(), header
+
+
+def load_run(run: Run) -> tuple[Classifier, dict[str, Any]]:
+    """``load_model`` of a run; ``RunError`` where it is not finished, ``CheckpointError`` for foreign weights."""
+    run.summary()
+    weights, wanted = run.checkpoint("best"), run.recipe.model
+    model, header = load_model(weights)
+    if (header["model"], header["role"], header["arguments"]) != (wanted.name, run.recipe.role, wanted.arguments):
+        raise CheckpointError(
+            f"{weights} is not of this run: it holds {header['role']} {header['model']} {header['arguments'] or ''}, "
+            f"the run's recipe has {run.recipe.role} {wanted.name} {wanted.arguments or ''}"
+        )
+    return model, header

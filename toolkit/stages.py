@@ -6,10 +6,8 @@ return what happened. The command line prints it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,28 +22,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from toolkit import compute, distributed, engine, external, learner, recipe
+from toolkit import compute, distributed, engine, external, learner, recipe, teaching
 from toolkit import data as datasets
-from toolkit.catalogue import build, mac_count, parameter_count
+from toolkit.catalogue import mac_count, parameter_count
 from toolkit.checkpoint import Checkpoint
 from toolkit.choices import Provider, Stage, Views
-from toolkit.classifier import Ensemble, TestTimeAugmentation, members, with_views
+from toolkit.classifier import TestTimeAugmentation
 from toolkit.duration import with_epochs
-from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError, in_line
+from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.files import write_text
 from toolkit.progress import say
-from toolkit.recipe import SPLIT, Data, Recipe, Teacher, TeacherInput, is_external
-from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_tensors, runs
+from toolkit.recipe import Data, Recipe
+from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_model, load_run, runs
 from toolkit.tracking import tensorboard
 
 if TYPE_CHECKING:
     from toolkit.artifacts import Exported
     from toolkit.classifier import Classifier
-
-LOOKED_AT = 1000  # images on which a teacher is measured before it teaches
-SEEDED = ("val_size", "split_seed", "group_by")  # what decides which images are val, where the test is the same
-TOO_FEW = 100  # val images to tell its top-1 from a guess by
-
 
 # --- training ----------------------------------------------------------------------------------------------
 
@@ -100,15 +93,15 @@ def distill(
         return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
     data = load_data(wanted.data, wanted) if wanted.data.unlabelled else check(wanted)
-    teacher, known = teacher_of(wanted, data)
+    teacher, known, _ = teaching.load(wanted, data.classes)
     learner.new_model(wanted, data)
     wanted = wanted.model_copy(update={"teacher": known})
-    sources = [_source(one) for one in (known, *known.also)]
+    sources = [external.title(one) for one in (known, *known.also)]
     doing = f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
     path = run_dir or default_path(wanted)
     # Without labels there is nothing to compare its answers with.
     looked_at = wanted.data.unlabelled or "teacher" in Run.facts(path)
-    measured = None if looked_at else preflight(teacher, known, data, wanted)
+    measured = None if looked_at else teaching.preflight(teacher, known, data, wanted)
     return _fit(wanted, data, teacher, path, resume, doing, on_epoch, extend, log, measured)
 
 
@@ -118,88 +111,6 @@ def _resolved(wanted: Recipe | str | Path, stage: Stage, settings: Mapping[str, 
             raise ValueError("settings belong to the name or file of a recipe, not to one that is resolved")
         return wanted
     return recipe.resolve(wanted, stage, settings)
-
-
-def preflight(teacher: nn.Module, known: Teacher, data: datasets.DataSet, wanted: Recipe) -> dict[str, Any]:
-    """``top1`` of a teacher on up to 1,000 val ``images``, or training images where they are few; and which ``split``.
-
-    The classes and their order were compared by ``load_teacher``, and normalisation is a part of the model. Raises
-    ``TeacherError`` where the answers are hardly better than the commonest class.
-    """
-    few = data.val is None or len(data.val) < TOO_FEW
-    name, split = ("training", data.train) if few or data.val is None else ("val", data.val)
-    count = min(len(split), LOOKED_AT)
-    index = torch.linspace(0, len(split) - 1, count).long()
-    some = datasets.Split(split.images[index], split.labels[index])
-    device = distributed.own_device(compute.pick_device(wanted.device))
-    teacher = teacher.to(device).to(memory_format=compute.usual(wanted, device).layout)
-    dtype = compute.pick_dtype(wanted.precision, device)
-    labels = some.labels.numpy()
-    right = engine.predict(teacher, some.images, device, dtype).argmax(1) == labels
-    top1 = float(right.mean())
-    every = max(1, count // 200)
-    part = datasets.Split(some.images[::every], some.labels[::every])
-    plain = members(teacher)
-    better = external.hint(plain, lambda: engine.evaluate(teacher, part, device, dtype)[1])
-    header = None if known.external or known.checkpoint is None else load_header(known.checkpoint)
-    for one in (known, *known.also):
-        weights = one.checkpoint if isinstance(one, Teacher) else one
-        if weights is not None and weights.suffix == ".safetensors" and not (isinstance(one, Teacher) and one.external):
-            tell_what_it_knows(weights, data, wanted)
-    ours = {"dataset": data.name, "dataset_digest": data.digest, "image_size": wanted.data.image_size}
-    differing = [key for key in ours if header is not None and header[key] != ours[key]]
-    chance = data.train.labels.bincount().max().item() / len(data.train)
-    said = f"{top1:.1%} of {count:,} {name} images right, a guess {chance:.1%}"
-    # One that finds the rare classes may be right less often than one that always says the commonest.
-    present, counts = np.unique(labels, return_counts=True)
-    recall, blind = float(np.mean([right[labels == label].mean() for label in present])), 1 / len(present)
-    doubt = (blind * (1 - blind) * (1 / counts).sum()) ** 0.5 / len(present)
-    by_chance = (chance * (1 - chance) / count) ** 0.5
-    if not (is_better(top1, chance, by_chance) or is_better(recall, blind, doubt)):
-        if header is None:
-            given = "; ".join(str(member) for member in plain if isinstance(member, external.External))
-            raise TeacherError(
-                f"the teacher {external.title(known)} has nothing to teach: it gets {said}. "
-                + (better or f"It was given {given or 'images as they are'}. --teacher-mean, --teacher-std, "
-                   "--teacher-scale and --teacher-classes say it otherwise.")
-            )  # fmt: skip
-        others = "; ".join(f"{key} {header[key]} there, {ours[key]} here" for key in differing)
-        why = f"other images: {others}" if others else "these images"
-        raise TeacherError(
-            f"the teacher {known.checkpoint} has nothing to teach: it gets {said}. It was trained on {why}."
-        )
-    say(f"the teacher {external.title(known)} gets {said}" + (f"; {better}" if better else ""))
-    return {"top1": top1, "images": count, "split": name}
-
-
-def is_better(share: float, guess: float, deviation: float) -> bool:
-    """Whether a share of right answers is well above that of a guess, by more than chance and enough to teach."""
-    needed = max(0.1 * (1 - guess), 3 * deviation)
-    return share >= guess + min(needed, (1 - guess) / 2)  # where few images of unequal classes were looked at
-
-
-def tell_what_it_knows(weights: Path, data: datasets.DataSet, wanted: Recipe) -> None:
-    """Say where weights were trained on images that are held out here."""
-    header = load_header(weights)
-    if header["dataset"] != data.name:
-        return
-    ours, theirs = wanted.data.split, header.get("split", {})
-    keys = [key for key in ours if theirs.get(key, ours[key]) != ours[key]]
-    same_size = header["image_size"] == wanted.data.image_size
-    if not data.files or (same_size and header["dataset_digest"] == data.digest):  # the test images are the same
-        keys = [key for key in keys if key in (SEEDED if data.files else SEEDED[:2]) and data.val is not None]
-        count = len(data.train) + len(data.val or ())
-        held = [size * count if size < 1 else size for size in (theirs.get("val_size", 0), ours["val_size"])]
-        if not data.files and keys == ["val_size"] and held[0] >= held[1]:  # then what is held out here was there too
-            return
-    if keys:
-        differing = "; ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in keys)
-        why = f"{weights} was trained on another split of {data.name} ({differing})"
-    elif same_size and header["dataset_digest"] != data.digest:
-        why = f"the images of {data.name} have changed since {weights} was trained, or are split in another way"
-    else:
-        return
-    say(f"warning: {why}: it may know some of the images that are held out here, and be measured too high")
 
 
 def check(wanted: Recipe) -> datasets.DataSet:
@@ -232,7 +143,7 @@ def _fit(
     wanted = with_epochs(wanted, path, data, teacher)
     fresh = not (path / "recipe.yaml").exists()
     if fresh and wanted.start_from is not None and not wanted.starts_from_teacher:
-        tell_what_it_knows(learner.first_weights(wanted), data, wanted)
+        teaching.tell_what_it_knows(learner.first_weights(wanted), data, wanted)
     with distributed.joined(distributed.own_device(compute.pick_device(wanted.device))):
         if distributed.RANK == 0:
             state = path / "checkpoints/last.safetensors"
@@ -302,180 +213,6 @@ def without_teacher(wanted: Recipe) -> Recipe:
     return wanted.model_copy(update={"teacher": None, "loss": loss, "start_from": start})
 
 
-def teacher_of(wanted: Recipe, data: datasets.DataSet) -> tuple[nn.Module, Teacher]:
-    """The recipe's trained teacher, and what it was; ``TeacherError`` where there is none, or another one."""
-    assert wanted.teacher is not None
-    teacher, known, _ = load_teachers(wanted, data.classes)
-    if known.name != wanted.teacher.name:
-        raise TeacherError(
-            f"{known.checkpoint} holds {known.name}, the recipe asks for {wanted.teacher.name}: give --teacher "
-            f"{known.name}, or another --teacher-checkpoint."
-        )
-    return teacher, known
-
-
-def find_teacher(wanted: Recipe) -> Path | None:
-    """The weights of the recipe's teacher, or a ``TeacherError`` that names the command that makes them.
-
-    None for one of timm's models that brings its own.
-    """
-    assert wanted.teacher is not None
-    teacher = wanted.teacher
-    if teacher.checkpoint is not None:
-        return _weights(teacher.checkpoint)
-    if teacher.external:
-        return None
-    for run in runs():
-        same = run.recipe.model.name == teacher.name and run.recipe.model.arguments == teacher.arguments
-        if run.finished and run.recipe.role == "teacher" and same and same_images(run.recipe.data, wanted.data):
-            return run.checkpoint("best")
-    raise TeacherError(
-        f"there is no trained {teacher.name} for {wanted.data.dataset} under {RUNS}/. Train one with `toolkit train "
-        f"{options(wanted)} --teacher {teacher.name}`, add --train-teacher, or name one by --teacher-checkpoint."
-    )
-
-
-def _weights(path: Path) -> Path:
-    """The weights in a run directory, or the file itself. Raises ``TeacherError``."""
-    weights = Run(path).checkpoint("best") if path.is_dir() else path
-    if not weights.is_file():
-        raise TeacherError(f"there are no weights of a teacher at {weights}")
-    return weights
-
-
-def _source(teacher: Teacher | Path) -> str:
-    """Where a teacher comes from: the run directory of our own, a file or a name of others."""
-    if isinstance(teacher, Teacher) and (teacher.external or teacher.checkpoint is None):
-        return external.title(teacher)
-    path = teacher if isinstance(teacher, Path) else teacher.checkpoint
-    assert path is not None
-    return str(path.parent.parent)
-
-
-def options(wanted: Recipe, file: str | None = None) -> str:
-    """The options that name the recipe (by its ``file``, where that is known) and its data again, for a shell."""
-    name = wanted.name if wanted.name in recipe.shipped() else f"{wanted.name}.yaml"
-    given = ["--recipe", file or name, "--dataset", wanted.data.dataset]
-    data = wanted.data
-    if data.dataset.startswith("folder") or data.image_size != Data().image_size:
-        given += ["--image-size", str(data.image_size)]
-    given += ["--group-by", data.group_by] if data.group_by else []
-    given += ["--skip-broken"] * data.skip_broken + ["--skip-leaks"] * data.skip_leaks
-    if data.data_dir is not None and data.dataset.startswith("cifar"):
-        given += ["--data-dir", str(data.data_dir)]
-    try:
-        named = Data.model_validate(recipe.read(file or name).get("data") or {})
-    except UserError:  # of a file that is elsewhere
-        named = Data()
-    for key in ("val_size", "split_seed"):
-        if getattr(data, key) != getattr(named, key):
-            given += ["--set", f"data.{key}={getattr(data, key)}"]
-    return shlex.join(given)
-
-
-def same_images(one: Data, other: Data) -> bool:
-    keys = ("dataset", "image_size", "images", *SPLIT)
-    return all(getattr(one, key) == getattr(other, key) for key in keys)
-
-
-def load_teachers(wanted: Recipe, classes: Sequence[str] | None) -> tuple[nn.Module, Teacher, list[str]]:
-    """The recipe's teacher, with those of ``teacher.also`` as an ensemble; what it was; and its logits' classes.
-
-    These are ``classes``, or with None those of the (first) teacher. Raises ``TeacherError``, also where it is not the
-    one whose SHA-256 the recipe holds to.
-    """
-    assert wanted.teacher is not None
-    first = wanted.teacher.model_copy(update={"checkpoint": find_teacher(wanted)})
-    members = [first, *(_member(one, first.views) for one in wanted.teacher.also)]
-    loaded: list[tuple[nn.Module, Teacher]] = []
-    for member in members:
-        model, known, own = _load_member(member, classes, wanted)
-        loaded.append((model, known))
-        classes = classes if classes is not None else own
-    (model, known), digests = loaded[0], [f"{known.weights}{known.views or ''}" for _, known in loaded]
-    if len(loaded) > 1:
-        model = Ensemble([member for member, _ in loaded])
-        digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-        also = tuple(one if one.external or one.views != known.views else one.checkpoint for _, one in loaded[1:])
-        known = known.model_copy(update={"weights": digest, "also": also})
-    if wanted.teacher.weights not in (None, known.weights):
-        raise TeacherError(
-            f"{known.checkpoint} has SHA-256 {str(known.weights)[:12]}, the recipe asks for "
-            f"{wanted.teacher.weights[:12]}: it is another teacher. Give the right one by --teacher-checkpoint."
-        )
-    return model, known, list(classes or ())
-
-
-def _member(entry: Path | Teacher, views: Views | None) -> Teacher:
-    """One of ``teacher.also``, with the weights of a run directory; ``views`` where it has no mapping of its own."""
-    if isinstance(entry, Path):
-        given = {"name": str(entry)} if is_external(str(entry)) else {"name": "", "checkpoint": entry}
-        entry = Teacher.model_validate({**given, "views": views})
-    return entry if entry.checkpoint is None else entry.model_copy(update={"checkpoint": _weights(entry.checkpoint)})
-
-
-def _load_member(
-    teacher: Teacher, classes: Sequence[str] | None, wanted: Recipe
-) -> tuple[nn.Module, Teacher, list[str]]:
-    if teacher.external:
-        other, names = external.load(teacher, classes, wanted.device, wanted.data.offline)
-        external_known = teacher.model_copy(update={"weights": other.hex_digest, "also": ()})
-        return with_views(other, teacher.views), external_known, names
-    assert teacher.checkpoint is not None
-    model, header = load_model(teacher.checkpoint)
-    where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
-    digest = hashlib.sha256(teacher.checkpoint.read_bytes()).hexdigest()
-    known = {"name": header["model"], "checkpoint": teacher.checkpoint, "weights": digest}
-    known |= {"classes": teacher.classes, "views": teacher.views}
-    if classes is not None and theirs != list(classes) and teacher.classes is None and set(theirs) != set(classes):
-        kind, _, folder = wanted.data.dataset.partition(":")
-        ours = f"{kind}:{Path(folder).stem}" if folder else kind
-        differing = next(
-            (f"{a!r} where the data has {b!r}" for a, b in zip(theirs, classes, strict=False) if a != b), ""
-        )
-        raise TeacherError(
-            f"{where} knows {len(theirs)} classes of {header['dataset']}, the data has {len(classes)} of "
-            f"{ours}{'; first difference: ' + differing if differing else ''}; --teacher-classes FILE "
-            "maps one to the other"
-        )
-    names, columns = external.match_classes(where, theirs, len(theirs), classes, teacher.classes)
-    module: nn.Module = model
-    side = header["image_size"]
-    if columns is not None or side != wanted.data.image_size:
-        if teacher.classes is not None:  # the mapping makes another teacher of it
-            digest = hashlib.sha256(f"{digest}{columns}".encode()).hexdigest()
-            known["weights"] = digest
-        module = external.External(model, TeacherInput(image_size=side), columns, digest, stated=True).eval()
-    return with_views(module, teacher.views), Teacher(**known, **header["arguments"]), names
-
-
-def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
-    """The model of a file of weights, and the file's header (see ``engine.describe``). ``CheckpointError``."""
-    tensors, header = load_tensors(path)
-    if "position" in header:
-        raise CheckpointError(f"{path} is the state of an unfinished run; its weights are in best.safetensors")
-    size = header["image_size"]
-    model = build(header["model"], header["role"], len(header["classes"]), image_size=size, **header["arguments"])
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit {header['model']}: {in_line(error)}") from error
-    return model.eval(), header
-
-
-def load_run(run: Run) -> tuple[Classifier, dict[str, Any]]:
-    """``load_model`` of a run; ``RunError`` where it is not finished, ``CheckpointError`` for foreign weights."""
-    run.summary()
-    weights, wanted = run.checkpoint("best"), run.recipe.model
-    model, header = load_model(weights)
-    if (header["model"], header["role"], header["arguments"]) != (wanted.name, run.recipe.role, wanted.arguments):
-        raise CheckpointError(
-            f"{weights} is not of this run: it holds {header['role']} {header['model']} {header['arguments'] or ''}, "
-            f"the run's recipe has {run.recipe.role} {wanted.name} {wanted.arguments or ''}"
-        )
-    return model, header
-
-
 def load_data(config: Data, taught: Recipe | None = None) -> datasets.DataSet:
     """The data set; images without labels get those of the teacher of ``taught``."""
     data = datasets.load(config)
@@ -485,7 +222,7 @@ def load_data(config: Data, taught: Recipe | None = None) -> datasets.DataSet:
         return data
     if taught is None or taught.teacher is None:
         raise DataError(f"{data.name} has no labels, and no run says which teacher gives them: name the run")
-    teacher, _, classes = load_teachers(taught, None)
+    teacher, _, classes = teaching.load(taught, None)
     device = distributed.own_device(compute.pick_device(taught.device))
     dtype = compute.pick_dtype(taught.precision, device)
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
@@ -719,7 +456,7 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
         return None
     try:
         assert run.recipe.teacher is not None
-        teacher = load_teachers(run.recipe, data.classes)[0]  # the very one, by its weights
+        teacher = teaching.load(run.recipe, data.classes)[0]  # the very one, by its weights
     except (TeacherError, CheckpointError, RunError) as error:
         say(f"the comparison with the teacher is left out: {error}")
         return None

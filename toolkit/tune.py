@@ -70,7 +70,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     Raises ``SearchError`` where the directory holds another search, or an unfinished one without ``resume``;
     ``Interrupted`` after Ctrl-C or SIGTERM.
     """
-    from toolkit import compute, stages
+    from toolkit import compute, stages, teaching
     from toolkit.run import Run
 
     started = (output / "search.yaml").is_file()
@@ -88,7 +88,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     data = stages.load_data(base.data)
     if base.distils and base.teacher is not None and not any(p.startswith("teacher.") for p in plan.space.fields):
         # All trials, and those after --resume, learn from the same teacher.
-        teacher = base.teacher.model_copy(update={"checkpoint": stages.find_teacher(base)})
+        teacher = base.teacher.model_copy(update={"checkpoint": teaching.find(base)})
         pinned = base.model_copy(update={"teacher": teacher})
         plan = plan.model_copy(update={"recipe": pinned.model_dump(mode="json")})
     search = Search(plan, output, len(data.classes), read_trials(output))
@@ -96,7 +96,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         path = search.path(trial)
         run = Run(path) if (path / "summary.json").is_file() else None  # a trial's directory may have been removed
         # A search over fields of the data has trials on other images.
-        if run is not None and stages.same_images(run.recipe.data, base.data):
+        if run is not None and teaching.same_images(run.recipe.data, base.data):
             stages.check_unchanged(data, run.summary()["dataset_digest"], path, "choose another --output")
     if search.bounds and not search.trials:
         say(f"drawing trials with {search.constraints}")
