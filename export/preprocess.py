@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+
+def nhwc(images: Any) -> NDArray[np.uint8]:
+    """A tensor uint8 ``[N,3,H,W]`` to what an artifact takes, ``[N,H,W,3]``."""
+    return np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def fit(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

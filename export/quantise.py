@@ -84,7 +84,8 @@ def half(proto: onnx.ModelProto) -> onnx.ModelProto:
         if node.name in light:
             nodes.append(node)
             continue
-        for index, name in enumerate(node.input):
+        inputs = node.input[:1] if node.op_type == "Resize" else node.input  # its scales are fp32 in any graph
+        for index, name in enumerate(inputs):
             if name in floats and name not in halves:
                 halves[name] = f"{name}_fp16"
                 if name in constants:

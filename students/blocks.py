@@ -18,7 +18,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def stem_reduction(image_size: int, stride: int = 1) -> tuple[int, nn.Sequential]:
-    """How a stem brings images of ``image_size`` pixels to those that the stages were made for, of 32 to 63.
+    """How a stem brings images of ``image_size`` pixels near those that the stages were made for, of 32 to 63.
 
     It halves them once from 64 pixels on and twice from 128 on: first by a stride of 2 in its first conv, where that
     has none of its own (``stride`` above 1), then by 3x3 max-pools behind it, as ResNet's stem for ImageNet does
@@ -113,7 +113,7 @@ class WhiteningConv(nn.Conv2d):
     """The 12 principal components of 2x2 patches, each scaled to variance 1, and their negatives; not trained.
 
     ``[B,3,H,W]`` to ``[B,24,H-1,W-1]``, or at a stride of 2 to half of H and W. Of all of airbench's means this one
-    saves the most steps (arXiv 2404.00498). Random until ``fit`` has seen images.
+    saves the most steps (arXiv 2404.00498). Random until ``whiten`` has seen images.
     """
 
     def __init__(self, stride: int = 1) -> None:

@@ -18,7 +18,7 @@ from test_bad_input import files, refused
 
 from export import parity, quantise
 from export.artifact import read
-from export.preprocess import fit
+from export.preprocess import fit, nhwc
 from serve.session import Session
 from toolkit import artifacts, bench, stages
 from toolkit import data as datasets
@@ -140,7 +140,7 @@ def test_the_temperature_is_the_best_on_val_and_applied_by_flag(chain: Chain, to
     assert nll(temperature) <= min(nll(temperature * 1.02), nll(temperature / 1.02), nll(1.0))
     assert read(chain.artifact).temperature == temperature
     assert toolkit("export", "--calibrate", "--output", "calibrated.onnx", "--provider", "cpu").exit_code == 0
-    images = stages.to_nhwc(data.test.images[:9])
+    images = nhwc(data.test.images[:9])
     plain, divided = (Session(path, "cpu").run(images)[0] for path in (chain.artifact, Path("calibrated.onnx")))
     np.testing.assert_allclose(divided, plain / temperature, atol=1e-4)
 

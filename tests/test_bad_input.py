@@ -60,6 +60,11 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("train --set epoch=3", ["epoch", "did you mean 'epochs'"]),
         ("train --set lr=3", ["lr", "did you mean 'optimizer.lr'"]),
         ("train --set train=3", ["train: there is no such field"]),
+        ("train --dataset folder:~nobody-here/photos", ["data.dataset", "no such home directory"]),
+        (
+            "distill --teacher a.onnx --teacher-checkpoint b.onnx",
+            ["name (=a.onnx)", "checkpoint (=b.onnx)", "give one"],
+        ),
         ("train --epochs 0", ["epochs = 0", "greater than or equal to 1"]),
         ("train --set epochs", ["--set takes key.path=value", "'epochs'"]),
         ("train --set =3", ["--set takes key.path=value", "'=3'"]),

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Chain, Toolkit
+from PIL import Image
 
+from export.preprocess import nhwc
 from serve.session import Session
 from toolkit import stages, teaching
 from toolkit.data import load
@@ -138,7 +140,7 @@ def test_the_artifact_answers_as_pytorch_for_each_test_image(chain: Chain) -> No
     session = Session(chain.artifact, "cpu")
     with torch.inference_mode():
         expected = model(test.images.float() / 255).numpy()
-    logits, probabilities = session.run_batches(stages.to_nhwc(test.images))
+    logits, probabilities = session.run_batches(nhwc(test.images))
     assert (logits.argmax(1) == expected.argmax(1)).all()
     assert (probabilities.argmax(1) == expected.argmax(1)).all()
     assert session.metadata.accuracy == (expected.argmax(1) == test.labels.numpy()).mean()
@@ -252,6 +254,23 @@ def test_train_teacher_and_baseline(toolkit: Toolkit, nowhere: Path) -> None:
     ours, theirs = (json.loads((run.report / "metrics.json").read_text())["top1"] for run in (student, alone))
     assert f"with the teacher {ours:.2%}, without {theirs:.2%}: {100 * (ours - theirs):+.2f} points" in result.stdout
     assert stages.newest_run().path == student.path  # the baseline is newer, but it is not the result
+
+    (alone.path / "summary.json").unlink()  # as one that was interrupted, and is gone on with as its message says
+    assert toolkit("distill", "--run-dir", alone.path, "--resume").exit_code == 0
+    assert alone.finished
+    assert stages.newest_run().path == student.path
+
+
+def test_a_run_is_measured_on_another_folder_that_is_too_small_to_hold_val_out(toolkit: Toolkit, chain: Chain) -> None:
+    for number in range(30):
+        folder = Path("photos", str(number % 10))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (8 * number, 0, 0)).save(folder / f"{number}.png")
+    result = toolkit("validate", chain.student, "--dataset", "folder:photos", "--tta", "flip", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["n"] == 10
+    assert 0 <= document["tta_top1"] <= 1
 
 
 def test_two_teachers_are_an_ensemble(toolkit: Toolkit, chain: Chain) -> None:

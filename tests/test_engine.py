@@ -208,15 +208,15 @@ def test_images_grow_for_the_student_and_are_whole_for_the_teacher(tmp_path, mon
     assert set(seen["teacher"]) == {24}
 
 
-def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, data):
-    recipe, run = start(tmp_path / "run", **{"optimizer.lr": 1e30, "schedule.initial_fraction": 0})
-    with pytest.raises(DivergedError, match=r"not finite any more at step \d+ \(epoch \d\)"):
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, data, monkeypatch):
+    recipe, run = start(tmp_path / "run")
+    monkeypatch.setattr(learner.Learner, "lr", lambda self, done: 0.05 if done < 1 else 1e30)
+    with pytest.raises(
+        DivergedError, match=r"not finite any more at step \d+ \(epoch 2\); the last good checkpoint is"
+    ):
         engine.fit(recipe, data, run)
     assert not run.finished
-    if run.checkpoint("last").is_file():
-        assert all(
-            t.isfinite().all() for t in load_tensors(run.checkpoint("last"))[0].values() if t.is_floating_point()
-        )
+    assert all(t.isfinite().all() for t in load_tensors(run.checkpoint("last"))[0].values() if t.is_floating_point())
 
 
 def test_the_student_learns_from_the_teacher_alone_and_leaves_it_as_it_was(tmp_path, data):
@@ -346,6 +346,25 @@ def test_a_run_that_was_stopped_early_is_not_extended(tmp_path, data):
     longer = recipe.model_copy(update={"epochs": 9})
     with pytest.raises(RunError, match="was stopped early, after 2 of 3 epochs"):
         Run.start(run.path, longer, resume=True, extend=True)
+
+
+def test_a_run_that_was_stopped_in_its_last_epoch_is_not_extended_either(tmp_path, data):
+    recipe, run = start(tmp_path / "run", epochs=2, **{"early_stop.patience": 1, "optimizer.lr": 1e-9})
+    engine.fit(recipe, data, run)
+    with pytest.raises(RunError, match="was stopped early, after 2 of 2 epochs"):
+        Run.start(run.path, recipe.model_copy(update={"epochs": 9}), resume=True, extend=True)
+
+
+def test_a_run_without_a_training_state_is_not_extended_from_nothing(tmp_path, data):
+    recipe, run = start(tmp_path / "run", epochs=1)
+    engine.fit(recipe, data, run)
+    for state in (run.path / "checkpoints").glob("last*"):
+        state.unlink()
+    before = weights(run)
+    with pytest.raises(RunError, match=f"no training state any more.*--init {run.path}"):
+        Run.start(run.path, recipe.model_copy(update={"epochs": 2}), resume=True, extend=True)
+    assert weights(run) == before
+    assert run.finished
 
 
 def unequal():

@@ -75,6 +75,28 @@ def test_the_reports_have_twelve_systems():
     assert len({resolve(name, *stages_of(name)).model.name for name in REPORTS}) == 12
 
 
+def test_contradictions_come_at_once_too():
+    changes = {"early_stop.patience": 3, "data.val_size": 0, "progressive.start": 64, "swa_start": 999}
+    with pytest.raises(RecipeError) as caught:
+        resolve("cifar10", "train", changes)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert all(any(word in line for line in lines) for word in ("early_stop.patience", "swa_start", "progressive"))
+
+
+def test_a_stage_may_be_another_recipes_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: cifar10-cpu\nepochs: 3\nstudent: {name: resnet9}\n")
+    ours, theirs = resolve(file, "train"), resolve("cifar10-cpu", "train")
+    assert not ours.differences(theirs)
+    file.write_text("distill: mine.yaml")
+    with pytest.raises(RecipeError, match=r"cannot read the recipe mine.yaml"):
+        resolve(file, "distill")
+    file.write_text("distill: 30")
+    with pytest.raises(RecipeError, match=r"distill \(=30\) must be a mapping"):
+        resolve(file, "distill")
+
+
 def test_all_errors_come_at_once_with_field_value_and_what_is_allowed():
     tree = {
         "student": {"name": "tpsnat"},

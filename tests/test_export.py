@@ -355,7 +355,7 @@ def test_a_lower_precision_may_lose_what_was_allowed(path: Path, labels: torch.T
     assert failures() == []
     assert failures(top1_artifact=0.95) == []  # better is no failure
     assert failures(top1_artifact=0.8979)[0].startswith("test top-1: 89.7900% in the artifact")
-    assert failures(agreement=0.9899)[0].startswith("the artifact gives PyTorch's answer for 98.99%")
+    assert failures(agreement=0.9899)[0].startswith("the artifact gives PyTorch's answer for 98.9900%")
 
 
 def test_the_report_tells_the_level_that_sessions_are_opened_at(path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from small_net import SIZE, small_images, small_metadata, small_net
+from torch import nn
 
 from export import quantise
 from export.onnx_export import build, save
@@ -67,6 +68,15 @@ def test_fp16_keeps_inputs_outputs_and_answers(graph: onnx.ModelProto, tmp_path:
     kernels = [tensor for tensor in halved.graph.initializer if len(tensor.dims) == 4 and tensor.dims[0] > 1]
     assert {tensor.data_type for tensor in kernels} == {TensorProto.FLOAT16}
     np.testing.assert_allclose(answers(halved, tmp_path), answers(graph, tmp_path), atol=0.05)
+
+
+def test_fp16_of_a_net_that_resizes_within(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    """The scales of ONNX's Resize are fp32 in any graph."""
+    net = small_net()
+    net.net.insert(3, nn.Upsample(scale_factor=2, mode="bilinear"))
+    whole = build(net, small_metadata())
+    assert "Resize" in operators(whole.graph.node)
+    np.testing.assert_allclose(answers(quantise.half(whole), tmp_path), answers(whole, tmp_path), atol=0.05)
 
 
 @pytest.mark.parametrize(

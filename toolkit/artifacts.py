@@ -24,6 +24,7 @@ from torch import nn
 
 from export import inspection, onnx_export, parity, quantise, triton
 from export.artifact import Metadata
+from export.preprocess import nhwc
 from serve.session import CPU as CPU_PROVIDER
 from serve.session import Session, check_provider
 from toolkit import data as datasets
@@ -317,12 +318,12 @@ def best_int8(
     """
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
     index, rest = order.split([options.calibration_images, len(order) - options.calibration_images])
-    images = stages.to_nhwc(data.train.images[index.sort().values])
+    images = nhwc(data.train.images[index.sort().values])
     chosen_on = data.val
     if chosen_on is None:
         chosen_on = data.train.select(rest[:CHOSEN_ON].sort().values)
     some, labels = spread(chosen_on, CHOSEN_ON)
-    shown = stages.to_nhwc(some)
+    shown = nhwc(some)
     tried = []
     for method in quantise.METHODS:
         quantised = quantise.int8(graph, images, method, scheme)
@@ -414,6 +415,6 @@ def _write_examples(folder: Path, data: datasets.DataSet) -> None:
         found = (data.test.labels == index).nonzero()
         if len(found):
             buffer = io.BytesIO()
-            Image.fromarray(stages.to_nhwc(data.test.images[found[0]])[0]).save(buffer, "PNG")
+            Image.fromarray(nhwc(data.test.images[found[0]])[0]).save(buffer, "PNG")
             safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
             write_bytes(folder / f"{index:02}-{safe}.png", buffer.getvalue())

@@ -76,11 +76,6 @@ class Checkpoint:
         self.names = ["next", "last", *(f"last-{age}" for age in range(1, run.recipe.keep_checkpoints))]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    @staticmethod
-    def exists(run: Run) -> bool:
-        """Whether the run has a state to go on from."""
-        return any(run.checkpoint(name).is_file() for name in ("next", "last"))
-
     @property
     def age(self) -> float:
         """Seconds since the last ``save``."""
@@ -131,7 +126,7 @@ class Checkpoint:
                 say(f"warning: {error}; going on with the state before it")
         if "position" not in header:
             raise CheckpointError(f"{path} holds weights alone, not the state of a run")
-        # Run.start holds to the recipe.
+        # ``Run.start`` has compared the recipe; these two entries follow from it.
         differing = {key: f"{key}: {header.get(key)} there, {value} here" for key, value in self.header.items()
                      if header.get(key) != value and key not in ("recipe_digest", "split")}  # fmt: skip
         if differing.keys() == {"dataset_digest"}:

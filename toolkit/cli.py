@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. Exit code 0: success, 1: a clea
 from __future__ import annotations
 
 import functools
+import io
 import json
 import shlex
 import sys
@@ -238,7 +239,7 @@ def _overrides(ctx: typer.Context) -> dict[str, Any]:
 
 
 def _source(ctx: typer.Context, default: str) -> Any:
-    """The recipe that is named, or with --resume the one in the run directory, or the default."""
+    """The recipe that is named, else the one in an existing --run-dir, else the default."""
     run_dir: Path | None = ctx.params["run_dir"]
     if ctx.params["recipe"] is None and run_dir is not None and (run_dir / "recipe.yaml").is_file():
         from toolkit.recipe import read
@@ -320,12 +321,12 @@ def distill(
     run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
         beside = run_dir and run_dir.with_name(f"{run_dir.name}-baseline")
-        alone = stages.train_baseline(wanted, beside, resume=True, extend=extend)
+        alone = stages.train_baseline(wanted, run, beside, resume=True, extend=extend)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
     _print_run(run)
     if baseline:
-        ours, theirs = (stages.validate(path)[0]["top1"] for path in (run.path, alone.path))
+        ours, theirs = (stages.validate(path, device=wanted.device)[0]["top1"] for path in (run.path, alone.path))
         print(
             f"test top-1 with the teacher {ours:.2%}, without {theirs:.2%}"
             f"{' from random weights' if wanted.starts_from_teacher else ''}: {100 * (ours - theirs):+.2f} points "
@@ -889,11 +890,13 @@ def doctor(data_dir: DataDir = None, as_json: AsJson = False) -> None:
 
 
 def _newest_artifact(doing: str) -> Path:
-    from toolkit.run import SHIPPED, newest_artifact
+    from toolkit.run import SHIPPED, newest_artifact, runs
 
     path = newest_artifact()
     what = "the student that comes with the toolkit" if path == SHIPPED else "the newest artifact"
     print(f"{doing} {what}, {path}", file=sys.stderr)
+    if path == SHIPPED and any(run.finished for run in runs()):
+        print("of the runs under runs/ none is exported yet: `toolkit export` makes an artifact", file=sys.stderr)
     return path
 
 
@@ -958,4 +961,7 @@ def _print_export(exported: Any) -> None:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal has no character for
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -44,6 +45,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def pick_device(name: str) -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to a device that is there, or ``DeviceError``."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it, before CUDA's first product
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.errors import DeviceError, RecipeError
 
-RANK, SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+SIZE, LOCAL_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 @contextmanager

@@ -8,14 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from toolkit import distributed, engine
 from toolkit.compute import pick_device
-from toolkit.data import DataSet, Split
+from toolkit.data import DataSet
 from toolkit.errors import Interrupted, RecipeError
 from toolkit.progress import say
-from toolkit.recipe import Recipe
+from toolkit.recipe import Progressive, Recipe
 from toolkit.run import Run
 
 TIMED_STEPS, TIMED_STEPS_GPU = 20, 100  # in each of a few short epochs; the second is timed
@@ -43,10 +44,10 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
         rows.append(row)
 
     gpu = pick_device(recipe.device).type == "cuda"
-    images = data.train.images[: (TIMED_STEPS_GPU if gpu else TIMED_STEPS) * recipe.batch_size]
-    some = dataclasses.replace(data, train=Split(images, data.train.labels[: len(images)]))
+    count = min((TIMED_STEPS_GPU if gpu else TIMED_STEPS) * recipe.batch_size, len(data.train))
+    some = dataclasses.replace(data, train=data.train.select(torch.arange(count)))  # read as all of them will be
     schedule = recipe.schedule.model_copy(update={"warmup_epochs": 0})
-    # The second is not the first, whose seconds hold what comes once, nor on a GPU the last, which writes its state.
+    # The second epoch is timed: the first includes one-off costs, on a GPU the last includes writing the state.
     length = {"minutes": None, "epochs": 3 if gpu else 2, "eval_epochs": 1}
     short = recipe.model_copy(update=length | {"schedule": schedule, "swa_start": None})
     say("timing a few short epochs")
@@ -56,17 +57,22 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
             started = time.monotonic()
             ends.clear()
             rows.clear()
-            # Whatever the timed epochs compile is compiled before: one epoch's steps are the others', if nothing grows.
+            # On a GPU a first pass only compiles. One epoch is enough, unless image or batch size grow.
             grows = short.progressive.start or short.batch_growth.milestones or short.batch_growth.patience
-            timed = short if name == "timed" or grows else short.model_copy(update={"epochs": 1})
+            timed = short if grows else short.model_copy(update={"epochs": 1})
+            if name == "timed":  # in whole images: how much less the small ones take is known
+                timed = short.model_copy(update={"progressive": Progressive()})
             try:
                 # A folder of its own: the teacher's answers are kept beside a run.
                 engine.fit(timed, some, Run.start(Path(folder, name, "run"), timed, False), teacher, on_epoch)
             except Interrupted as error:
                 raise Interrupted("stopped while a few short epochs were timed; the run had not begun") from error
     samples = len(data.train) * recipe.augment.copies
-    training = samples // recipe.batch_size * recipe.batch_size / rows[1]["images_per_second"]
-    teaching = rows[1]["teacher_seconds"] * len(data.train) / len(images)  # of one epoch's views
+    batch, whole = min(recipe.batch_size, samples), recipe.data.image_size
+    share = sum((recipe.progressive.side(i / 100, whole) / whole) ** 2 for i in range(100)) / 100  # of all pixels
+    training = share * (samples // batch * batch) / rows[1]["images_per_second"]
+    # Of one epoch's views, which are all that there are where the second epoch replays the first one's.
+    teaching = max(row["teacher_seconds"] for row in rows[:2]) * len(data.train) / count
     beside = max(ends[1] - ends[0] - rows[1]["seconds"] - rows[1]["teacher_seconds"], 0)  # val and the checkpoint
     starting = max(ends[0] - started - rows[0]["seconds"] - rows[0]["teacher_seconds"], 0)
     left = (60 * recipe.minutes - (time.monotonic() - began) - starting) / MARGIN

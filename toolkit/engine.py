@@ -31,8 +31,8 @@ from toolkit.run import Run, save_tensors
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
 MOSTLY = 0.5  # share of the commonest class beyond which top-1 does not tell a net that learns from a guess
 READ_SECONDS = 0.5  # the loss is read from the device this often: each reading waits for the device
+READ_STEPS = 10  # by several processes, which must agree on when, every so many steps
 SAVE_SHARE = 0.05  # of a GPU's time that writing states at the ends of epochs may take
-READ_STEPS = 10  # or, where several processes must agree, this often
 
 
 @torch.inference_mode()
@@ -92,7 +92,7 @@ def _fit(
     if device.type == "cpu":
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(available_cores() // distributed.SIZE or 1)
+            torch.set_num_threads(available_cores() // distributed.LOCAL_SIZE or 1)
     torch.manual_seed(recipe.seed)
     learner = Learner(recipe, data, run, device, teacher)
     header = describe(recipe, data)
@@ -139,6 +139,7 @@ def _fit(
 
     summary = header | {
         "epochs": at.epoch,
+        "stopped": at.stopped,  # early
         "steps": at.updates,
         "train_seconds": at.total_seconds,
         "teacher_seconds": at.teacher_seconds,  # of the pass that fills the cache of logits

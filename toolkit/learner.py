@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from toolkit import distributed
 from toolkit.augment import Augmenter
 from toolkit.catalogue import PRETRAINED, build, check_budget, parameter_count, pretrained
-from toolkit.checkpoint import Checkpoint
 from toolkit.classifier import Classifier
 from toolkit.compute import autocast, chosen
 from toolkit.data import DataSet, StoredImages, at_once
@@ -48,7 +46,7 @@ class Learner:
         count = min(len(data.train), at_once(recipe.data.image_size, PREPARE_IMAGES))
         some = torch.linspace(0, len(data.train) - 1, count).long()  # a folder's images come class by class
         self.model.prepare(data.train.images[some].float() / 255)
-        if recipe.start_from is not None and not Checkpoint.exists(run):  # a state holds what it began with
+        if recipe.start_from is not None and not run.resumable:  # a state holds what it began with
             start_from(self.model, recipe, data.classes)
         self.dtype, self.layout = chosen(self.model, recipe, device, run)
         self.model = self.model.to(device).to(memory_format=self.layout)
@@ -56,7 +54,6 @@ class Learner:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.deterministic  # every batch of a run has the same shape
             if recipe.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             torch.set_float32_matmul_precision("high")
         self.cache: TeacherCache | None = None
@@ -90,8 +87,9 @@ class Learner:
         if self.objective.hooked:
             say("not compiled: the loss reads features within the nets")
             return
-        example, _ = self.augmenter.batch(torch.arange(min(batch_size, self.micro_batch), device=self.device))
-        example = distributed.own_part(example).contiguous(memory_format=self.layout)
+        count = min(batch_size // distributed.SIZE, self.micro_batch)
+        example, _ = self.augmenter.batch(torch.arange(count, device=self.device))
+        example = example.contiguous(memory_format=self.layout)
         self.shared = compiled(self.shared, example, self.dtype)
         if self.teacher is not None and self.cache is None:
             self.teacher = compiled(self.teacher, example, self.dtype)
@@ -140,7 +138,7 @@ class Learner:
     def _backward(self, index: Tensor) -> Tensor:
         """Add up the gradients of these samples; what ``step`` returns."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for part in index.chunk(math.ceil(len(index) / self.micro_batch)):  # equal parts: BN sees no single image
+        for part in index.tensor_split(math.ceil(len(index) / self.micro_batch)):  # BN is to see no single image
             images, labels = self.augmenter.batch(part)
             images = images.contiguous(memory_format=self.layout)
             with autocast(self.device, self.dtype):
@@ -165,7 +163,8 @@ class Learner:
             return
         self.average.end_epoch(self.model, epoch + 1)
         if epoch >= self.average.start:
-            parts = self.order[:NORM_IMAGES].split(at_once(self.augmenter.side))
+            order = self.order[:NORM_IMAGES]
+            parts = order.tensor_split(math.ceil(len(order) / at_once(self.augmenter.side)))  # all count alike
             views = (self.augmenter.batch(part)[0].contiguous(memory_format=self.layout) for part in parts)
             with autocast(self.device, self.dtype):
                 estimate_norms(self.kept, views)

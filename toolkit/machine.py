@@ -55,7 +55,8 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold, never = -1, -3, 2**31 - 1  # M_* of malloc.h
-        libc.mallopt(mmap_threshold, never)
+        largest = 2**25  # that older versions take; a refusal would leave a threshold of some 128 KiB
+        libc.mallopt(mmap_threshold, never) or libc.mallopt(mmap_threshold, largest)
         libc.mallopt(trim_threshold, never)
 
 

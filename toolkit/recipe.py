@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -102,6 +102,10 @@ class Data(Section):
     @classmethod
     def _a_path_has_one_name(cls, dataset: str) -> str:
         kind, colon, path = dataset.partition(":")
+        try:
+            Path(path).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"there is no such home directory: {path}") from error
         return f"{kind}:{Path(path)}" if colon else dataset  # photos/ is photos
 
     @field_validator("group_by")
@@ -225,6 +229,8 @@ class Teacher(Model):
             return tree
         tree = dict(tree)
         if str(tree.get("name")).endswith(".onnx"):
+            if tree.get("checkpoint") not in (None, tree["name"]):
+                raise ValueError(f"name (={tree['name']}) and checkpoint (={tree['checkpoint']}) are two: give one")
             tree |= {"name": "onnx", "checkpoint": tree["name"]}
         if isinstance(tree.get("also"), list | tuple):
             tree["also"] = [_one_more(entry, tree.get("views")) for entry in tree["also"]]
@@ -351,7 +357,7 @@ class Loss(Section):
 
 class Optimizer(Section):
     name: Literal["sgd", "adam", "adamw", "muon"] = Field(
-        "sgd", description="muon: Muon for the filters of convs that BN follows, SGD for the rest"
+        "sgd", description="muon: Muon for the filters of all convs (made for those that BN follows), SGD for the rest"
     )
     lr: float = Field(0.1, gt=0, description="peak learning rate, per step on the batch's mean loss")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum, Adam's and AdamW's first beta")
@@ -492,12 +498,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if problems := [*self._of_the_teacher(), *self._of_the_run()]:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _of_the_teacher(self) -> Iterator[str]:
+        """What does not go together about who is trained, and by whom."""
         if self.teacher is None and self.student is None:
-            raise ValueError("neither a teacher nor a student is named")
+            yield "neither a teacher nor a student is named"
         if self.distils and self.teacher is None:
-            raise ValueError(f"loss.kd_weight (={peak(self.loss.kd_weight):g}) needs a teacher")
+            yield f"loss.kd_weight (={peak(self.loss.kd_weight):g}) needs a teacher"
         if self.starts_from_teacher and (not self.distils or self.teacher is None or self.teacher.external):
-            raise ValueError(
+            yield (
                 "start_from=teacher needs a student that learns from a teacher that was trained here: leave it out, or "
                 "name a run (in a file for both stages it is distill.start_from)"
             )
@@ -505,37 +517,37 @@ class Recipe(Section):
         if self.distils and by_features:
             needs = f"loss.methods.{by_features[0]} needs the teacher's features"
             if self.cached_epochs:
-                raise ValueError(f"{needs}, cached_epochs (={self.cached_epochs}) keeps its logits alone: set it to 0")
+                yield f"{needs}, cached_epochs (={self.cached_epochs}) keeps its logits alone: set it to 0"
             if self.teacher is not None and self.teacher.also:
-                raise ValueError(f"{needs}, teacher.also makes it an ensemble that gives logits alone: leave it out")
+                yield f"{needs}, teacher.also makes it an ensemble that gives logits alone: leave it out"
             if self.teacher is not None and self.teacher.views:
-                raise ValueError(f"{needs}, teacher.views (={self.teacher.views}) averages its logits: leave it out")
+                yield f"{needs}, teacher.views (={self.teacher.views}) averages its logits: leave it out"
         if self.data.unlabelled and (not self.distils or peak(self.loss.ce_weight) or self.balance == "weights"):
-            raise ValueError(
+            yield (
                 "data.unlabelled leaves no labels to learn from: it needs a teacher, loss.ce_weight=0 and a "
                 "loss.kd_weight above 0, and no balance=weights"
             )
+
+    def _of_the_run(self) -> Iterator[str]:
+        """What does not go together about lengths, sizes and averages."""
         if self.early_stop.patience and not self.data.val_size:
-            raise ValueError("early_stop.patience needs a validation split: data.val_size is 0")
+            yield "early_stop.patience needs a validation split: data.val_size is 0"
         averages = {"average_decay": self.average_decay, "optimizer.lookahead_steps": self.optimizer.lookahead_steps,
                     "swa_start": self.swa_start is not None}  # fmt: skip
         if len(given := [name for name, value in averages.items() if value]) > 1:
-            raise ValueError(f"{' and '.join(given)} each average the weights: choose one")
+            yield f"{' and '.join(given)} each average the weights: choose one"
         if self.swa_start is not None and self.swa_start >= self.epochs:
-            raise ValueError(f"swa_start (={self.swa_start}) must be less than epochs (={self.epochs})")
+            yield f"swa_start (={self.swa_start}) must be less than epochs (={self.epochs})"
         if self.progressive.start is not None and self.progressive.start >= self.data.image_size:
-            raise ValueError(
+            yield (
                 f"progressive.start (={self.progressive.start}) must be less than data.image_size "
                 f"(={self.data.image_size})"
             )
         maps = [name for name, method in self.loss.methods.items() if isinstance(method, FeatureMethod) and method.maps]
         if self.progressive.start is not None and maps:
-            raise ValueError(f"progressive.start and {maps[0]} exclude each other: the teacher's maps would be larger")
+            yield f"progressive.start and {maps[0]} exclude each other: the teacher's maps would be larger"
         if self.schedule.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs (={self.schedule.warmup_epochs:g}) must be at most epochs (={self.epochs})"
-            )
-        return self
+            yield f"schedule.warmup_epochs (={self.schedule.warmup_epochs:g}) must be at most epochs (={self.epochs})"
 
     @property
     def distils(self) -> bool:
@@ -592,11 +604,19 @@ def shipped() -> list[str]:
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """The tree of a shipped recipe (by name) or of a file (by path); a stage may be another recipe's name."""
+    """The tree of a shipped recipe (by name) or of a file (by path).
+
+    A stage may be another recipe's name: it is then that recipe's own run of this stage.
+    """
     tree = read_tree(source, RECIPES, "recipe", RecipeError)
     for stage in STAGES:
         if isinstance(tree.get(stage), str):
-            tree[stage] = {key: value for key, value in read(tree[stage]).items() if key != "name"}
+            other = read_tree(tree[stage], RECIPES, "recipe", RecipeError)
+            own = other.get(stage)
+            tree[stage] = {key: value for key, value in other.items() if key not in ("name", *STAGES)}
+            _merge(tree[stage], own if isinstance(own, Mapping) else {})
+        elif not isinstance(tree.get(stage) or {}, Mapping):
+            raise RecipeError(f"{stage} (={tree[stage]!r}) must be a mapping of recipe fields, or a recipe's name")
     return tree
 
 
@@ -717,7 +737,7 @@ def validate(tree: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
+        problems = [line for item in error.errors() for line in _explain(item).splitlines()]
     for key, known in (("teacher", names("teacher")), ("student", names("student"))):
         node = tree.get(key)
         name = node.get("name") if isinstance(node, Mapping) else None

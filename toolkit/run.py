@@ -61,10 +61,16 @@ class Run:
             longer = recipe.epochs > run.recipe.epochs
             as_long = recipe.model_copy(update={"epochs": run.recipe.epochs})
             if extend and longer and not run.recipe.differences(as_long):
-                if run.finished and (done := run.summary()["epochs"]) < run.recipe.epochs:
+                summary = run.summary() if run.finished else {}
+                if (done := summary.get("epochs", run.recipe.epochs)) < run.recipe.epochs or summary.get("stopped"):
                     raise RunError(
                         f"{path} was stopped early, after {done} of {run.recipe.epochs} epochs: a longer run would "
                         "stop there too. Choose another --run-dir, and a larger early_stop.patience."
+                    )
+                if run.finished and not run.resumable:
+                    raise RunError(
+                        f"{path} has no training state any more to go on from, only the weights that it kept: start "
+                        f"another run from them by --init {path}."
                     )
                 with run.lock():  # it may still be training
                     (run.report / "metrics.json").unlink(missing_ok=True)  # of weights that are to be replaced
@@ -92,6 +98,11 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
             raise
         return cls(path)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it has a training state to go on from."""
+        return any((self.path / "checkpoints").glob("last*.safetensors")) or self.checkpoint("next").is_file()
 
     def checkpoint(self, name: str) -> Path:
         """``last``: the newest training state; ``last-1``, ...: older ones; ``best``: the weights that are kept."""

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from export.preprocess import nhwc
 from toolkit import compute, distributed, engine, external, learner, recipe, teaching
 from toolkit import data as datasets
 from toolkit.catalogue import mac_count, parameter_count
-from toolkit.checkpoint import Checkpoint
 from toolkit.choices import Provider, Stage, Views
 from toolkit.classifier import TestTimeAugmentation
 from toolkit.duration import with_epochs
@@ -65,10 +65,7 @@ def train(
     ``log="tensorboard"`` writes the rows for TensorBoard too.
     """
     wanted = _resolved(wanted, "train", settings)
-    data = check(wanted)
-    return _fit(
-        wanted, data, None, run_dir, resume, f"training {wanted.model.name} on {data.name}", on_epoch, extend, log
-    )
+    return _fit(wanted, check(wanted), None, run_dir, resume, on_epoch, extend, log)
 
 
 def distill(
@@ -92,17 +89,17 @@ def distill(
             say(f"the teacher {wanted.teacher.name} is not asked: loss.kd_weight is 0")
         return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
-    data = load_data(wanted.data, wanted) if wanted.data.unlabelled else check(wanted)
-    teacher, known, _ = teaching.load(wanted, data.classes)
-    learner.new_model(wanted, data)
+    data = None if wanted.data.unlabelled else check(wanted)
+    teacher, known, classes = teaching.load(wanted, data.classes if data else None)
+    if data is None:
+        data = _answered(_images(wanted.data), teacher, classes, wanted, wanted.device)
+        learner.new_model(wanted, data)
     wanted = wanted.model_copy(update={"teacher": known})
-    sources = [external.title(one) for one in (known, *known.also)]
-    doing = f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
     path = run_dir or default_path(wanted)
     # Without labels there is nothing to compare its answers with.
     looked_at = wanted.data.unlabelled or "teacher" in Run.facts(path)
-    measured = None if looked_at else teaching.preflight(teacher, known, data, wanted)
-    return _fit(wanted, data, teacher, path, resume, doing, on_epoch, extend, log, measured)
+    facts = {} if looked_at else {"teacher": teaching.preflight(teacher, known, data, wanted)}
+    return _fit(wanted, data, teacher, path, resume, on_epoch, extend, log, facts)
 
 
 def _resolved(wanted: Recipe | str | Path, stage: Stage, settings: Mapping[str, Any] | None) -> Recipe:
@@ -121,7 +118,7 @@ def check(wanted: Recipe) -> datasets.DataSet:
         raise DataError(
             "images without labels have nothing to train on: `toolkit distill --unlabelled` takes a teacher"
         )
-    data = load_data(wanted.data)
+    data = _images(wanted.data)
     compute.pick_device(wanted.device)
     learner.new_model(wanted, data)
     return data
@@ -133,12 +130,12 @@ def _fit(
     teacher: nn.Module | None,
     run_dir: Path | None,
     resume: bool,
-    doing: str,
-    on_epoch: OnEpoch | None,
-    extend: bool,
-    log: str | None,
-    measured: Mapping[str, Any] | None = None,
+    on_epoch: OnEpoch | None = None,
+    extend: bool = False,
+    log: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Run:
+    """The finished run; ``facts`` are noted in its directory when it starts."""
     path = run_dir or default_path(wanted)
     wanted = with_epochs(wanted, path, data, teacher)
     fresh = not (path / "recipe.yaml").exists()
@@ -151,15 +148,17 @@ def _fit(
                 with suppress(CheckpointError):  # a damaged state is passed over, and the one before it compared
                     check_unchanged(data, load_header(state)["dataset_digest"], path)
             run = Run.start(path, wanted, resume, extend)
-            if measured is not None:
-                run.note(teacher=measured)
+            if facts:
+                run.note(**facts)
         distributed.wait()
         run = Run(path)
         if run.finished:
             check_unchanged(data, run.summary()["dataset_digest"], run.path)
-        say(f"{run.path} is finished already; its results are kept" if run.finished else f"{doing} in {run.path}")
+            say(f"{run.path} is finished already; its results are kept")
+        else:
+            say(f"{_doing(wanted, data)} in {run.path}")
         try:
-            if data.files and distributed.RANK == 0 and not run.finished and not Checkpoint.exists(run):
+            if data.files and distributed.RANK == 0 and not run.finished and not run.resumable:
                 write_text(run.images, json.dumps(data.files))  # an image that comes later is no part of it
             board = tensorboard(run.path / "tensorboard") if log and distributed.RANK == 0 else None
             engine.fit(wanted, data, run, teacher, _watch(on_epoch, board))
@@ -170,6 +169,13 @@ def _fit(
                 shutil.rmtree(path)  # nothing was reached
             raise
     return run
+
+
+def _doing(wanted: Recipe, data: datasets.DataSet) -> str:
+    if not wanted.distils or wanted.teacher is None:
+        return f"training {wanted.model.name} on {data.name}"
+    sources = [external.title(one) for one in (wanted.teacher, *wanted.teacher.also)]
+    return f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
 
 
 def check_unchanged(
@@ -195,15 +201,12 @@ def _watch(*watchers: OnEpoch | None) -> OnEpoch:
     return watch
 
 
-def train_baseline(wanted: Recipe, run_dir: Path | None, resume: bool, extend: bool = False) -> Run:
-    """The run of the same student without its teacher."""
-    alone = without_teacher(wanted)
-    known = (run_dir or default_path(alone)) / "summary.json"
-    before = known.is_file()
-    run = train(alone, run_dir, resume, extend=extend)
-    if distributed.RANK == 0 and not before:  # a run that was there is more than a baseline
-        run.note(baseline=True)
-    return run
+def train_baseline(wanted: Recipe, taught: Run, run_dir: Path | None, resume: bool, extend: bool = False) -> Run:
+    """The run of the same student without its teacher, as long as the one that was ``taught``."""
+    alone = without_teacher(wanted).model_copy(update={"minutes": None, "epochs": taught.recipe.epochs})
+    path = run_dir or default_path(alone)
+    begun = (path / "recipe.yaml").is_file()  # what was there before may be more than a baseline
+    return _fit(alone, check(alone), None, path, resume, extend=extend, facts={} if begun else {"baseline": True})
 
 
 def without_teacher(wanted: Recipe) -> Recipe:
@@ -213,17 +216,29 @@ def without_teacher(wanted: Recipe) -> Recipe:
     return wanted.model_copy(update={"teacher": None, "loss": loss, "start_from": start})
 
 
-def load_data(config: Data, taught: Recipe | None = None) -> datasets.DataSet:
+def load_data(config: Data, taught: Recipe | None = None, device: str = "auto") -> datasets.DataSet:
     """The data set; images without labels get those of the teacher of ``taught``."""
-    data = datasets.load(config)
-    if data.broken:
-        say(f"left out {len(data.broken)} unreadable files: {', '.join(data.broken[:5])}")
+    data = _images(config)
     if not config.unlabelled:
         return data
     if taught is None or taught.teacher is None:
         raise DataError(f"{data.name} has no labels, and no run says which teacher gives them: name the run")
     teacher, _, classes = teaching.load(taught, None)
-    device = distributed.own_device(compute.pick_device(taught.device))
+    return _answered(data, teacher, classes, taught, device)
+
+
+def _images(config: Data) -> datasets.DataSet:
+    data = datasets.load(config)
+    if data.broken:
+        say(f"left out {len(data.broken)} unreadable files: {', '.join(data.broken[:5])}")
+    return data
+
+
+def _answered(
+    data: datasets.DataSet, teacher: nn.Module, classes: Sequence[str], taught: Recipe, where: str
+) -> datasets.DataSet:
+    """Images without labels, with the answers of the recipe's teacher."""
+    device = distributed.own_device(compute.pick_device(where))
     dtype = compute.pick_dtype(taught.precision, device)
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
     return datasets.labelled(data, classes, lambda images: engine.predict(teacher, images, device, dtype))
@@ -249,7 +264,10 @@ def newest_run() -> Run:
 
 # --- validation --------------------------------------------------------------------------------------------
 
-ANYWAY = "its test images may be among them; name the data by --dataset to measure on them as they are now"
+ANYWAY = (
+    "some of the images it was trained on may be test images now. To measure on the images as they are, name them by "
+    "--dataset"
+)
 
 
 def validate(
@@ -264,8 +282,8 @@ def validate(
 
     Without a target ``newest_run`` is taken, else the student that comes with the toolkit. Returns the
     metrics (see ``report.measure``) and the folder of the report. A model of PyTorch is measured in fp32. ``tta`` adds
-    ``tta_top1``, its accuracy over these views; all other figures are of the plain images. Raises ``UserError`` for an
-    artifact, which is run as it is.
+    ``tta_top1``, its accuracy over these views; all other figures are of the plain images. Raises ``UserError`` for
+    ``tta`` with an artifact, which is measured as it is.
     """
     if target is None:
         try:
@@ -282,7 +300,7 @@ def validate(
     run = Run(target) if target.is_dir() else None
     weights = run.checkpoint("best") if run else target
     model, header = load_run(run) if run else load_model(weights)
-    data = data_of(run, header, weights, dataset, data_dir)
+    data = data_of(run, header, weights, dataset, data_dir, device=device)
     place = compute.pick_device(device)
     began = time.monotonic()
     logits = engine.predict(model.to(place), data.test.images, place)
@@ -333,7 +351,7 @@ def _validate_artifact(
     data = data_of(run_of(path), header, path, dataset, data_dir)
     began = time.monotonic()
     chunks = data.test.images.split(datasets.at_once(session.metadata.image_size, 512))
-    logits = np.concatenate([session.run_batches(to_nhwc(chunk))[0] for chunk in chunks])
+    logits = np.concatenate([session.run_batches(nhwc(chunk))[0] for chunk in chunks])
     seconds = time.monotonic() - began
     metrics = report.measure(logits, data.test.labels.numpy(), data.classes)
     facts = {
@@ -377,15 +395,10 @@ def _reported(
     labels = data.test.labels.numpy()
 
     def images(index: np.ndarray) -> np.ndarray:
-        return to_nhwc(data.test.images[torch.from_numpy(index)])
+        return nhwc(data.test.images[torch.from_numpy(index)])
 
     report.write(folder, title, metrics, history, images, labels, probabilities, data.classes, facts, table)
     return metrics, folder
-
-
-def to_nhwc(images: torch.Tensor) -> np.ndarray:
-    """uint8 ``[N,3,H,W]`` to what an artifact takes, ``[N,H,W,3]``."""
-    return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def layer_table(model: Classifier, header: Mapping[str, Any]) -> str:
@@ -403,14 +416,15 @@ def data_of(
     dataset: str | None,
     data_dir: Path | None,
     advice: str = ANYWAY,
+    device: str = "auto",
 ) -> datasets.DataSet:
     """The images that ``what`` was trained on, or those of ``dataset``, if its classes are the same.
 
     Where they are: the flags, else the run, else what the ``header`` says. ``RunError`` with ``advice`` where they
-    have changed.
+    have changed. ``device`` is where a teacher answers for images without labels.
     """
     config = data_config(run, header, dataset, data_dir)
-    data = load_data(config, run.recipe if run else None)
+    data = load_data(config, run.recipe if run else None, device)
     if list(header["classes"]) != list(data.classes):
         raise DataError(
             f"{what} knows the classes {', '.join(header['classes'][:5])}... ({len(header['classes'])}), {data.name} "
@@ -440,7 +454,7 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
         )
     changes: dict[str, Any] = {}
     if dataset is not None:
-        changes |= {"dataset": dataset, "images": None}
+        changes |= {"dataset": dataset, "images": None, "val_size": 0}  # the test images are what is wanted
     elif run is not None and run.images.is_file():
         changes["images"] = run.images
     if data_dir is not None:
@@ -475,9 +489,7 @@ def run_of(artifact: Path) -> Run | None:
 
 @dataclass(frozen=True)
 class Chain:
-    teacher: Run
     student: Run
-    baseline: Run | None
     metrics: dict[str, Any]
     exported: Exported
     seconds: float
@@ -499,16 +511,17 @@ def pipeline(
         teacher = train(teacher_recipe, root and root / "teacher", resume)
         student_recipe = from_teacher(student_recipe, teacher)
         student = distill(student_recipe, root and root / "student", resume)
-        alone = train_baseline(student_recipe, root and root / "baseline", resume) if baseline else None
+        alone = train_baseline(student_recipe, student, root and root / "baseline", resume) if baseline else None
     except Interrupted as error:
         raise Interrupted(f"{error}; the whole chain goes on with the same `toolkit pipeline` and --resume") from error
-    metrics, _ = validate(student.path)
+    device = student_recipe.device
+    metrics, _ = validate(student.path, device=device)
     if alone is not None:
-        metrics["baseline_top1"] = validate(alone.path)[0]["top1"]
+        metrics["baseline_top1"] = validate(alone.path, device=device)[0]["top1"]
     from toolkit import artifacts
 
-    exported = artifacts.export(student.path)
-    return Chain(teacher, student, alone, metrics, exported, time.monotonic() - began)
+    exported = artifacts.export(student.path, provider="cpu" if device == "cpu" else "auto")
+    return Chain(student, metrics, exported, time.monotonic() - began)
 
 
 SHARED = ("seed", "device", "data", "balance", "teacher", "train")
