@@ -46,18 +46,39 @@ def test_shipped_recipes_are_whole(name, stage):
         check_budget(recipe.model.name, parameter_count(model), recipe.budget, 10)
 
 
+def check_command(line):
+    """The command line takes it, and its recipe takes its settings."""
+    group = typer.main.get_command(cli.app)
+    root = group.make_context("toolkit", ["models"])
+    name, command, rest = group.resolve_command(root, shlex.split(line, comments=True))
+    with command.make_context(name, rest, parent=root) as context:
+        if name not in ("train", "distill", "pipeline", "compare"):
+            return
+        source, overrides = (
+            context.params["recipe"] or ("digits" if name == "pipeline" else "cifar10"),
+            cli._overrides(context),
+        )
+    for stage in STAGES if name == "pipeline" else ["train" if name == "train" else "distill"]:
+        resolve(source, stage, overrides)
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_commands_of_the_header_are_right(name):
     lines = re.findall(r"^#   toolkit (.+?)(?: {2,}[\d.]+%)?$", header_of(name), re.MULTILINE)
     assert lines, "the header gives the command"
-    group = typer.main.get_command(cli.app)
-    root = group.make_context("toolkit", ["models"])
     for line in lines:
-        command_name, command, rest = group.resolve_command(root, shlex.split(line))
-        with command.make_context(command_name, rest, parent=root) as context:
-            source, overrides = context.params["recipe"] or "cifar10", cli._overrides(context)
-        for stage in STAGES if command_name == "pipeline" else [command_name]:
-            resolve(source, stage, overrides)
+        check_command(line)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/own-images.md", "docs/serving.md", "students/pretrained/README.md"]
+)
+def test_commands_of_the_documentation_are_right(name):
+    text = (Path(__file__).parents[1] / name).read_text().replace("\\\n", " ")
+    lines = re.findall(r"^(?:    |\$ )(?:torchrun .* -m )?toolkit ([^\[\n]+)$", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        check_command(line)
 
 
 @pytest.mark.parametrize("name", REPORTS)

@@ -58,7 +58,7 @@ app = typer.Typer(
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME|FILE", help="cifar10, own-images or another of toolkit/recipes/; or a YAML file."
+        "--recipe", metavar="NAME|FILE", help="own-images or another of toolkit/recipes/, or a YAML file; else cifar10."
     ),
 ]
 Settings = Annotated[
@@ -388,7 +388,10 @@ def compare(
 @takes("data_memory", "deterministic", "no_probe", "budget")
 def pipeline(
     ctx: typer.Context,
-    recipe: RecipeOption = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="NAME|FILE", help="One of toolkit/recipes/, or a YAML file; else digits."),
+    ] = None,
     teacher: TeacherName = None,
     student: StudentName = None,
     baseline: Baseline = False,
@@ -449,7 +452,7 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search over recipe fields with Ray Tune (extra [tune]); val selects, the test set is not touched.
+    """Search over recipe fields with Ray Tune (the extra `tune`); val selects, the test set is not touched.
 
     With --resume and --output alone, the search goes on as it was begun; --trials may ask for more.
     """
