@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from pydantic import BaseModel
 
 from toolkit import cli
 from toolkit import recipe as recipes
@@ -227,7 +228,9 @@ def test_files_that_are_no_recipe(tmp_path, content):
 def test_every_field_says_what_it_means():
     """Fields whose name and choices say it all are exempt."""
     plain = {"name", "seed", "precision"}
-    for section in (recipes.Data, recipes.Augment, recipes.Loss, recipes.Optimizer, recipes.Schedule, recipes.Recipe):
+    sections = [kind for kind in vars(recipes).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    assert recipes.EarlyStop in sections
+    for section in sections:
         for name, field in section.model_fields.items():
             nested = isinstance(field.annotation, type) and issubclass(field.annotation, recipes.Section)
             assert field.description or nested or name in plain, f"{section.__name__}.{name}"

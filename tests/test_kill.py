@@ -67,10 +67,17 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
     start("whole").join()
     whole, killed = Run(tmp_path / "whole"), tmp_path / "killed"
     kills, states = 0, set()
+
+    def written():
+        state = killed / "checkpoints/last.safetensors"
+        return state.stat().st_mtime_ns if state.is_file() else 0
     while not (killed / "summary.json").is_file():
         writing = kills in (2, 5, 8)
         process = start("killed", writing)
         if kills < KILLS and not writing:
+            before = written()
+            while kills % 2 and written() == before and process.is_alive():  # it gets somewhere on slow machines too
+                time.sleep(0.01)
             time.sleep(moments.uniform(0, 0.3))
             process.kill()
         process.join()
@@ -78,7 +85,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
         state = Run(killed).checkpoint("last")
         states.add(state.read_bytes() if state.is_file() else b"")
     assert kills >= KILLS
-    assert len(states) > KILLS / 2  # it came further between most of the kills
+    assert len(states) > KILLS / 2  # it came further between the kills
     assert Run(killed).checkpoint("best").read_bytes() == whole.checkpoint("best").read_bytes()
     timeless = [
         [{k: v for k, v in row.items() if "second" not in k} for row in run.history()] for run in (whole, Run(killed))

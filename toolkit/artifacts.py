@@ -127,20 +127,9 @@ def export(
         say(f"exporting the newest {run.recipe.role}, {run.path}")
     else:
         run = Run(target)
-    path = output or run.artifact
-    card = path.with_suffix(".md")
-    parity_report = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
-    examples = path.with_suffix(".examples") if output else path.with_name("examples")
     onnx_export.check_opset(options.opset)
     check_provider(provider)
-    if path.suffix != ".onnx":
-        raise UserError(f"--output {path} must end in .onnx")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a directory")
-    for file in (path, card, parity_report, examples) if output else ():
-        check_free(file, options.force)
-    if options.triton is not None:
-        check_free(options.triton / path.stem, options.force)
+    path, card, parity_report, examples = _files(run, output, options)
     model, header = load_run(run)
     if header["role"] == "student":
         check_budget(
@@ -163,10 +152,11 @@ def export(
 
     measure = partial(measured, reference=reference, provider=provider, options=options)
     graph = onnx_export.build(network, about, options.opset)
-    candidates = [measure(graph, about)]
-    if candidates[0].parity.failures:
-        _write_parity(parity_report, candidates[0], candidates, options)
-    candidates[0].parity.raise_if_failed()
+    fp32 = measure(graph, about)
+    if fp32.parity.failures:
+        _write_parity(parity_report, fp32, [fp32], options)
+    fp32.parity.raise_if_failed()
+    candidates = [fp32]
     if wants(options, "fp16"):
         candidates.append(measure(quantise.half(graph), about.model_copy(update={"precision": "fp16"})))
     if wants(options, "int8"):
@@ -174,7 +164,7 @@ def export(
             images = stages.data_config(run, header, None, data_dir)
             tuned = load_run(fine_tuned(run, images, options.tuning_epochs))[0]
             graph = onnx_export.build(with_views(tuned, options.views), about, options.opset)
-        scheme = quantise.scheme_for(gpu=candidates[0].session.provider != CPU_PROVIDER)
+        scheme = quantise.scheme_for(gpu=fp32.session.provider != CPU_PROVIDER)
         candidates.append(measure(*best_int8(graph, about, data, scheme, provider, options)))
     if len(candidates) > 1:
         candidates = raced(candidates)
@@ -196,6 +186,23 @@ def export(
     repository = triton.write_repository(path, options.triton, options.force) if options.triton else None
     rows = [_row(one, options) for one in candidates]
     return Exported(path, chosen.metadata, chosen.parity, rows, parity_report, card, repository)
+
+
+def _files(run: Run, output: Path | None, options: Options) -> tuple[Path, Path, Path, Path]:
+    """Where artifact, card, parity report and examples will be written. Raises ``UserError`` where they cannot."""
+    path = output or run.artifact
+    card = path.with_suffix(".md")
+    parity_report = path.with_name(f"{path.stem}.parity.json" if output else "parity.json")
+    examples = path.with_suffix(".examples") if output else path.with_name("examples")
+    if path.suffix != ".onnx":
+        raise UserError(f"--output {path} must end in .onnx")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory")
+    for file in (path, card, parity_report, examples) if output else ():
+        check_free(file, options.force)
+    if options.triton is not None:
+        check_free(options.triton / path.stem, options.force)
+    return path, card, parity_report, examples
 
 
 def wants(options: Options, precision: Precision) -> bool:

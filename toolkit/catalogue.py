@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -19,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +38,8 @@ TEACHER = "teacher"  # those of the recipe's (first) teacher
 @cache
 def _modules(role: Role) -> dict[str, str]:
     """Name of each builder to the module that holds it."""
-    spec = importlib.util.find_spec(f"{role}s")
-    assert spec is not None
-    assert spec.submodule_search_locations
     found: dict[str, str] = {}
-    for path in sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.py")):
+    for path in sorted(Path(str(files(f"{role}s"))).glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
                 found |= dict.fromkeys(ast.literal_eval(node.value), f"{role}s.{path.stem}")
@@ -52,18 +49,16 @@ def _modules(role: Role) -> dict[str, str]:
 def pretrained(name: str, image_size: int | None = None) -> tuple[Path, dict[str, Any]]:
     """The shipped weights of a student, and the arguments that it was built with; or ``UnknownNameError``.
 
-    For images of another ``image_size`` than its own, without the ``resize`` that was meant for those.
+    At another ``image_size`` than its own the ``resize`` is left out: it was chosen for those images.
     """
-    spec = importlib.util.find_spec("students")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    files = sorted(Path(next(iter(spec.submodule_search_locations)), PRETRAINED).glob("*.safetensors"))
-    found = {path.stem.rpartition("-")[0]: path for path in files}  # NAME-DATA.safetensors
+    from safetensors import safe_open
+
+    weights = Path(str(files("students")), PRETRAINED).glob("*.safetensors")
+    found = {path.stem.rpartition("-")[0]: path for path in weights}  # NAME-DATA.safetensors
     if name not in found:
         raise UnknownNameError(f"no weights of {name!r} are shipped{closest(name, found)}")
-    with found[name].open("rb") as file:  # its JSON header alone, without torch
-        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
-    header = json.loads(metadata["toolkit"])
+    with safe_open(found[name], "np") as file:  # without torch
+        header = json.loads(file.metadata()["toolkit"])
     arguments = header["arguments"]
     if image_size not in (None, header["image_size"]):
         arguments.pop("resize", None)
