@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import stats
 from toolkit import compare, engine
 from toolkit.catalogue import build, mac_count
 from toolkit.compare import Comparison, Plan, Result, make_plan
-from toolkit.compare_report import Difference, differences, figure, holm, paired, summarise, told
+from toolkit.compare_report import Difference, differences, figure, holm, paired, summarise, tables, told
 from toolkit.recipe import resolve
 from toolkit.run import Run
 
@@ -102,13 +103,24 @@ def test_val_chooses_the_best_and_test_only_reports_it() -> None:
     rows = {row.method: row for row in summarise(made(top1, {"baseline": 0.8, "dkd": 0.9, "dist": 0.85}))}
     assert rows["dkd"].verdict == "better than the baseline; best on val"
     assert rows["dist"].verdict == "better than the baseline; better than dkd"
-    assert rows["baseline"].verdict == "worse than dkd"
+    # Each pair is told about once, and corrected for within one family.
+    assert (rows["baseline"].verdict, rows["baseline"].from_best) == ("", None)
+    assert rows["dist"].from_best.p_holm == rows["dist"].from_best.p == paired(top1["dist"], top1["dkd"]).p
     assert rows["dist"].mean["top1"] == pytest.approx(np.mean(top1["dist"]))
     assert rows["dist"].deviation["top1"] == pytest.approx(np.std(top1["dist"], ddof=1))
     # Of equals the baseline is taken; without val, test has to do.
     tied = summarise(made(top1, dict.fromkeys(top1, 0.9)))
     assert tied[0].verdict == "best on val"
     assert summarise(made(top1, dict.fromkeys(top1)))[2].verdict.endswith("best on test")
+
+
+def test_what_cannot_be_counted_is_no_number() -> None:
+    comparison = made({"baseline": [0.8], "dkd": [0.9]}, {"baseline": None, "dkd": None})
+    results = [replace(one, teacher_flops=0 if one.method == "baseline" else None) for one in comparison.results]
+    rows = summarise(replace(comparison, results=results))
+    assert [row.mean["teacher_flops"] for row in rows] == [0, None]
+    *_, (_, costs) = tables(rows).values()
+    assert [line[-2:] for line in costs] == [["1.0 T", "–"], ["1.0 T", "–"]]
 
 
 def test_the_figure_shows_every_seed_and_every_interval() -> None:
@@ -134,6 +146,8 @@ def test_operations_are_those_of_the_images_that_were_seen() -> None:
                 {"epoch": 3, "step": 25, "batch_size": 200}, {"epoch": 4, "step": 30, "batch_size": 200}]  # fmt: skip
         assert sum(grown) == 4000
         student, teacher = compare.flops(recipe, rows, 1050, lambda side: mac_count(model, side), 7)
+        unknown = compare.flops(recipe, rows, 1050, lambda side: mac_count(model, side), None)
+        assert unknown == (student, None if teacher else 0)
         return student / (6 * mac_count(model, 32)), teacher / (2 * 7)
 
     assert counted() == (4000, 4000)
@@ -189,6 +203,7 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
     found = json.loads(twice.stdout)
     assert found.pop("report") == "out/report.md"
     assert found == json.loads(Path("out/results.json").read_text())
+    assert (found["teacher"], found["teacher_checkpoint"]) == ("resnet9_wide", str(chain.teacher))
     assert [(run["method"], run["seed"]) for run in found["runs"]] == [
         (method, seed) for seed in (0, 1) for method in ("baseline", "soft_targets", "hot")
     ]
@@ -236,6 +251,7 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
         ("none.yaml", "cannot read the method none.yaml: No such file"),
         ("soft_targets soft_targets", "two methods are called soft_targets: each needs a name of its own"),
         ("baseline.yaml", "two methods are called baseline"),
+        ("copied.yaml", "copied.yaml sets augment.plain_copy, which must be the same for all methods"),
         ("longer.yaml", "longer.yaml sets epochs, which must be the same for all methods"),
         ("typo.yaml", "typo.yaml: the recipe is wrong:\n  loss.temprature: there is no such field; did you mean"),
         ("soft_targets --set loss.kd_weight=0", "the recipe digits does not distil: give --set loss.kd_weight="),
@@ -250,6 +266,7 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
 )
 def test_bad_input(toolkit: Toolkit, nowhere: Path, arguments: str, message: str) -> None:
     Path("longer.yaml").write_text("epochs: 99\n")
+    Path("copied.yaml").write_text("augment.plain_copy: true\n")
     Path("typo.yaml").write_text("loss.temprature: 2\n")
     Path("baseline.yaml").write_text("loss.temperature: 2\n")
     recipe = () if "--recipe" in arguments else ("--recipe", "digits")
@@ -258,6 +275,14 @@ def test_bad_input(toolkit: Toolkit, nowhere: Path, arguments: str, message: str
     assert result.stdout == ""
     assert f"error: {message}" in result.stderr or message in result.stderr.partition("error: ")[2]
     assert {path.suffix for path in nowhere.iterdir()} == {".yaml"}  # nothing was made
+
+
+def test_a_method_that_cannot_run_is_told_before_any_run(toolkit: Toolkit, chain: Chain) -> None:
+    Path("typo.yaml").write_text("loss.methods: {fitnets: {layers: [[network.stage.1, network.stages.1]]}}\n")
+    result = toolkit("compare", "soft_targets", "typo.yaml", *SMALL, "--epochs", 2, "-o", "out")
+    assert result.exit_code == 1
+    assert "error: typo: loss.methods.fitnets.layers: the student has no module 'network.stage.1'" in result.stderr
+    assert not Path("out").exists()
 
 
 def test_a_method_s_section_leaves_its_other_fields(nowhere: Path) -> None:

@@ -17,7 +17,7 @@ import yaml
 from conftest import Toolkit
 from PIL import Image
 
-from toolkit import tune, tune_report
+from toolkit import stages, tune, tune_report
 from toolkit.catalogue import build, parameter_count
 from toolkit.errors import SearchError, SpaceError
 from toolkit.files import locked
@@ -331,10 +331,9 @@ def test_another_search_in_the_same_folder_is_refused(nowhere: Path) -> None:
     (output / "search.yaml").write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
     assert tune.resumed(output, None, None) == wanted
     assert tune.resumed(output, plan(tiny(), trials=9), 9).trials == 9
-    places = {"device": "cuda:7", "data.data_dir": "there", "teacher.checkpoint": "other", "seed": 3}
-    moved = tune.resumed(output, wanted, None, places).base  # it goes on where one says now, with its own teacher
+    places = {"device": "cuda:7", "data.data_dir": "there", "seed": 3}
+    moved = tune.resumed(output, wanted, None, places).base  # it goes on where one says now
     assert (moved.device, moved.data.data_dir, moved.seed) == ("cuda:7", Path("there"), wanted.base.seed)
-    assert moved.teacher == wanted.base.teacher
     for other, difference in (
         (plan(tiny(), trials=3, seed=5), "seed: 0 -> 5"),
         (plan(tiny(), "random", "asha", 3), "scheduler: none -> asha"),
@@ -346,6 +345,50 @@ def test_another_search_in_the_same_folder_is_refused(nowhere: Path) -> None:
         tune.tune(wanted, output, tune.Resources())
     with locked(output, SearchError), pytest.raises(SearchError, match="another process"), locked(output, SearchError):
         pass
+
+
+def test_a_search_goes_on_with_its_own_teacher_and_refuses_another(nowhere: Path) -> None:
+    def learning(**teacher: object) -> Plan:
+        return plan(tiny(), **{f"teacher.{key}": value for key, value in teacher.items()})
+
+    Path("one/checkpoints").mkdir(parents=True)
+    weights = "one/checkpoints/best.safetensors"  # what the search names once it has begun
+    also = ["more.onnx", {"checkpoint": "three", "views": "flip"}]
+    begun = learning(checkpoint=weights, classes="classes.yaml", also=also)
+    Path("out").mkdir()
+    Path("out/search.yaml").write_text(yaml.safe_dump(begun.model_dump(mode="json")))
+    for same in ({}, {"checkpoint": "one"}, {"checkpoint": f"./{weights}", "classes": Path("classes.yaml").resolve()}):
+        assert tune.resumed(Path("out"), learning(**same), None).base.teacher == begun.base.teacher
+    for other in (
+        {"checkpoint": "two"},
+        {"classes": "others.yaml"},
+        {"also": also[:1]},
+        {"also": ["more.onnx", "three"]},
+    ):
+        with pytest.raises(SearchError, match=f"different search; differing: teacher.{next(iter(other))}: .* -> "):
+            tune.resumed(Path("out"), learning(**other), None)
+    named = [{}, {"checkpoint": "one"}, {"checkpoint": "two"}, {"classes": "others.yaml"}, {"also": also}]
+    assert len({tune.default_output(learning(**teacher)) for teacher in named}) == len(named)
+    assert tune.default_output(learning(checkpoint="one")) == tune.default_output(learning(checkpoint=weights))
+
+
+def test_a_grid_is_judged_by_one_of_its_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base recipe's model is over the budget, and no point of the grid."""
+    fields = {"student.widths": {"choices": [[8, 8, 8]]}}
+    search = prepared(tmp_path, plan(tiny(fields=fields), "grid", budget=20_000))
+    tune._announce(search, 1, stages.load_data(search.base.data), torch.get_num_threads())
+    assert "the grid: 1 student.widths; about " in capsys.readouterr().err
+
+
+def test_a_trial_whose_directory_is_not_here_has_failed(tmp_path: Path) -> None:
+    """On another machine of a cluster, which does not share the folder."""
+    search = prepared(tmp_path, plan(tiny(), trials=2))
+    assert search.ended(search.next())
+    assert search.trials[0].status == "failed"
+    assert "must share this folder" in search.trials[0].error
+    trial = search.next()
+    Run.start(search.path(trial), search.recipe(trial.values), resume=False)
+    assert not search.ended(trial)
 
 
 def test_the_rest_is_estimated_by_multiply_accumulates(tmp_path: Path) -> None:
@@ -361,6 +404,7 @@ def test_the_rest_is_estimated_by_multiply_accumulates(tmp_path: Path) -> None:
     estimate.began[first.number] = time.monotonic() - 26, 0, 0.0
     first.status, first.epochs, first.seconds = "finished", 2, 20.0  # and 6 seconds to start
     estimate.ended(first)
+    estimate.ended(search.trials[1])  # its process died before it had started
     assert estimate.left() == pytest.approx((700 * 2 * 0.1 + 3 * 6) / 2, abs=0.1)
 
 
@@ -378,6 +422,23 @@ def test_asha_knows_the_trials_of_before(nowhere: Path) -> None:
         trial = SimpleNamespace(trial_id=name)
         scheduler.on_trial_add(None, trial)
         assert scheduler.on_trial_result(None, trial, {"epoch": 1, "val_top1": val_top1}) == action
+
+
+def test_trials_whose_directories_were_removed_still_count(nowhere: Path) -> None:
+    pytest.importorskip("ray.tune", reason="the extra tune is not installed", exc_type=ImportError)
+    search = prepared(Path("out"), plan(tiny(), "random", "asha", 4))
+    for number in (1, 2):
+        ended(search, number, 0.5, "stopped").epochs = 1
+    ended(search, 3, 0.8)
+    search.write()
+    again = Search(search.plan, Path("out"), 10, read_trials(Path("out")))
+    worse = SimpleNamespace(trial_id="worse")
+    scheduler = tune._asha(again)
+    scheduler.on_trial_add(None, worse)
+    assert scheduler.on_trial_result(None, worse, {"epoch": 1, "val_top1": 0.1}) == "STOP"
+    tune.finish(again)
+    best = resolve("out/best.yaml", "distill")
+    assert best.differences(again.recipe(again.trials[2].values)) == []
 
 
 # --- figures -----------------------------------------------------------------------------------------------
@@ -431,14 +492,6 @@ def test_heatmap_has_a_cell_for_each_point(tmp_path: Path) -> None:
 def test_nothing_heavy_is_imported_before_a_search() -> None:
     code = "import sys, toolkit.tune; print({'ray', 'torch', 'optuna'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
-
-
-def test_each_option_has_help(toolkit: Toolkit) -> None:
-    from toolkit import cli
-
-    assert toolkit("tune", "--help").exit_code == 0
-    described = {p.name: p.help for p in cli.typer.main.get_command(cli.app).commands["tune"].params}
-    assert all(described.values()), described
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from toolkit.errors import DeviceError, UserError, in_line
 from toolkit.learner import RECOMPILED
 from toolkit.machine import available_cores
 from toolkit.progress import say
-from toolkit.report import BLUE, FAINT, GREEN, GRID, INK, VERMILLION, as_image
+from toolkit.report import BLUE, FAINT, GREEN, INK, VERMILLION, as_image, plain_axes
 from toolkit.run import load_run
 
 TURN_SECONDS = 0.2  # of one contestant before the next; a single call may take longer
@@ -306,14 +306,11 @@ def plot(rows: Sequence[Row]) -> bytes:
         rate.plot(batches, [row.images_per_second for row in own], **style)
     ticks = sorted({row.batch for row in rows})
     for axes, heading in ((latency, "Milliseconds, median to 99th percentile"), (rate, "Images a second")):
-        axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=INK)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xlabel("batch size", color=INK)
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes, heading)
     figure.legend(*rate.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
     return as_image(figure)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ SHARED = (
     "minutes",
     "batch_size",
     "batch_growth",
+    "augment.plain_copy",  # which makes an epoch twice as long
     "early_stop",
     "seed",
     "budget",
@@ -109,7 +111,7 @@ def make_plan(
         except RecipeError as error:
             raise RecipeError(f"{method}: {error}") from error
         for field in SHARED:
-            if getattr(found[name], field) != getattr(base, field):
+            if attrgetter(field)(found[name]) != attrgetter(field)(base):
                 raise RecipeError(f"{method} sets {field}, which must be the same for all methods")
     from toolkit.stages import without_teacher  # imports torch: a misspelt name is told before that
 
@@ -139,7 +141,7 @@ class Result:
     Top-1, ``agreement`` with the teacher and ``ece`` are fractions, of the test images but for ``val_top1``; ``kl`` is
     the mean KL(teacher || student) in nats. ``teacher_seconds`` are those of the pass that fills the cache of the
     teacher's logits; where the teacher runs in every step instead, they are part of ``train_seconds``. FLOPs: see
-    ``flops``.
+    ``flops``; None where they are not known.
     """
 
     method: str
@@ -153,7 +155,7 @@ class Result:
     train_seconds: float
     teacher_seconds: float
     student_flops: int
-    teacher_flops: int
+    teacher_flops: int | None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def compare(plan: Plan) -> Comparison:
     """Train what is not finished, then read the test set and measure all runs.
 
     The same plan goes on where it was stopped. Before the first step this raises whatever is wrong with data,
-    student, teacher or directories; ``Interrupted`` after Ctrl-C or SIGTERM.
+    student, teacher, methods or directories; ``Interrupted`` after Ctrl-C or SIGTERM.
     """
     from toolkit import stages, teaching
 
@@ -181,6 +183,7 @@ def compare(plan: Plan) -> Comparison:
         for method, recipe in plan.methods.items()
     }
     plan = replace(plan, methods=methods)
+    _check(plan, data, teacher)
     _train(plan, data, teacher, known)
     return _measure(plan, data, teacher, known)
 
@@ -199,8 +202,23 @@ def _with_its_teacher(base: Recipe, plan: Plan) -> Recipe:
     return base
 
 
+def _check(plan: Plan, data: DataSet, teacher: nn.Module) -> None:
+    """Raise what is wrong with a method for this student and teacher, before the runs of another one are trained."""
+    from toolkit import learner
+    from toolkit.objective import Objective
+
+    for method, recipe in plan.methods.items():
+        try:
+            model = learner.new_model(recipe, data)
+            objective = Objective(recipe, model, teacher if recipe.distils else None)
+        except RecipeError as error:
+            raise RecipeError(f"{method}: {error}") from error
+        if objective.hooked:
+            objective.teacher.remove()
+
+
 def _train(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> None:
-    from toolkit import stages, teaching
+    from toolkit import external, stages, teaching
 
     waiting = _waiting(plan, data)
     if waiting:  # a poor teacher is told before the first baseline is trained
@@ -208,7 +226,7 @@ def _train(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> Non
     recipe = plan.baseline
     say(
         f"comparing {', '.join(plan.methods)} by {recipe.model.name} on {data.name}: {recipe.epochs} epochs each, "
-        f"seeds {', '.join(map(str, plan.seeds))}; the teacher is {known.checkpoint}"
+        f"seeds {', '.join(map(str, plan.seeds))}; the teacher is {external.titles(known)}"
     )
     seconds = _estimate(plan, waiting, data, teacher)
     kept = f", {len(plan.runs) - len(waiting)} finished before" if len(waiting) < len(plan.runs) else ""
@@ -286,14 +304,14 @@ def _taught(recipe: Recipe, epochs: int, images: int, samples: int) -> int:
 def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> Comparison:
     import torch
 
-    from toolkit import compute, engine, learner, report
+    from toolkit import compute, engine, external, learner, report
 
     device, test = compute.pick_device(plan.baseline.device), data.test
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
     answers = engine.predict(teacher, test.images, device)
     student = learner.new_model(plan.baseline, data)
     student_macs = cache(partial(mac_count, student))
-    teacher_macs = mac_count(teacher, plan.baseline.data.image_size)
+    teacher_macs = _macs(teacher, plan.baseline.data.image_size)
     shared: dict[Any, float] = {}  # the first of the runs with the same views fills the cache of logits for all
     for run in runs(plan.output):
         if run.finished:
@@ -331,13 +349,23 @@ def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> C
         "train_images": len(data.train),
         "val_images": 0 if data.val is None else len(data.val),
         "test_images": len(test),
-        "teacher": known.name,
-        "teacher_checkpoint": str(known.checkpoint),
+        "teacher": " and ".join(one.name for one in (known, *known.also)),
+        "teacher_checkpoint": external.titles(known),
         "teacher_top1": metrics["teacher_top1"],
         "device": summary["device"],
         "precision": summary["precision"],
     }
     return Comparison(plan, results, facts)
+
+
+def _macs(teacher: nn.Module, image_size: int) -> int | None:
+    """Multiply-accumulates of one image; None where a part of the teacher is an ONNX file: PyTorch sees none of its."""
+    from toolkit.classifier import members
+    from toolkit.external import External, OnnxNetwork
+
+    if any(isinstance(one, External) and isinstance(one.network, OnnxNetwork) for one in members(teacher)):
+        return None
+    return mac_count(teacher, image_size)
 
 
 def _views(recipe: Recipe) -> tuple[Any, ...]:
@@ -350,16 +378,16 @@ def flops(
     history: Sequence[Mapping[str, Any]],
     samples: int,
     student_macs: Callable[[int], int],
-    teacher_macs: int,
-) -> tuple[int, int]:
+    teacher_macs: int | None,
+) -> tuple[int, int | None]:
     """Floating point operations of student and teacher in a run, from its rows of metrics.jsonl.
 
     ``samples``: those of an epoch; ``student_macs``: multiply-accumulates of one image by its side in pixels;
-    ``teacher_macs``: those of one whole image. A multiply-accumulate is two operations. The student's forward and
-    backward pass are three forward passes: the gradients of its inputs and of its weights take one each. The teacher's
-    forward pass counts for each image of each step, or once for each view whose logits are cached. SAM takes all passes
-    of a step twice. Not counted: evaluation on val, the loss itself, augmentation, the optimizer, and the training of
-    the teacher.
+    ``teacher_macs``: those of one whole image. Where they are not known (None), nor is what the teacher does, unless
+    that is nothing. A multiply-accumulate is two operations. The student's forward and backward pass are three forward
+    passes: the gradients of its inputs and of its weights take one each. The teacher's forward pass counts for each
+    image of each step, or once for each view whose logits are cached. SAM takes all passes of a step twice. Not
+    counted: evaluation on val, the loss itself, augmentation, the optimizer, and the training of the teacher.
     """
     student = images = step = 0
     for row in history:
@@ -368,4 +396,7 @@ def flops(
         student += 3 * 2 * student_macs(side) * seen
         images += seen
         step = row["step"]
-    return student, 2 * teacher_macs * _taught(recipe, len(history), images, samples)
+    taught = _taught(recipe, len(history), images, samples)
+    if taught and teacher_macs is None:
+        return student, None
+    return student, 2 * (teacher_macs or 0) * taught

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.box import SIMPLE_HEAD
@@ -18,22 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from toolkit.compare import BASELINE, Comparison
+from toolkit.compare import BASELINE, Comparison, Result
 from toolkit.files import write_bytes, write_text
-from toolkit.report import BLUE, FAINT, GREEN, GRID, INK, VERMILLION, as_image, plain, short_name, table
+from toolkit.report import BLUE, FAINT, GREEN, INK, VERMILLION, as_image, plain, plain_axes, short_name, table
 
 CONFIDENCE = 0.95
-MEASURES = (
-    "val_top1",
-    "top1",
-    "agreement",
-    "kl",
-    "ece",
-    "train_seconds",
-    "teacher_seconds",
-    "student_flops",
-    "teacher_flops",
-)
+MEASURES = [field.name for field in fields(Result)][3:]  # without method, seed and run
 WIDTH = 120  # of the tables in a file
 
 
@@ -112,7 +101,10 @@ def summarise(comparison: Comparison) -> list[Row]:
     of = {method: [one for one in comparison.results if one.method == method] for method in methods}
     best = best_method(comparison)
     top1 = {method: [one.top1 for one in results] for method, results in of.items()}
-    from_baseline, from_best = differences(top1, BASELINE), differences(top1, best)
+    from_baseline = differences(top1, BASELINE)
+    # The baseline's difference from the best one stands above: each pair is told about once, in one family of tests.
+    rivals = {method: values for method, values in top1.items() if method != BASELINE}
+    from_best = differences(rivals, best) if best != BASELINE else {}
     rows = []
     for method, results in of.items():
         values = {key: [getattr(one, key) for one in results] for key in MEASURES}
@@ -121,7 +113,7 @@ def summarise(comparison: Comparison) -> list[Row]:
             verdict.append(told(from_baseline[method], "the baseline", n, len(from_baseline)))
         if method == best:
             verdict.append("best on val" if results[0].val_top1 is not None else "best on test")
-        elif best != BASELINE:
+        elif method in from_best:
             verdict.append(told(from_best[method], best, n, len(from_best)))
         changes = comparison.plan.baseline.differences(comparison.plan.methods[method])
         rows.append(
@@ -312,7 +304,8 @@ def _notes(comparison: Comparison) -> list[str]:
         "Training holds the teacher's forward passes where it runs in every step. The teacher's pass is the one that "
         "fills the cache of its logits (`cached_epochs`). The teacher's own training is in neither.",
         "FLOPs: two a multiply-accumulate, three forward passes for each image that the student learns from, one for "
-        "each that the teacher answers. The loss, augmentation, optimizer and val are not counted.",
+        "each that the teacher answers; those of an ONNX file are not known. The loss, augmentation, optimizer and val "
+        "are not counted.",
     ]
 
 
@@ -337,8 +330,12 @@ def figure(comparison: Comparison) -> Figure:
     difference.axvline(0, color=FAINT, linewidth=1)
     accuracy.set_yticks(range(len(rows)), [short_name(row.method, 30) for row in rows])
     accuracy.set_ylim(len(rows) - 0.5, -0.5)
-    _dress(accuracy, "Test top-1 (%)", "dots: seeds, line: mean")
-    _dress(difference, "Less the baseline (points)", "with the 95% interval of each alone")
+    for axes, heading, note in (
+        (accuracy, "Test top-1 (%)", "dots: seeds, line: mean"),
+        (difference, "Less the baseline (points)", "with the 95% interval of each alone"),
+    ):
+        plain_axes(axes, heading, grid_axis="x")
+        axes.set_title(note, loc="right", fontsize=9, color=INK)
     return found
 
 
@@ -346,13 +343,3 @@ def _colour(difference: Difference) -> str:
     if not difference.told_apart:
         return FAINT
     return GREEN if difference.mean > 0 else VERMILLION
-
-
-def _dress(axes: Axes, heading: str, note: str) -> None:
-    axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_title(note, loc="right", fontsize=9, color=INK)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(color=FAINT, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)

@@ -128,11 +128,14 @@ class OnnxNetwork(nn.Module):
             options = ort.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = torch.get_num_threads()
+            # As in ``serve.session``: threads that wait would take the cores from PyTorch's.
+            options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+            options.add_session_config_entry("session.force_spinning_stop", "1")  # for ONNX Runtime before 1.26
             providers: list[Any] = ["CPUExecutionProvider"]
             try:
                 if place.type == "cuda":
                     need_cuda()
-                    # Sizes that a graph computes stay on the CPU, by its side.
+                    # CPU fallback stays allowed: other tools' graphs compute shapes there even in a CUDA session.
                     options_there = {"cudnn_conv_algo_search": "HEURISTIC", "device_id": str(place.index or 0)}
                     providers.insert(0, ("CUDAExecutionProvider", options_there))
                 session = ort.InferenceSession(self.path, options, providers=providers, enable_fallback=0)
@@ -180,7 +183,7 @@ def load(teacher: Teacher, classes: Sequence[str] | None, device: str, offline: 
         network, input, theirs, digest, stated = _onnx(teacher, device)
     else:
         network, input, theirs, digest, stated = _timm(teacher, classes, offline)
-    about = json.dumps([digest, input.model_dump(mode="json"), _text(teacher.classes)])
+    about = json.dumps([digest, input.model_dump(mode="json"), _text(teacher.classes) if teacher.classes else None])
     digest = hashlib.sha256(about.encode()).hexdigest()
     external = External(network.eval(), input, None, digest, stated).eval()
     try:
@@ -201,12 +204,18 @@ def title(teacher: Teacher) -> str:
     return str(folder if (folder / "recipe.yaml").is_file() and not teacher.external else path)
 
 
+def titles(teacher: Teacher) -> str:
+    """The title of a teacher and those of ``teacher.also``."""
+    return " and ".join(title(one) for one in (teacher, *teacher.also))
+
+
 def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, list[str] | None, str, bool]:
     from export.artifact import load as load_onnx
     from export.artifact import read_bytes
 
     path = teacher.checkpoint
-    assert path is not None
+    if path is None:
+        raise TeacherError("the teacher onnx needs its file: give it by --teacher FILE.onnx")
     data = read_bytes(path)
     proto = load_onnx(data, str(path))
     told = {item.key: item.value for item in proto.metadata_props}
@@ -372,10 +381,8 @@ def match_classes(
 def _mapping(file: Path) -> Any:
     """A list or a mapping of texts: ``no`` and ``010`` are names of classes. Empty, ``~`` and ``null`` are None."""
     try:
-        mapping = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise TeacherError(f"cannot read the classes in {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mapping = yaml.load(_text(file), Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
         raise TeacherError(f"{file} is not YAML: {in_line(error)}") from error
     if not isinstance(mapping, list | dict):
         raise TeacherError(f"{file} must hold a list of the teacher's classes, or a mapping from them to the data's")
@@ -384,8 +391,13 @@ def _mapping(file: Path) -> Any:
     return mapping
 
 
-def _text(file: Path | None) -> str | None:
-    return file.read_text(encoding="utf-8") if file and file.is_file() else None
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TeacherError(f"cannot read the classes in {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TeacherError(f"{file} is not text in UTF-8: {in_line(error)}") from error
 
 
 def hint(members: Sequence[nn.Module], top1: Callable[[], float]) -> str:

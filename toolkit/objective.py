@@ -17,7 +17,8 @@ class Objective(nn.Module):
     """``ce_weight`` times the cross entropy with soft labels ``[B,K]``, plus ``kd_weight`` times the methods' sum.
 
     Methods on features read those of the last forward passes of ``student`` and ``teacher``, by hooks that are set
-    here, after one dry pass of both has told which modules there are: a ``RecipeError`` says what does not fit.
+    here, after one dry pass of both has told which modules there are. Each method on logits is called once. So a
+    ``RecipeError`` says what does not fit before the first step.
     What such a method trains (FitNets' regressors) are the parameters of this module. ``progress``, the fraction of
     the run that is done, decides what weights and temperature are. ``class_weights`` [K] multiply the labels' terms.
     """
@@ -34,19 +35,31 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict()
         self.pairs: dict[str, list[tuple[str, str]]] = {}
         by_features = {name: each for name, each in self.methods.items() if isinstance(each, FeatureMethod)}
-        if teacher is not None and by_features:
-            self._hook(by_features, student, teacher, recipe.data.image_size)
-        for name, method in self.methods.items():
-            if name not in by_features:
-                self.terms[name] = losses.load(name).Term(method)
+        if teacher is None:
+            return
+        side, device = recipe.data.image_size, next(student.parameters()).device
+        images = torch.zeros(2, 3, side, side, device=device)
+        if by_features:
+            self._hook(by_features, student, teacher, images)
+        by_logits = {name: each for name, each in self.methods.items() if name not in by_features}
+        if by_logits:
+            self._add(by_logits, student, images)
 
     @property
     def hooked(self) -> bool:
         """Whether it reads features."""
         return bool(self.pairs)
 
-    def _hook(self, methods: dict[str, FeatureMethod], student: nn.Module, teacher: nn.Module, image_size: int) -> None:
-        images = torch.zeros(2, 3, image_size, image_size, device=next(student.parameters()).device)
+    @torch.no_grad()
+    def _add(self, methods: dict[str, Method], student: nn.Module, images: Tensor) -> None:
+        training = student.training
+        logits = student.eval()(images)
+        student.train(training)
+        for name, method in methods.items():
+            self.terms[name] = losses.load(name).Term(method)
+            self.terms[name](logits, logits, logits.softmax(1), 1.0)  # may refuse so few classes
+
+    def _hook(self, methods: dict[str, FeatureMethod], student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
         inner = getattr(teacher, "network", None)  # of one that is resized for: ``external.External``
         root = inner if isinstance(inner, Classifier) else teacher
         theirs, ours = output_shapes(teacher, images, root), output_shapes(student, images)

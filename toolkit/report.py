@@ -208,12 +208,19 @@ def batch_sizes(history: Sequence[Mapping[str, Any]]) -> str:
 
 def dress(axes: Axes, heading: str, ink: str = INK, grid: str = GRID) -> None:
     """What all curves over epochs have in common."""
-    axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=ink)
+    plain_axes(axes, heading, ink, grid)
     axes.set_xlabel("epoch", color=ink)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    axes.grid(color=grid, linewidth=0.8)
+
+
+def plain_axes(
+    axes: Axes, heading: str, ink: str = INK, grid: str = GRID, grid_axis: Literal["both", "x", "y"] = "both"
+) -> None:
+    """What all axes have in common: a heading, faint lines, no frame."""
+    axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=ink)
+    axes.grid(axis=grid_axis, color=grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(color=FAINT, labelcolor=ink)
+    axes.tick_params(which="both", color=FAINT, labelcolor=ink)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
 

@@ -174,8 +174,7 @@ def _fit(
 def _doing(wanted: Recipe, data: datasets.DataSet) -> str:
     if not wanted.distils or wanted.teacher is None:
         return f"training {wanted.model.name} on {data.name}"
-    sources = [external.title(one) for one in (wanted.teacher, *wanted.teacher.also)]
-    return f"distilling {wanted.model.name} from {' and '.join(sources)} on {data.name}"
+    return f"distilling {wanted.model.name} from {external.titles(wanted.teacher)} on {data.name}"
 
 
 def check_unchanged(

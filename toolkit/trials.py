@@ -239,17 +239,22 @@ class Search:
                 worst = max(worst, max(over, 1) / max(count, 1))
         return worst
 
-    def ended(self, trial: Trial, failed: bool = False) -> None:
-        """Read from the run directory what came of a trial."""
+    def ended(self, trial: Trial, failed: bool = False) -> bool:
+        """Read from the run directory what came of a trial; whether it failed, which it did where there is none."""
+        lost = not failed and not (self.path(trial) / "recipe.yaml").is_file()
+        failed = failed or lost
         finished = (self.path(trial) / "summary.json").is_file()
         trial.status = "failed" if failed else "finished" if finished else "stopped"
-        if failed:
+        if lost:
+            trial.error = "its run directory is not here: all machines of a cluster must share this folder"
+        elif failed:
             file = error_file(self.path(trial))
             died = "its process died (out of memory, or killed)"
             trial.error = file.read_text().partition("\n")[0] if file.is_file() else died
         self.read(trial)
         self.sampler.learn(trial)
         self.write()
+        return failed
 
     def read(self, trial: Trial) -> None:
         """Take epochs, seconds and val top-1 from the rows of the run directory."""

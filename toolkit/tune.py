@@ -46,7 +46,7 @@ from toolkit.trials import Search, Trial, error_file, not_installed, read_trials
 
 if TYPE_CHECKING:
     from toolkit.data import DataSet
-    from toolkit.recipe import Recipe
+    from toolkit.recipe import Recipe, Teacher
 
 ASHA_FACTOR = 3  # one in so many trials goes on from a rung to the next
 ASHA_GRACE = 0.1  # share of the epochs before which no trial is given up
@@ -130,7 +130,7 @@ def resumed(output: Path, wanted: Plan | None, trials: int | None, overrides: Ma
 
     ``wanted`` is what the command line asks for, if it names a space, and ``overrides`` the recipe fields that it
     gives: of these the search may go on with the data in another place, and on another device. Raises ``SearchError``
-    where anything else differs.
+    where anything else differs, and where ``wanted`` names another teacher.
     """
     file = output / "search.yaml"
     if not file.is_file():
@@ -141,17 +141,22 @@ def resumed(output: Path, wanted: Plan | None, trials: int | None, overrides: Ma
         plan = Plan.model_validate(yaml.safe_load(file.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
         raise SearchError(f"{file} is damaged: {in_line(error)}") from error
-    if wanted is not None and (differences := plan.differences(wanted)):
-        raise SearchError(
-            f"{output} holds a different search; differing: {'; '.join(differences)}. "
-            "Choose another --output, or repeat that search's options."
-        )
+    if wanted is not None:
+        differences, known = plan.differences(wanted), _named_teacher(plan)
+        for key, value in _named_teacher(wanted).items():
+            if value != known.get(key):
+                differences.append(f"teacher.{key}: {known.get(key)} -> {value}")
+        if differences:
+            raise SearchError(
+                f"{output} holds a different search; differing: {'; '.join(differences)}. "
+                "Choose another --output, or repeat that search's options."
+            )
     if plan.sampler == "grid" and trials is not None:
         raise SearchError(f"--trials {trials}: a grid has as many trials as points, leave it out")
     places = {path: value for path, value in (overrides or {}).items() if path in recipes.PLACES}
-    # All trials learn from the same teacher.
-    kept = {path: value for path, value in places.items() if not path.startswith("teacher.")}
-    recipe = recipes.with_settings(plan.recipe, kept)
+    # The plan names the teacher that all trials learn from.
+    moved = {path: value for path, value in places.items() if not path.startswith("teacher.")}
+    recipe = recipes.with_settings(plan.recipe, moved)
     return plan.model_copy(update={"recipe": recipe, "trials": trials or plan.trials})
 
 
@@ -159,9 +164,29 @@ def default_output(plan: Plan) -> Path:
     """``runs/tune-<space>-<digest>``: the same search finds its directory again."""
     from toolkit.run import RUNS
 
-    identity = [plan.base.identity(), ranges(plan.space), plan.sampler, plan.scheduler]
+    identity: list[Any] = [plan.base.identity(), ranges(plan.space), plan.sampler, plan.scheduler]
+    if teacher := _named_teacher(plan):
+        identity.append(teacher)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return RUNS / f"tune-{plan.space.name}-{digest[:8]}"
+
+
+def _named_teacher(plan: Plan) -> dict[str, Any]:
+    """What the recipe says of its teacher beyond the recipe's identity: which files, and which more teachers."""
+
+    def named(teacher: Teacher) -> dict[str, Any]:
+        tree = teacher.model_dump(mode="json", exclude_defaults=True)
+        if teacher.checkpoint is not None:  # a run directory stands for its best weights
+            path = teacher.checkpoint
+            tree["checkpoint"] = os.path.relpath(path / "checkpoints/best.safetensors" if path.is_dir() else path)
+        if teacher.classes is not None:
+            tree["classes"] = os.path.relpath(teacher.classes)
+        if teacher.also:
+            tree["also"] = [named(one) for one in teacher.also]
+        return tree
+
+    tree = named(plan.base.teacher) if plan.base.teacher is not None else {}
+    return {key: tree[key] for key in ("checkpoint", "classes", "also") if key in tree}
 
 
 def _announce(search: Search, slots: int, data: DataSet, cpus: int) -> None:
@@ -175,24 +200,25 @@ def _announce(search: Search, slots: int, data: DataSet, cpus: int) -> None:
         sizes = " x ".join(f"{len(domain.grid())} {path}" for path, domain in plan.space.fields.items())
         out = f"; {search.left_out} points left out, which miss {search.constraints}" if search.left_out else ""
         estimate = Estimate(search, slots)
-        estimate.rate = _probe(search.base, data, cpus)
+        # The base recipe itself need not be one of the points, nor meet the constraints.
+        estimate.rate = _probe(search.recipe(search.trials[0].values), data, cpus)
         say(f"the grid: {sizes}{out}; {estimate.told()}, judged by two steps on this machine")
 
 
-def _probe(base: Recipe, data: DataSet, cpus: int) -> float:
-    """Seconds of training for one multiply-accumulate of one epoch, from a step of the base recipe's model here."""
+def _probe(recipe: Recipe, data: DataSet, cpus: int) -> float:
+    """Seconds of training for one multiply-accumulate of one epoch, from a step of the recipe's model here."""
     import torch
 
     from toolkit import compute, learner
     from toolkit.catalogue import mac_count
 
-    model, threads = learner.new_model(base, data), torch.get_num_threads()
+    model, threads = learner.new_model(recipe, data), torch.get_num_threads()
     torch.set_num_threads(cpus)
     try:
-        seconds = compute.seconds_an_image(model, base, backward=True)
+        seconds = compute.seconds_an_image(model, recipe, backward=True)
     finally:
         torch.set_num_threads(threads)
-    return seconds * len(data.train) / mac_count(model, data.train.images.shape[-1])
+    return seconds * len(data.train) / mac_count(model, recipe.data.image_size)
 
 
 class Estimate:
@@ -209,7 +235,9 @@ class Estimate:
         self.began[trial.number] = time.monotonic(), trial.epochs, trial.seconds
 
     def ended(self, trial: Trial) -> None:
-        clock, epochs, seconds = self.began.pop(trial.number)
+        if (start := self.began.pop(trial.number, None)) is None:
+            return  # its process died before it started
+        clock, epochs, seconds = start
         self.beside.append(max(time.monotonic() - clock - (trial.seconds - seconds), 0))
         self.trained += trial.seconds - seconds
         self.work += trial.macs * (trial.epochs - epochs)
@@ -242,9 +270,10 @@ def finish(search: Search) -> None:
     best = search.best()
     if best is None:
         failed = next(trial for trial in search.trials if trial.error)
+        file = error_file(search.path(failed))
         raise SearchError(
-            f"all {len(search.trials)} trials failed, the first by: {failed.error} All of it is in "
-            f"{search.output / 'trials.csv'} and {error_file(search.path(failed))}."
+            f"all {len(search.trials)} trials failed, the first by: {str(failed.error).rstrip('.')}. All of it is in "
+            f"{search.output / 'trials.csv'}{f' and {file}' if file.is_file() else ''}."
         )
     from toolkit.report import as_image
     from toolkit.run import Run
@@ -253,8 +282,10 @@ def finish(search: Search) -> None:
     write_bytes(search.output / "scatter.png", as_image(scatter(search)))
     if search.plan.sampler == "grid" and len(search.plan.space.fields) == 2:
         write_bytes(search.output / "heatmap.png", as_image(heatmap(search)))
-    # The run's own recipe: it says which teacher it learnt from. The device is that of the search, not of a worker.
-    recipe = Run(search.path(best)).recipe.model_copy(update={"name": "best", "device": search.base.device})
+    # The run's own recipe says which teacher it learnt from; its directory may have been removed.
+    path = search.path(best)
+    recipe = Run(path).recipe if (path / "recipe.yaml").is_file() else search.recipe(best.values)
+    recipe = recipe.model_copy(update={"name": "best", "device": search.base.device})  # not that of a worker
     file = search.output / "best.yaml"
     header = (
         f"# Trial {best.number} of {search.total} of the search {search.plan.space.name}: val top-1 "
@@ -436,7 +467,7 @@ def _run(search: Search, cpus: int, gpus: float, slots: int) -> UserError | None
 
         def end(self, trial: Any, failed: bool) -> None:
             found = mine(trial)
-            search.ended(found, failed)
+            failed = search.ended(found, failed)
             estimate.ended(found)
             result = found.error if failed else f"val top-1 {found.val_top1:.2%} after {found.epochs} epochs"
             done = search.count("finished", "stopped", "failed")
@@ -518,7 +549,10 @@ def _asha(search: Search) -> Any:
     for trial in search.kept:
         stand_in = SimpleNamespace(trial_id=f"kept-{trial.number}")
         scheduler.on_trial_add(None, stand_in)
-        for row in Run(search.path(trial)).history():
+        path = search.path(trial)
+        there = (path / "recipe.yaml").is_file()  # where it was removed, the table still knows the last epoch
+        last = [{"epoch": trial.epochs, "val_top1": trial.val_top1}]
+        for row in Run(path).history() if there else last:
             if row["val_top1"] is not None:
                 scheduler.on_trial_result(None, stand_in, row)
     return scheduler

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolkit.progress import console, say
-from toolkit.report import BLUE, FAINT, GRID, INK, VERMILLION, as_accuracy, short_name
+from toolkit.report import BLUE, FAINT, INK, VERMILLION, as_accuracy, plain_axes, short_name
 from toolkit.space import Domain
 from toolkit.trials import Search
 
@@ -74,9 +74,8 @@ def scatter(search: Search) -> Figure:
             if trials:
                 places = [_place(domain, trial.values[path]) for trial in trials]
                 axes.scatter(places, [trial.val_top1 for trial in trials], label=label, **style)
-        axes.set_title(path, loc="left", fontsize=12, fontweight="bold", color=INK)
         _field_axis(axes, domain)
-        _plain(axes)
+        plain_axes(axes, path)
         if index % columns == 0:
             axes.set_ylabel("val top-1", color=INK)
     as_accuracy(panels[0])
@@ -106,14 +105,6 @@ def _field_axis(axes: Axes, domain: Domain) -> None:
         turned = sum(map(len, labels)) > 36
         axes.set_xticks(range(len(labels)), labels, rotation=90 if turned else 0, fontsize=8 if turned else 10)
         axes.set_xlim(-0.5, len(labels) - 0.5)
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", color=FAINT, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
 
 
 def heatmap(search: Search) -> Figure:

@@ -5,7 +5,7 @@ module made from them whose result is a scalar: the mean over a batch, computed 
 teacher. The ``Term`` of a
 
 - method on logits is called with the student's and the teacher's logits ``[B,K]``, the labels ``[B,K]`` as
-  probabilities, and the temperature;
+  probabilities, and the temperature, and raises ``RecipeError`` where it cannot teach so few classes;
 - method on features is made from the ``Params`` and, for each pair of layers, the two shapes without the batch, and
   called with two lists: the student's features and the teacher's, ``[B,...]`` each.
 

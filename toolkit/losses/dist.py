@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from toolkit.errors import RecipeError
 from toolkit.recipe import Method
 
 
@@ -20,7 +21,8 @@ class Term(nn.Module):
     For probabilities s and t ``[B,K]`` at the temperature T: ``r`` is Pearson's correlation, ``s_i`` a row (one image),
     ``s^k`` a column (one class). A correlation does not ask for the teacher's scale. The factor T squared is the
     authors'. The images are those of one part of a batch where it is taken in parts; a single one has no relations
-    between images, and the second term is left out.
+    between images, and the second term is left out. The first one needs three classes: two numbers are always
+    correlated by 1 or -1, which has no gradient. With two ``RecipeError`` is raised where ``gamma`` is 0.
     """
 
     def __init__(self, params: Params) -> None:
@@ -28,6 +30,8 @@ class Term(nn.Module):
         self.beta, self.gamma = params.beta, params.gamma
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        if student.shape[1] < 3 and not self.gamma:
+            raise RecipeError("loss.methods.dist: beta teaches nothing of two classes: give a gamma above 0")
         s = (student.float() / temperature).softmax(1)
         t = (teacher.detach().float() / temperature).softmax(1)
         loss = self.beta * (1 - correlation(s, t)).mean()

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from toolkit.errors import RecipeError
 from toolkit.recipe import Method, Ramp, Weight
 
 
@@ -23,7 +24,9 @@ class Term(nn.Module):
 
     For logits s and t ``[B,K]`` divided by the temperature T: ``b`` is the probabilities of the target class and of all
     others together, ``o`` those of the other classes among themselves. Soft targets are the case in which beta is the
-    teacher's probability of the other classes. The target of a mixed image is the class that has most of it.
+    teacher's probability of the other classes. The target of a mixed image is the class that has most of it. Of two
+    classes there is one other, whose ``o`` is 1: beta teaches nothing then, and ``RecipeError`` is raised where
+    ``alpha`` is 0.
     """
 
     def __init__(self, params: Params) -> None:
@@ -31,6 +34,8 @@ class Term(nn.Module):
         self.alpha, self.beta = params.alpha, params.beta
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        if student.shape[1] < 3 and not self.alpha:
+            raise RecipeError("loss.methods.dkd: beta teaches nothing of two classes: give an alpha above 0")
         target = labels.argmax(1, keepdim=True)
         binary_s, others_s = decouple(student.float() / temperature, target)
         binary_t, others_t = decouple(teacher.detach().float() / temperature, target)

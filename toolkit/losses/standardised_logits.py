@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from toolkit.errors import RecipeError
 from toolkit.losses.soft_targets import soft_targets
 from toolkit.recipe import Method, Weight
 
@@ -21,7 +22,8 @@ class Term(nn.Module):
     """Soft targets at ``base_temperature`` of ``z(s)`` and ``z(t)``, for logits s and t ``[B,K]``, in nats.
 
     ``z(x) = (x - mean(x)) / std(x)`` over the classes of each image, so that the student is asked for the teacher's
-    relations between classes and not for the size of its logits.
+    relations between classes and not for the size of its logits. Raises ``RecipeError`` for two classes, which have no
+    relations but that one is larger.
     """
 
     def __init__(self, params: Params) -> None:
@@ -29,6 +31,11 @@ class Term(nn.Module):
         self.base_temperature = params.base_temperature
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        if student.shape[1] < 3:
+            raise RecipeError(
+                "loss.methods.standardised_logits: two standardised logits are always 1 and -1, which teaches nothing: "
+                "take soft_targets"
+            )
         return soft_targets(standardise(student), standardise(teacher.detach()), self.base_temperature)
 
 
