@@ -175,7 +175,7 @@ def build(
         name: Name = None,
     ) -> Response:
         """Classify an image (the body is its bytes) or several (multipart/form-data, each part a file)."""
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             images = await _files(request)
         else:
             images = [await request.body()]
@@ -216,6 +216,7 @@ def build(
         app.add_route(
             route.path, _wrong_method(route), sorted(METHODS - (route.methods or set())), include_in_schema=False
         )
+    app.add_route("/v1/{rest:path}", _nowhere, sorted(METHODS), include_in_schema=False)
     page(app)
 
     async def front(scope: Scope, receive: Receive, send: Send) -> None:
@@ -338,7 +339,9 @@ def _settle(answer: asyncio.Future[Answer], result: Answer | None, error: BaseEx
 def _is_plain(scope: Scope) -> bool:
     if scope["path"] != "/v1/predict" or scope["method"] != "POST" or scope["query_string"]:
         return False
-    return not any(name == b"content-type" and value.startswith(b"multipart/") for name, value in scope["headers"])
+    return not any(
+        name == b"content-type" and value.lower().startswith(b"multipart/") for name, value in scope["headers"]
+    )
 
 
 async def _files(request: Request) -> list[bytes]:
@@ -364,6 +367,10 @@ def _bodies() -> dict[str, Any]:
         **{f"image/{kind}": {"schema": {**binary, "maxLength": MAX_BYTES}} for kind in kinds},
         "application/octet-stream": {"schema": {**binary, "maxLength": MAX_BYTES}},
     }
+
+
+async def _nowhere(request: Request) -> Response:
+    raise HTTPException(404, "no such address")
 
 
 def _wrong_method(route: Route) -> Callable[[Request], Awaitable[Response]]:

@@ -6,12 +6,14 @@ import contextlib
 import functools
 import io
 import re
+import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from toolkit.errors import ImageError, ImageFormatError, ImageSizeError
 
@@ -26,8 +28,20 @@ FORMATS = {
 FORMATS_IN_WORDS = "PNG, JPEG, WebP, GIF or BMP"
 MAX_PIXELS = 50_000_000
 SCAN, MAX_SCANS = b"\xff\xda", 200  # each goes over all pixels of a JPEG; usual are up to 12
-MAX_SEGMENTS = 10_000  # of a JPEG with as many scans as that
-MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # in pixels 00 follows, or a restart
+MAX_PARTS = 10_000  # of a file: segments of a JPEG, chunks of a PNG, blocks of a GIF
+MAX_HEAD = 2**20  # bytes of a JPEG's tables: usual are under 1,000
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # in pixels 00 follows, or a restart
+BLOCK = re.compile(rb"[!,;]")  # of a GIF: an extension, a picture, the end
+CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what a PNG's pixels depend on
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
 MAX_BYTES = 20 * 2**20  # of an upload, or of a request with several
 
 
@@ -48,16 +62,18 @@ def decode(data: bytes, name: str = "the image", side: int | None = None) -> NDA
 
     The content decides the format, not a name. The first frame of an animation counts, EXIF orientation is
     applied, transparency lies on white, 16 bits become 8. Raises ``ImageFormatError`` for what does not begin as
-    a PNG, JPEG, WebP, GIF or BMP, ``ImageSizeError`` for what declares more than 50 megapixels (nothing is decoded
-    then), and ``ImageError`` for what is empty or broken.
+    a PNG, JPEG, WebP, GIF or BMP and for a BMP in run lengths, ``ImageSizeError`` for what declares more than
+    50 megapixels (nothing is decoded then), and ``ImageError`` for what is empty or broken.
     """
     if not data:
         raise ImageError(f"{name} is empty")
     format = next((format for format, start in FORMATS.items() if start.match(data)), None)
     if format is None:
         raise ImageFormatError(f"{name} is not a {FORMATS_IN_WORDS} image")
-    if format == "JPEG" and data.count(SCAN) > MAX_SCANS and _scans(data) > MAX_SCANS:
-        raise ImageError(f"{name} is broken: it has more than {MAX_SCANS} scans")
+    try:
+        data, exif = BARE[format](data) if format in BARE else (data, b"")
+    except _TooMuchError as error:
+        raise ImageError(f"{name} is broken: {error}") from error
     _only_our_limit()
     try:
         image = Image.open(io.BytesIO(data), formats=(format,))
@@ -74,27 +90,99 @@ def decode(data: bytes, name: str = "the image", side: int | None = None) -> NDA
                 f"{name} has {width} x {height} pixels ({width * height / 1e6:.0f} megapixels): "
                 f"at most {MAX_PIXELS // 1_000_000} megapixels are read"
             )
+        if any(tile[0] == "bmp_rle" for tile in image.tile):  # Pillow's only decoder in Python: 4 KB took it 27 s
+            raise ImageFormatError(f"{name} is a BMP in run lengths, which are not read: save it without")
         try:
             if side is not None:
                 image.draft(None, (side, side))
             image.load()
-            _turn_upright(image)
-            return np.array(_rgb(image))
+            return np.array(_rgb(_upright(image, exif or image.info.get("exif", b""))))
         except Exception as error:
             raise ImageError(f"{name} is broken or cut short ({error})") from error
+
+
+class _TooMuchError(Exception):
+    """A file of so many parts that nobody made it for a picture."""
+
+
+def _bare_jpeg(data: bytes) -> tuple[bytes, bytes]:
+    """A JPEG without what lies around its picture, and its EXIF data.
+
+    Pillow's cost for comments, previews and EXIF data is what a hostile file makes it: their square, or 64 KB for each
+    of thousands of entries. The pixels depend on none of them.
+    """
+    kept, exif, at = [data[:2]], b"", 2
+    for _ in range(MAX_PARTS):
+        marker = MARKER.search(data, at)
+        if marker is None or marker[1] in (b"\xd9", b"\xda"):  # its end, or its first scan
+            head = b"".join(kept)
+            rest = data[marker.start() :] if marker else b""
+            if len(head) > MAX_HEAD:
+                raise _TooMuchError("its tables are too long")
+            if rest.count(SCAN) > MAX_SCANS and _scans(rest) > MAX_SCANS:
+                raise _TooMuchError(f"it has more than {MAX_SCANS} scans")
+            return head + rest, exif
+        at = _behind(data, marker)
+        if marker[1] == b"\xe1" and data.startswith(b"Exif\0\0", marker.end() + 2):
+            exif = exif or data[marker.end() + 2 : at]
+        # Of the applications' segments JFIF's and Adobe's tell the colours; the last is a comment.
+        if marker[1] in (b"\xe0", b"\xee") or not (b"\xe0" <= marker[1] <= b"\xef" or marker[1] == b"\xfe"):
+            kept.append(data[marker.start() : at])
+    raise _TooMuchError(f"it has more than {MAX_PARTS:,} parts")
 
 
 def _scans(data: bytes) -> int:
     """Scans of a JPEG up to its end, and no more than can be too many: cameras put films and raw data behind it."""
     at = scans = 0
-    for _ in range(MAX_SEGMENTS):
+    for _ in range(MAX_PARTS):
         marker = MARKER.search(data, at)
         if marker is None or marker[1] == b"\xd9":  # the end of the image
             return scans
         scans += marker[1] == b"\xda"
-        alone = marker[1] in (b"\x01", b"\xd8")  # without a length
-        at = marker.end() + (0 if alone else max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big")))
+        at = _behind(data, marker)
     return MAX_SCANS + 1
+
+
+def _behind(data: bytes, marker: re.Match[bytes]) -> int:
+    """Where a segment of a JPEG ends."""
+    if marker[1] in (b"\x01", b"\xd8"):  # without a length
+        return marker.end()
+    return marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+
+
+def _bare_png(data: bytes) -> tuple[bytes, bytes]:
+    """A PNG of its picture's chunks alone, and its EXIF data; see ``_bare_jpeg``."""
+    kept, exif, at = [data[:8]], b"", 8
+    for _ in range(MAX_PARTS + len(data) // 1024):  # a large picture is cut into many, usually of 8 KB and more
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if kind in CHUNKS:
+            kept.append(data[at:end])
+        elif kind == b"eXIf":
+            exif = exif or data[at + 8 : end - 4]
+        if kind == b"IEND" or end >= len(data):
+            return b"".join(kept), exif
+        at = end
+    raise _TooMuchError(f"it has more than {MAX_PARTS:,} parts")
+
+
+def _bare_gif(data: bytes) -> tuple[bytes, bytes]:
+    """A GIF without what lies before its first picture, but for what says how to show that; see ``_bare_jpeg``."""
+    colours = int.from_bytes(data[10:11], "big")
+    at = 13 + (3 << (colours & 7) + 1 if colours & 128 else 0)
+    kept, parts = [data[:at]], 0
+    while (block := BLOCK.search(data, at)) and block[0] == b"!":
+        at = block.end() + 1
+        while size := int.from_bytes(data[at : at + 1], "big"):
+            at, parts = at + 1 + size, parts + 1
+            if parts > MAX_PARTS:
+                raise _TooMuchError(f"it has more than {MAX_PARTS:,} parts")
+        at, parts = at + 1, parts + 1
+        if data[block.end() : block.end() + 1] == b"\xf9":  # which colour is transparent
+            kept.append(data[block.start() : at])
+    return b"".join(kept) + (data[block.start() :] if block else b""), b""
+
+
+BARE: dict[str, Callable[[bytes], tuple[bytes, bytes]]] = {"JPEG": _bare_jpeg, "PNG": _bare_png, "GIF": _bare_gif}
 
 
 @functools.cache
@@ -103,10 +191,24 @@ def _only_our_limit() -> None:
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def _turn_upright(image: Image.Image) -> None:
+def _upright(image: Image.Image, exif: bytes) -> Image.Image:
     """As the camera was held. Broken EXIF data do not spoil a good picture."""
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
+    turn = None
+    with contextlib.suppress(KeyError, struct.error):
+        turn = TURNS.get(_orientation(exif.removeprefix(b"Exif\0\0")))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(tiff: bytes) -> int:
+    """EXIF's orientation alone: the other entries may all name one and the same MB, which Pillow copies for each."""
+    order = {b"II": "<", b"MM": ">"}[tiff[:2]]
+    (at,) = struct.unpack_from(order + "L", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, at)
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        tag, value = struct.unpack_from(order + "H6xH", tiff, entry)
+        if tag == 0x112:
+            return int(value)
+    return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI
+from gradio import routes
 from gradio.utils import get_upload_folder
 from numpy.typing import NDArray
 
@@ -34,6 +36,7 @@ EMPTY_TABLE = (
     "as a gallery and as a table that can be downloaded as CSV."
 )
 OURS = ("classify", "look", "several")  # functions of the page
+ODD = "These are not a picture and its settings."
 HERE = Path(__file__).parent
 
 
@@ -45,10 +48,13 @@ class _Page(gr.Blocks):
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if block_fn.api_name in OURS:  # and not Gradio's own, which load an example
-            _check_kinds(inputs, len(block_fn.inputs))
         _check_files(inputs, Path(get_upload_folder()).resolve())
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        if block_fn.api_name in OURS:  # and not Gradio's own, which load an example
+            _check_kinds(inputs, block_fn.inputs)
+        try:
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except Exception as error:  # say of a slider that got a picture
+            raise gr.Error(ODD, print_exception=False) from error
 
 
 def mount(app: FastAPI, engine: Engine, examples: Sequence[Path] = (), deadline: float = 10.0) -> None:
@@ -79,13 +85,23 @@ def mount(app: FastAPI, engine: Engine, examples: Sequence[Path] = (), deadline:
     )
     page.has_launched = True  # else Gradio does not check which files it gives out
     uploads = Path(get_upload_folder())
-    Thread(target=_tidy, args=(uploads, {*uploads.rglob("*")}), name="tidy", daemon=True).start()
+    Thread(target=_tidy, args=(page, uploads, {*uploads.rglob("*")}), name="tidy", daemon=True).start()
 
 
-def _tidy(uploads: Path, kept: Collection[Path]) -> None:
+def _tidy(page: gr.Blocks, uploads: Path, kept: Collection[Path]) -> None:
     while True:
         time.sleep(HOUR)
         sweep(uploads, kept, HOUR)
+        forget(page)
+        with suppress(OSError):
+            os.utime(uploads)  # tells other servers that this one lives
+
+
+def forget(page: gr.Blocks) -> None:
+    """Forget the names of uploads, which Gradio keeps for ever."""
+    progress = getattr(routes, "file_upload_statuses", None)
+    for owner, name in ((page, "upload_file_set"), (progress, "_signals"), (progress, "_statuses")):
+        getattr(owner, name, set()).clear()
 
 
 def sweep(uploads: Path, kept: Collection[Path], seconds: float) -> None:
@@ -109,7 +125,7 @@ class _Answers:
 
     def _read(self, path: str, until: float) -> NDArray[np.uint8]:
         """A picture's pixels, once it is its turn. Raises ``DeadlineExceeded`` and ``ImageError``."""
-        if not self.turn.acquire(timeout=max(0.0, until - time.monotonic())):
+        if time.monotonic() >= until or not self.turn.acquire(timeout=_left(until)):
             raise DeadlineExceeded("too many pictures wait: ask again in a moment")
         try:
             return read_image(path, "this picture")
@@ -149,7 +165,7 @@ class _Answers:
         chosen, until = _chosen(model, other), time.monotonic() + self.deadline
         queued: list[tuple[views.Row, dict[str, Future[Answer]]]] = []
         for file in files:
-            name = str(file.get("orig_name") or Path(file["path"]).name)
+            name = (file.get("orig_name") or Path(file["path"]).name).encode(errors="replace").decode()
             try:
                 pixels = self._read(file["path"], until)
                 asked = {one: self.engine.submit(pixels, one, _left(until)) for one in chosen}
@@ -238,15 +254,30 @@ def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Bloc
     return page
 
 
-def _check_kinds(inputs: list[Any], count: int) -> None:
-    """Refuses what no page of ours sends: the functions take it as it is."""
-    picture, *settings = inputs or [None]
-    files = picture if isinstance(picture, list) else [picture]
-    kinds = all(isinstance(item, str | int | float) for item in settings)
-    if len(inputs) != count or not kinds or not all(one is None or isinstance(one, dict) for one in files):
-        raise gr.Error("These are not a picture and its settings.", print_exception=False)
-    if len(files) > 10 * MAX_IMAGES:
+def _check_kinds(inputs: list[Any], fields: Sequence[gr.blocks.Block]) -> None:
+    """Refuses what no page of ours sends from its ``fields``: the functions take it as it is."""
+    if len(inputs) != len(fields) or not all(map(_fits, fields, inputs)):
+        raise gr.Error(ODD, print_exception=False)
+    if isinstance(inputs[0], list) and len(inputs[0]) > 10 * MAX_IMAGES:
         raise gr.Error(f"At most {MAX_IMAGES} pictures are taken at once.", print_exception=False)
+
+
+def _fits(field: gr.blocks.Block, value: Any) -> bool:
+    if isinstance(field, gr.Image):
+        return value is None or _is_file(value)
+    if isinstance(field, gr.File):
+        return value is None or (isinstance(value, list) and all(map(_is_file, value)))
+    if isinstance(field, gr.Slider):
+        return isinstance(value, int | float) and 0 <= value <= 100
+    return isinstance(value, bool if isinstance(field, gr.Checkbox) else str)
+
+
+def _is_file(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("path"), str)
+        and isinstance(value.get("orig_name", ""), str | None)
+    )
 
 
 def _left(until: float) -> float:
@@ -263,8 +294,10 @@ def _check_files(value: Any, folder: Path) -> None:
         if not value.keys() & {"path", "url"}:
             _check_files(list(value.values()), folder)
             return
-        path = value.get("path")
-        if not isinstance(path, str) or not Path(path).resolve().is_relative_to(folder):
+        path, ours = value.get("path"), False
+        with suppress(OSError, ValueError):  # too long a name, or characters that none has
+            ours = isinstance(path, str) and Path(path).resolve().is_relative_to(folder)
+        if not ours:
             raise gr.Error("Only an uploaded picture is read, no other path and no address.", print_exception=False)
 
 

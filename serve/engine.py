@@ -27,6 +27,8 @@ MAX_BATCH, MAX_QUEUE = 32, 256  # images
 RELOAD_SECONDS = 1.0  # between two looks at the files
 ASKED: dict[str, Provider] = {CPU: "cpu", CUDA: "cuda", TENSORRT: "tensorrt"}  # what gives the same provider again
 
+Stamp = tuple[int, int, int]
+
 logger = logging.getLogger(__name__)
 
 
@@ -108,9 +110,10 @@ class Engine:
         self.ready = False  # warmed up, and not stopping
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
+        stamps = {name: _stamp(path) for name, path in artifacts.items()}  # first: a file may change while it is opened
         sessions = {name: Session(path, provider, threads, tf32) for name, path in artifacts.items()}
         self._models = {
-            name: _Model(name, artifacts[name], session, max_batch, max_queue, self.metrics)
+            name: _Model(name, artifacts[name], stamps[name], session, max_batch, max_queue, self.metrics)
             for name, session in sessions.items()
         }
 
@@ -192,14 +195,21 @@ class _Item:
 
 
 class _Model:
-    """One artifact: its session, its queue, its thread."""
+    """One artifact: its session, its queue, its thread. ``stamp`` is its file's from before it was opened."""
 
     def __init__(
-        self, name: str, path: Path, session: Session, max_batch: int, max_queue: int, metrics: Metrics
+        self,
+        name: str,
+        path: Path,
+        stamp: Stamp | None,
+        session: Session,
+        max_batch: int,
+        max_queue: int,
+        metrics: Metrics,
     ) -> None:
         self.name, self.path, self.session = name, path, session
         self.max_batch, self.max_queue, self.metrics = max_batch, max_queue, metrics
-        self._seen = _stamp(path)
+        self._seen = stamp
         self._waiting: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -317,7 +327,7 @@ class _Model:
         yield self.max_batch
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> Stamp | None:
     """What changes when a file does; None while there is none."""
     with suppress(OSError):
         status = path.stat()

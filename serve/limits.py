@@ -25,16 +25,14 @@ MAX_OTHER_BYTES = 2**20
 MAX_UPLOADED_BYTES = 4 * 2**30  # to the page in one hour: they lie on disk for up to two
 MAX_HELD_BYTES = 512 * 2**20  # of all requests that are being read or answered
 MAX_HEAD_BYTES = 64 * 2**10
+FILE_NAME = b"filename"  # in a form once for each file
 HEAD_SECONDS, BODY_SECONDS = 10.0, 60.0  # for a client to send its headers, and its body
 OPEN_PATHS = ("/healthz", "/readyz")  # no key needed
-# What Gradio offers beside what the page uses: a queue without bound that keeps what nobody comes for, recordings that
-# ffmpeg converts, links that are files here, others' servers and addresses, which it would fetch for anybody.
-UNUSED = (
-    "queue/", "call/", "api/", "stream/", "process_recording", "proxy=", "vibe-", "undo-vibe-", "deep_link", "file/"
-)  # fmt: skip
-NOT_OURS = tuple(f"/gradio_api/{name}" for name in UNUSED)
-FILE, PROGRESS = "/gradio_api/file=", "/gradio_api/upload_progress"
-MAX_QUERY = 200  # bytes, of an upload's progress: Gradio keeps its name
+# What the page uses of Gradio's. The rest would cost or tell too much: a queue without bound, streams without end,
+# recordings that ffmpeg converts, links that are files here, others' addresses, which it would fetch for anybody.
+GRADIO, FILE, RUN, PROGRESS = "/gradio_api/", "/gradio_api/file=", "/gradio_api/run/", "/gradio_api/upload_progress"
+MAX_QUERY = 200  # bytes, of an upload and its progress: Gradio keeps its name
+FILE_BYTES = 8192  # that any upload takes on disk: a folder and a file
 PATHS = ("/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json")
 
 
@@ -61,14 +59,14 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status, held = time.perf_counter(), 0, 0
+        began, status, held, tail = time.perf_counter(), 0, 0, b""
         path = scope["path"]
         limit = MAX_BYTES if path in UPLOADS else MAX_OTHER_BYTES
 
         async def counted() -> Message:
-            nonlocal held
+            nonlocal held, tail
             message = await receive()
-            if size := len(message.get("body", b"")):
+            if size := len(body := message.get("body", b"")):
                 held += size
                 self._held += size
                 if held > limit:
@@ -77,10 +75,13 @@ class Limits:
                 if self._held > MAX_HELD_BYTES:
                     scope["refused"] = "busy"
                     raise HTTPException(503, "too many uploads at once", {"Retry-After": "1"})
-                if path == UPLOAD and not self._may_upload(size):
-                    scope["refused"] = "busy"
-                    left = 3600 - int(time.monotonic() % 3600)
-                    raise HTTPException(503, "no more uploads to the page in this hour", {"Retry-After": str(left)})
+                if path == UPLOAD:
+                    body = tail + body.lower()
+                    tail = body[1 - len(FILE_NAME) :]  # which may come in two parts
+                    if not self._may_upload(size + FILE_BYTES * body.count(FILE_NAME)):
+                        scope["refused"] = "busy"
+                        left = 3600 - int(time.monotonic() % 3600)
+                        raise HTTPException(503, "no more uploads to the page in this hour", {"Retry-After": str(left)})
             return message
 
         async def seen(message: Message) -> None:
@@ -109,9 +110,7 @@ class Limits:
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._may(headers):
             scheme = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="key as password"'
             return refusal(scope, 401, "unauthorized", "this server wants its key", {"WWW-Authenticate": scheme})
-        path = scope["path"]
-        fetches = path.startswith(FILE) and ":/" in path
-        if path.startswith(NOT_OURS) or fetches or (path == PROGRESS and len(scope["query_string"]) > MAX_QUERY):
+        if not _is_ours(scope["path"], scope["query_string"]):
             return refusal(scope, 404, "not_found", "the page does not use this of Gradio's: ask /v1/predict")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
@@ -119,6 +118,7 @@ class Limits:
         return None
 
     def _may_upload(self, size: int) -> bool:
+        """Counts the ``size`` of what comes, in bytes on disk."""
         hour = int(time.monotonic() // 3600)
         if hour != self._hour:
             self._uploaded, self._hour = 0, hour
@@ -136,6 +136,15 @@ class Limits:
             return False
         assert self._key is not None
         return hmac.compare_digest(shown.strip(), self._key.encode())
+
+
+def _is_ours(path: str, query: bytes) -> bool:
+    """Whether the API or the page uses that address."""
+    if path in (UPLOAD, PROGRESS):
+        return len(query) <= MAX_QUERY
+    if path.startswith(FILE):
+        return ":/" not in path
+    return path.startswith(RUN) or not path.startswith(GRADIO)
 
 
 def _too_large(limit: int) -> str:
@@ -187,12 +196,6 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(HTTPStatus.BAD_REQUEST, "this is not HTTP/1.1")
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        # A page keeps such a stream open for as long as somebody looks at it.
-        if self.cycle is not None and self.scope["path"].startswith("/gradio_api/heartbeat/"):
-            self.transport.close()
 
     def _arm(self, seconds: float) -> None:
         self._disarm()

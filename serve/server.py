@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +32,8 @@ from toolkit.machine import available_cores
 
 BACKLOG = 1024  # connections that wait to be accepted
 MAX_FILES = 65_536
-UPLOADS = "GRADIO_TEMP_DIR"
+UPLOADS, FOLDER = "GRADIO_TEMP_DIR", "toolkit-uploads-"
+OLD = 2 * 3600  # seconds; a server that runs touches its folder each hour
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,15 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
             started(url, f"{settings.workers} processes")
             _run_workers(settings, listener)
             return
-        engine = _engine(settings)
-        started(url, engine.provider())
-        # uvicorn raises the signal again once it is done, for whoever held it before.
-        previous = {number: signal.signal(number, _ended) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            engine = _engine(settings)
+            started(url, engine.provider())
             with _uploads():
-                uvicorn.Server(_config(settings, _app(settings, engine))).run([listener])
+                server = uvicorn.Server(_config(settings, _app(settings, engine)))
+                for number in previous:  # uvicorn raises it again once it is done, for whoever held it before
+                    signal.signal(number, server.handle_exit)
+                server.run([listener])
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -101,7 +106,11 @@ def _uploads() -> Iterator[None]:
     parent = os.environ.get(UPLOADS)
     if parent is not None:
         Path(parent).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="toolkit-uploads-", dir=parent, ignore_cleanup_errors=True) as folder:
+    for left in Path(parent or tempfile.gettempdir()).glob(f"{FOLDER}*"):  # by servers that were killed
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > OLD:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=FOLDER, dir=parent, ignore_cleanup_errors=True) as folder:
         os.environ[UPLOADS] = folder
         try:
             yield
@@ -212,5 +221,6 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _ended(number: int, frame: object) -> None:
-    """A signal that has been obeyed."""
+def _leave(number: int, frame: object) -> None:
+    """What a signal does as long as nothing is served."""
+    sys.exit(0)

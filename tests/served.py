@@ -18,7 +18,8 @@ from PIL import Image
 COMMAND = """
 import sys
 from serve import limits
-limits.HEAD_SECONDS, limits.BODY_SECONDS = 1.0, 2.0  # ten times and more in earnest
+{patch}
+limits.HEAD_SECONDS, limits.BODY_SECONDS = 3.0, 3.0  # 10 and 60 in earnest
 from toolkit.cli import main
 sys.argv[0] = "toolkit"
 main()
@@ -47,9 +48,22 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: object, ready: bool = True) -> Iterator[Served]:
-    """``toolkit serve`` on a free port, ended with SIGTERM; fails where that leaves a traceback or an exit code."""
-    command = [sys.executable, "-c", COMMAND, "serve", "--port", "0", "--provider", "cpu", *map(str, arguments)]
+def serving(*arguments: object, ready: bool = True, patch: str = "") -> Iterator[Served]:
+    """``toolkit serve`` on a free port, ended with SIGTERM; fails where that leaves a traceback or an exit code.
+
+    ``patch`` is Python that the process runs before.
+    """
+    command = [
+        sys.executable,
+        "-c",
+        COMMAND.format(patch=patch),
+        "serve",
+        "--port",
+        "0",
+        "--provider",
+        "cpu",
+        *map(str, arguments),
+    ]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ) as process:
         assert process.stdout is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -12,12 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from served import Served, encoded
 from small_net import LABELS, small_images
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve import api
+from serve import api, limits
 from serve.api import build
 from serve.decode import decode
 from serve.engine import DeadlineExceeded, Engine, QueueFull
+from serve.limits import Limits
+from serve.metrics import Metrics
 from serve.session import Session
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
@@ -61,6 +68,9 @@ def test_several_images_are_answered_in_their_order(http: httpx.Client, path: Pa
     files = [("images", (f"{i}.png", encoded(image))) for i, image in enumerate(images)]
     got = http.post("v1/predict", params={"top_k": 1}, files=files).json()
     assert got["images"] == [{"classes": _best(path, image, 1)} for image in images]
+    request = http.build_request("POST", "v1/predict", files=files)
+    request.headers["content-type"] = request.headers["content-type"].replace("multipart/form", "Multipart/Form")
+    assert len(http.send(request).json()["images"]) == 9
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,8 @@ def test_other_methods_and_paths(http: httpx.Client) -> None:
     answer = http.get("v1/predict")
     assert (answer.status_code, answer.headers["allow"], answer.json()["error"]) == (405, "POST", "method")
     assert http.delete("v1/model").status_code == 405
-    assert http.get("v1/nothing").status_code == 404
+    for nowhere in (http.get("v1/nothing"), http.post("v1/predict/", content=PNG)):
+        assert (nowhere.status_code, nowhere.json()["error"]) == (404, "not_found")
 
 
 def test_the_model_says_what_it_is(http: httpx.Client) -> None:
@@ -150,11 +161,11 @@ def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: py
         return [(a.status_code, a.json().get("error"), a.headers.get("retry-after")) for a in answers]
 
     with Engine({"student": path}, "cpu", max_queue=2) as engine:
-        app = build(engine, deadline=0.3)
+        app, hasty = build(engine, deadline=10), build(engine, deadline=0.3)
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
         with monkeypatch.context() as patch:
             patch.setattr(Session, "run", lambda *_: held.wait(30))
-            found = asyncio.run(ask(app, 4))
+            found = asyncio.run(ask(hasty, 4))
             assert sorted(found) == [(429, "queue_full", "1")] * 2 + [(504, "deadline", None)] * 2
             held.set()  # what the model gives now is no answer
             assert asyncio.run(ask(app, 1)) == [(500, "internal", None)]
@@ -179,6 +190,7 @@ def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.Mo
         with pytest.raises(QueueFull, match="6 images wait already"):  # for nobody, but they hold their place
             await classifier([PNG] * 3, None)
         held.set()
+        classifier._deadline = 10.0
         assert len(await classifier([PNG] * 2, None)) == 2
         assert sorted(decoded) == ["image 1", "image 1", "image 2", "image 2"]
 
@@ -188,6 +200,33 @@ def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.Mo
         classifier = api.Classifier(engine, 0.5)
         asyncio.run(ask(classifier))
         classifier.close()
+
+
+def test_uploads_to_the_page_have_a_limit_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts bytes, and what each file takes on disk, wherever the form is cut into parts."""
+    monkeypatch.setattr(limits, "MAX_UPLOADED_BYTES", 100_000)
+    app = Limits(Starlette(routes=[Route("/gradio_api/upload", _length, methods=["POST"])]), Metrics())
+
+    async def upload(*parts: bytes) -> httpx.Response:
+        async def body() -> AsyncIterator[bytes]:
+            for part in parts:
+                yield part
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            return await http.post("gradio_api/upload", content=body())
+
+    monkeypatch.setattr(limits.time, "monotonic", lambda: 7200.0)
+    assert asyncio.run(upload(bytes(60_000))).text == "60000"
+    assert asyncio.run(upload(b'filename="a" FileN', b'ame="b" filename', b'="c" file', b"name")).status_code == 200
+    refused = asyncio.run(upload(b"filename"))
+    assert (refused.status_code, refused.text) == (503, "no more uploads to the page in this hour")
+    assert refused.headers["retry-after"] == "3600"
+    monkeypatch.setattr(limits.time, "monotonic", lambda: 10_800.0)
+    assert asyncio.run(upload(bytes(90_000))).status_code == 200
+
+
+async def _length(request: Request) -> Response:
+    return Response(str(len(await request.body())))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve.decode import MAX_PIXELS, decode, read_image
+from serve.decode import MAX_PARTS, MAX_PIXELS, decode, read_image
 from toolkit.errors import ImageError, ImageFormatError, ImageSizeError
 
 RED, GREEN = (200, 30, 30), (30, 160, 30)
@@ -31,12 +31,13 @@ def _encode(image: Image.Image, format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def _png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
+
+def _png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
 
 
 def _animated_webp_of(width: int, height: int) -> bytes:
@@ -121,6 +122,19 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert (decode(_encode(stored, "PNG", exif=exif)) == np.asarray(upright)).all()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_only_the_orientation_is_read_of_exif(format: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the other entries may name the same MB, which Pillow would copy for each."""
+    monkeypatch.setattr("PIL.Image.Exif.load", lambda *_: pytest.fail("Pillow reads EXIF data"))
+    entry = order + "HHLHH"
+    exif = b"Exif\0\0" + {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "LH", 8, 2)
+    exif += struct.pack(entry, 0x10F, 2, 2**20, 9, 0) + struct.pack(entry, 0x112, 3, 1, 6, 0) + bytes(4)
+    turned = decode(_encode(_picture(), format, exif=exif, quality=95))
+    assert turned.shape == (12, 8, 3)
+    assert np.abs(turned.astype(int) - np.rot90(np.asarray(_picture()), -1)).mean() < 8
 
 
 def test_broken_exif_does_not_spoil_a_picture() -> None:
@@ -230,6 +244,48 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_its_pixels() -> None:
     with pytest.raises(ImageError, match="more than 200 scans"):  # so many that nobody counts them
         decode(good[:-2] + b"\xff\xe1\x00\x02" * 10_000 + scans + good[-2:])
     assert np.array_equal(decode(good + scans), decode(good))  # a film behind the picture, as phones put it there
+
+
+@pytest.mark.parametrize(
+    ("format", "head", "part"),
+    [
+        ("JPEG", 2, b"\xff\xe1\x00\x02"),
+        ("JPEG", 2, b"\xff\xfe\x00\x05abc"),
+        ("PNG", 33, _chunk(b"teXt", b"")),
+        ("GIF", 13 + 3 * 4, b"!\xfe\x01a\x00"),
+    ],
+)
+def test_comments_do_not_reach_pillow_and_are_not_endless(
+    format: str, head: int, part: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = _encode(_picture().quantize(4) if format == "GIF" else _picture(), format)
+    expected, opened, given = decode(good), Image.open, []
+    monkeypatch.setattr("PIL.Image.open", lambda file, **options: given.append(file) or opened(file, **options))
+    assert np.array_equal(decode(good[:head] + 1000 * part + good[head:]), expected)
+    assert len(given[0].getvalue()) <= len(good)
+    with pytest.raises(ImageError, match="broken: it has more than 10,000 parts"):
+        decode(good[:head] + 2 * MAX_PARTS * part + good[head:])
+    if format == "PNG":
+        with pytest.raises(ImageError, match="more than 10,000 parts"):
+            decode(good[:-12] + 2 * MAX_PARTS * part + good[-12:])
+
+
+def test_jpegs_of_endless_heads() -> None:
+    good = _encode(_picture(), "JPEG")
+    padded = good[:2] + b"\xff" * 1_000_000 + b"\x00" + good[2:]
+    assert np.array_equal(decode(padded), decode(good))
+    tables = b"\xff\xdb" + struct.pack(">H", 2 + 65 * 1000) + bytes(65 * 1000)
+    with pytest.raises(ImageError, match="its tables are too long"):
+        decode(good[:2] + 20 * tables + good[2:])
+
+
+def test_a_bmp_in_run_lengths_is_refused() -> None:
+    """Pillow fills up lines pixel by pixel, in Python."""
+    lines = b"\x01\x05\x00\x00" * 700
+    header = struct.pack("<IiiHHIIiiII", 40, 65_000, 700, 1, 8, 1, len(lines), 0, 0, 256, 0)
+    data = b"BM" + struct.pack("<IHHI", 1078 + len(lines), 0, 0, 1078) + header + bytes(1024) + lines
+    with pytest.raises(ImageFormatError, match="is a BMP in run lengths"):
+        decode(data)
 
 
 def _answers(data: bytes) -> None:

@@ -3,24 +3,29 @@
 import base64
 import csv
 import io
+import json
 import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
+from gradio.route_utils import FileUploadProgress
 from PIL import Image
 from served import Served, encoded
 from small_net import LABELS, SIZE, small_metadata
 
 from export.artifact import Metadata
 from serve import demo, explain, views
-from serve.engine import Answer
+from serve.engine import Answer, DeadlineExceeded
 from serve.session import Session
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+JSON = {"content-type": "application/json"}
 Json = dict[str, object]
 
 
@@ -103,16 +108,37 @@ def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -
             answer = http.post(f"gradio_api/run/{function}", json={"data": [picture, "student", "", 1]})
             assert answer.status_code == 500
             assert "Only an uploaded picture is read" in answer.text, wrong
-    for other in ("call/classify", "queue/join", "api/classify", "process_recording"):  # Gradio's own
+    for other in ("call/classify", "queue/join", "api/classify", "process_recording", "component_server"):  # Gradio's
         assert http.post(f"gradio_api/{other}", json={"data": [_file(upload), "student", "", 1]}).status_code == 404
     for address in ("http://127.0.0.1:9/cat.png", "https://example.org/cat.png", "https:/example.org/cat.png"):
         refused = http.get(f"gradio_api/file={address}")
         assert (refused.status_code, refused.json()["error"]) == (404, "not_found")
     assert http.get("gradio_api/file/http://127.0.0.1:9/cat.png").status_code == 404
+    for other in ("dev/reload", "heartbeat/x", "custom_component/x/server/component/x.js", "startup-events", "runs"):
+        assert http.get(f"gradio_api/{other}").status_code == 404
     assert http.get(f"gradio_api/upload_progress?upload_id={'x' * 300}").status_code == 404
-    for data in ([None], [_file(upload), "student", "", None], [_file(upload), [], "", 60], ["x", "student", "", 60]):
-        odd_call = http.post("gradio_api/run/classify", json={"data": data})
-        assert "not a picture and its settings" in odd_call.text  # and no traceback in the log
+    form = {"files": ("a.png", b"")}
+    assert http.post(f"gradio_api/upload?upload_id={'x' * 300}", files=form).json()["error"] == "not_found"
+    picture = _file(upload)
+    for function, data in (
+        ("classify", [None]),
+        ("classify", ["x", "student", "", 60]),
+        ("classify", [{}, "student", "", 60]),
+        ("classify", [[picture], "student", "", 60]),
+        ("classify", [picture, [], "", 60]),
+        *(("classify", [picture, "student", "", threshold]) for threshold in (None, "abc", -1, 10**400)),
+        ("classify", [_file(upload + "x" * 5000), "student", "", 60]),
+        ("look", [picture, "student", "", 60]),
+        ("several", [picture, "student", "", 60]),
+        ("several", [[None], "student", "", 60]),
+        ("several", [[{**picture, "orig_name": {}}], "student", "", 60]),
+    ):
+        odd_call = http.post(f"gradio_api/run/{function}", json={"data": data})
+        assert "not a picture and its settings" in odd_call.text, data  # and no traceback in the log
+    odd_call = http.post("gradio_api/run/classify", json={"data": [_file(upload + "\0"), "student", "", 60]})
+    assert "Only an uploaded picture is read" in odd_call.text
+    nameless = json.dumps({"data": [[{**picture, "orig_name": "\ud800"}], "student", "", 60]})  # half a character
+    assert http.post("gradio_api/run/several", content=nameless, headers=JSON).status_code == 200
     gone = str(Path(upload).with_name("gone.png"))
     assert "cannot be read" in _call(http, "classify", _file(gone), "student", "", 60)
     assert http.get(f"gradio_api/file={secret}").status_code in (403, 404)
@@ -135,12 +161,32 @@ def test_old_uploads_are_deleted(tmp_path: Path) -> None:
     assert not old.parent.exists()
 
 
+def test_names_of_uploads_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = FileUploadProgress()
+    monkeypatch.setattr(demo.routes, "file_upload_statuses", progress)
+    page = SimpleNamespace(upload_file_set={"cat.png"})
+    progress.track("x")
+    demo.forget(page)
+    assert not page.upload_file_set
+    assert not progress._signals
+    assert not progress._statuses
+    monkeypatch.delattr(demo.routes, "file_upload_statuses")  # another Gradio
+    demo.forget(page)
+
+
+def test_nothing_is_decoded_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "read_image", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DeadlineExceeded, match="too many pictures wait"):
+        demo._Answers(None, 10)._read("cat.png", time.monotonic() - 1)
+
+
 def test_the_page_says_what_the_models_are(http: httpx.Client) -> None:
     assert http.get("").status_code == 200
     config = http.get("config").json()
     picture = next(item for item in config["components"] if item["type"] == "image")
     assert picture["props"]["sources"] == ["upload", "clipboard", "webcam"]
     assert config["analytics_enabled"] is False
+    assert config["connect_heartbeat"] is False  # which we refuse
     assert not any(item["queue"] for item in config["dependencies"])
     text = str(config)
     for fact in ("small_net", "4,119", "93.75%", "ramps", "big_net", *LABELS, "CPUExecutionProvider", "ramp.png"):

@@ -274,7 +274,8 @@ def test_a_teacher_that_knows_other_classes_is_refused(toolkit: Toolkit, chain: 
     head = "network.head.weight"
     save_tensors(weights, tensors | {head: tensors[head].roll(1, 0)}, header)
     distil = ("distill", "--recipe", "digits", "--teacher-checkpoint", chain.teacher, "--run-dir", "new")
-    refused(toolkit(*distil), chain.teacher, "has nothing to teach", "of 144 val images right", "trained on these images")
+    words = ("has nothing to teach", "of 144 val images right", "trained on these images")
+    refused(toolkit(*distil), chain.teacher, *words)
     save_tensors(weights, tensors | {head: tensors[head].roll(1, 0)}, header | {"image_size": 64})
     refused(toolkit(*distil), "It was trained on other images: image_size 64 there, 32 here")
     assert not Path("new").exists()

