@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from zlib import crc32
 
 import numpy as np
@@ -27,7 +28,7 @@ from sklearn.datasets import load_digits
 
 from export import preprocess
 from serve.decode import read_image
-from toolkit import cifar, recipe
+from toolkit import cifar, decoded, recipe
 from toolkit import data as module
 from toolkit.augment import Augmenter
 from toolkit.data import DataSet, Split, StoredImages, _statistics, load
@@ -380,20 +381,24 @@ def test_folder_without_parts_is_split_by_seed(photos: Path) -> None:
 
 
 def test_the_split_does_not_follow_the_image_size(tmp_path: Path) -> None:
-    """With copies images are split by groups; each file here can be told at any size."""
+    """With copies images are split by groups. One file here is all but a copy, and one when it is small."""
     for shade in range(40):
         folder = tmp_path / "photos" / ("light" if shade >= 20 else "dark")
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (f"{shade:02}.png", "copy.png")[: 2 if shade == 7 else 1]:
-            Image.new("RGB", (40, 40), (6 * shade, 0, 255 - 6 * shade)).save(folder / name)
-    small, large = (
-        {
-            tuple(image[:, 8, 8].tolist())
-            for image in load_data(f"folder:{tmp_path / 'photos'}", image_size=side).test.images
-        }
-        for side in (16, 24)
-    )
-    assert small == large
+        image = Image.new("RGB", (40, 40), (6 * shade, 0, 255 - 6 * shade))
+        image.save(folder / f"{shade:02}.png")
+        if shade == 7:
+            image.putpixel((30, 30), (6 * shade + 1, 0, 255 - 6 * shade))
+            image.save(folder / "nearly.png")
+
+    def held(side: int) -> set[tuple[int, ...]]:
+        images = load_data(f"folder:{tmp_path / 'photos'}", image_size=side).test.images
+        return {tuple(image[:, 8, 8].tolist()) for image in images}
+
+    small = held(16)
+    assert small == held(24) == held(40)
+    (tmp_path / "photos/dark/copy.png").write_bytes((tmp_path / "photos/dark/07.png").read_bytes())
+    assert held(16) == held(24) == held(40) != small
 
 
 @pytest.mark.parametrize("spelling", ["val", "valid", "Validation"])
@@ -492,11 +497,81 @@ def test_memory_stays_bounded_where_the_images_do_not_fit(tmp_path: Path) -> Non
 
 def test_decoded_images_are_kept_until_a_file_changes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_data(f"folder:{photos}")
-    monkeypatch.setattr(module, "decode", None)  # nothing is decoded again
+    monkeypatch.setattr(decoded, "decode", None)  # nothing is decoded again
     assert load_data(f"folder:{photos}").digest == before.digest
     os.utime(next(photos.rglob("*.png")))
     with pytest.raises(TypeError):
         load_data(f"folder:{photos}")
+
+
+def test_of_two_processes_one_decodes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, real = sorted(photos.rglob("*.*")), decoded.decode
+    begun, waiting, calls = Event(), Event(), []
+
+    def slow(data: bytes, name: str) -> np.ndarray:
+        calls.append(name)
+        begun.set()
+        waiting.wait(5)
+        waiting.set()
+        return real(data, name)
+
+    monkeypatch.setattr(decoded, "decode", slow)
+    monkeypatch.setattr(decoded, "say", lambda text: waiting.set())
+    first = Thread(target=decoded.decoded, args=(files, 32))
+    first.start()
+    assert begun.wait(20)
+    images, _ = decoded.decoded(files, 32)
+    first.join()
+    assert len(images) == len(calls) == len(files) == 32
+
+
+def test_processes_on_one_machine_share_its_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "total_memory", lambda: 6 * 32 * 3 * 32**2)  # 2.5 times the images in half of it
+    assert isinstance(load_data(f"folder:{photos}").train.images, torch.Tensor)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert isinstance(load_data(f"folder:{photos}").train.images, StoredImages)
+
+
+def test_decoded_images_that_nobody_asks_for_are_removed(photos: Path, tmp_path: Path) -> None:
+    def ours() -> set[Path]:
+        return set((tmp_path / "cache").glob("*"))
+
+    def forget() -> None:
+        for file in ours():
+            os.utime(file, (0, 0))
+
+    load_data(f"folder:{photos}", image_size=16)
+    small = ours()
+    (tmp_path / "cache/own.npy").write_bytes(b"")
+    forget()
+    load_data(f"folder:{photos}", image_size=24)
+    assert not ours() & small
+    assert (tmp_path / "cache/own.npy").is_file()
+    kept = ours()
+    forget()
+    load_data(f"folder:{photos}", image_size=24)
+    load_data(f"folder:{photos}", image_size=16)
+    assert ours() == kept | small
+
+
+def test_a_cache_that_cannot_be_written_is_named(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=rf"kept in {tmp_path / 'cache'} \(\$TOOLKIT_CACHE names another folder\): cannot"
+    ):
+        load_data(f"folder:{photos}")
+
+
+def test_work_is_not_begun_long_before_it_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decoded, "TELL_SECONDS", -1)
+    begun: list[int] = []
+    results = decoded.each(begun.append, range(4 * decoded.AHEAD), "looking")
+    next(results)
+    assert len(begun) <= decoded.AHEAD
+    assert len(list(results)) == 4 * decoded.AHEAD - 1
+    assert "looking: 50%\n" in capsys.readouterr().err
 
 
 def test_folder_without_a_path() -> None:
@@ -577,6 +652,22 @@ def test_broken_images_are_named_and_counted_or_left_out(photos: Path) -> None:
     assert data.broken[-1] == "test/dog/000.png"
     assert [len(data.train), len(data.test)] == [18, 7]
     assert data.train.labels.tolist() == [0] * 6 + [1] * 12
+
+
+def test_a_run_can_do_without_the_images_that_it_left_out(photos: Path) -> None:
+    leaking = photos / "train/cat/again.png"
+    leaking.write_bytes((photos / "test/cat/000.png").read_bytes())
+    broken = [photos / "train/cat/010.bmp", photos / "test/dog/000.png"]
+    for path in broken:
+        path.write_bytes(b"BM")
+    options = {"skip_broken": True, "skip_leaks": True, "val_size": 4}
+    data = load_data(f"folder:{photos}", **options)
+    (photos.parent / "images.json").write_text(json.dumps(data.files))
+    for path in (leaking, *broken):
+        path.unlink()
+    again = load_data(f"folder:{photos}", images=photos.parent / "images.json", **options)
+    assert (len(again.files), again.files, again.digest) == (30, data.files, data.digest)
+    assert keys(again.val) == keys(data.val)
 
 
 def test_class_of_broken_images_alone(photos: Path) -> None:

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import sys
+import tracemalloc
+import unicodedata
 from pathlib import Path
 from zlib import crc32
 
@@ -15,7 +17,7 @@ import torch
 from conftest import Toolkit
 from PIL import Image
 
-from toolkit import data_check, folders, recipe
+from toolkit import data_check, decoded, folders, recipe
 from toolkit.augment import balanced_order
 from toolkit.data import DataSet, StoredImages, load, stratified_groups
 from toolkit.errors import DataError, RecipeError
@@ -73,6 +75,47 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
     assert [part.labels.bincount().tolist() for part in (data.train, data.val, data.test)] == [[4, 4], [2, 2], [3, 3]]
 
 
+def test_a_part_within_some_classes_is_a_mistake(tmp_path: Path) -> None:
+    for name in ("cat/train", "cat/test", "dog/train", "dog/test", "fox", "elk/unsorted"):
+        draw(tmp_path / name / "0.png")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(DataError, match="hold a folder train, but not elk, fox: give one to each"):
+        folders.find(tmp_path)
+    for name in ("elk", "fox"):
+        (tmp_path / name).rename(tmp_path / f".{name}")
+    listing = folders.find(tmp_path)  # an empty folder is no class
+    assert (listing.classes, list(listing.files)) == (("cat", "dog"), ["train", "test"])
+
+
+def test_a_part_may_lie_beside_the_classes(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "test/elk"):
+        draw(tmp_path / name / "0.png")
+    assert folders.find(tmp_path).classes == ("cat", "dog", "test")  # it holds no folder of theirs
+    (tmp_path / "test/elk").rename(tmp_path / "test/cat")
+    draw(tmp_path / "test/dog/0.png")
+    listing = folders.find(tmp_path)
+    found = {part: [listing.name(path) for path, _ in files] for part, files in listing.files.items()}
+    assert listing.classes == ("cat", "dog")
+    assert found == {"train": ["cat/0.png", "dog/0.png"], "test": ["test/cat/0.png", "test/dog/0.png"]}
+
+
+def test_umlauts_are_the_same_however_they_are_written(tmp_path: Path) -> None:
+    one, other = (unicodedata.normalize(form, "Bär") for form in ("NFC", "NFD"))
+    for i, name in enumerate((f"train/{one}", f"test/{other}", "train/Elch", "test/Elch")):
+        draw(tmp_path / "above" / name / f"{i}.png")
+    for i, name in enumerate((f"{one}/train", f"{other}/test", f"{other}/train_2", "Elch/train", "Elch/test")):
+        draw(tmp_path / "within" / name / f"{i}.png")
+    for place, count in (("above", 2), ("within", 3)):
+        listing = folders.find(tmp_path / place)
+        assert listing.classes == (one, "Elch")
+        assert [len(files) for files in listing.files.values()] == [count, 2]
+    draw(tmp_path / f"{other}.png")
+    draw(tmp_path / "elch.png")
+    (tmp_path / "labels.csv").write_text(f"path,label\n{one}.png,{one}\n{other}.png,{other}\nelch.png,Elch\n")
+    listing = folders.find(tmp_path / "labels.csv")
+    assert (listing.classes, len(listing.files["train"])) == ((one, "Elch"), 2)
+
+
 def test_kinds_of_images_people_have(tmp_path: Path) -> None:
     for name in ("a", "b"):
         for i, (mode, suffix) in enumerate((("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("RGB", "webp"))):
@@ -115,8 +158,10 @@ def test_a_table_of_paths_alone_has_no_classes(tmp_path: Path) -> None:
         ("", "names no images"),
         ("a,b\n1,2\n", "has the columns a, b; it needs path (or file, filename, filepath, image"),
         ("path,label\n0.png,cat\n1.png\n2.png,\n", "2 of 3 rows lack a path or a label (lines 3, 4)"),
+        ("path,label\n0.png,cat\n\n1.png\n2.png,\n", "2 of 3 rows lack a path or a label (lines 4, 5)"),
         ("path,label\n0.png,cat\n8.png,dog\n9.png,dog\n", "2 of 3 files are not in"),
         ("path,label\n0.png,cat\n1.png,dog\n0.png,dog\n", "1 files have more than one label: 0.png"),
+        ("path,label\n0.png,cat\n1.png,dog\n./0.png,dog\n", "1 files have more than one label: 0.png"),
         ("path,label,split\n0.png,cat,train\n1.png,dog,later\n", "'later' is none of train, val and test"),
         ("path,label\n0.png,cat\n1.png,cat\n", "only one class in"),
     ],
@@ -172,6 +217,21 @@ def test_stratified_groups_is_near_the_shares() -> None:
     held = stratified_groups(labels, groups, 600, 0)
     assert not set(groups[held]) & set(groups[~held])
     assert np.bincount(labels[held]) == pytest.approx(0.2 * np.bincount(labels), abs=10)
+
+
+def test_stratified_groups_takes_single_images_as_stratified_does() -> None:
+    """A table of all groups by all classes would take 160 MB here."""
+    random = np.random.default_rng(0)
+    labels = np.sort(random.choice(1000, 20_000))
+    groups = np.arange(20_000)
+    groups[1] = 0
+    tracemalloc.start()
+    held = stratified_groups(labels, groups, 4000, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+    assert held[0] == held[1]
+    assert np.array_equal(np.bincount(labels[held]), folders.shares(np.bincount(labels), 4000))
 
 
 def test_stratified_groups_takes_small_and_large_groups_alike() -> None:
@@ -323,6 +383,39 @@ def test_data_check_finds_what_is_wrong(drawn: Path, tmp_path: Path, toolkit: To
     left = toolkit("data", "check", tmp_path).stdout.partition("not read  ")[2].splitlines()[0]
     assert sorted(left.split(", ")) == ["1 .heic", "1 .jpg outside of the class folders", "1 dangling link"]
     assert toolkit("data", "check", tmp_path / "nothing").exit_code == 1
+
+
+@pytest.mark.parametrize("kind", ["noise", "flat"])
+def test_data_check_finds_the_copies_that_training_finds(tmp_path: Path, kind: str, toolkit: Toolkit) -> None:
+    for part, count in (("train", 6), ("test", 3)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                draw(tmp_path / part / name / f"{i}.png")
+    image = Image.open(tmp_path / "train/cat/0.png") if kind == "noise" else Image.new("RGB", (40, 40), "red")
+    image.save(tmp_path / "train/cat/again.png")
+    image.save(tmp_path / "test/cat/again.bmp")
+    with pytest.raises(DataError, match="the split leaks"):
+        load_folder(tmp_path)
+    found = data_check.check(tmp_path)
+    assert ("train/cat/again.png" if kind == "flat" else "train/cat/0.png", "test/cat/again.bmp") in found.leaks
+    assert " --skip-leaks" in found.command
+    load_folder(tmp_path, skip_leaks=True)
+
+
+def test_data_check_compares_few_at_a_time_and_tells_how_far_it_is(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch, toolkit: Toolkit
+) -> None:
+    with Image.open(drawn / "star/0000.jpg") as image:
+        image.save(drawn / "star/0006.png")
+    whole = data_check.check(drawn)
+    monkeypatch.setattr(data_check, "DISTANCES", 100)  # two rows
+    monkeypatch.setattr(decoded, "TELL_SECONDS", -1)
+    parts = toolkit("data", "check", drawn)
+    (drawn / "star/0006.png").unlink()
+    assert whole.copies + whole.near == [("star/0000.jpg", "star/0006.png")]
+    assert parts.stdout.splitlines() == list(data_check.show(whole))
+    for line in ("looking at 49 images: 98%\n", "comparing 49 images: 96%\n"):
+        assert line in parts.stderr
 
 
 def test_data_check_names_what_training_would_stop_at(tmp_path: Path, toolkit: Toolkit) -> None:

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.lib import format as npy
 from torch import Tensor
 
-from export import preprocess
-from serve.decode import decode
 from toolkit import cifar, folders, recipe
-from toolkit.errors import DataError, ImageError
-from toolkit.files import write_atomic
+from toolkit.decoded import decoded
+from toolkit.errors import DataError
 from toolkit.folders import listed
-from toolkit.machine import available_cores, total_memory
+from toolkit.machine import total_memory
 from toolkit.progress import say
 
-SPLITTING = 3  # raised where the same options come to hold out other images
+SPLITTING = 4  # raised where the same options come to hold out other images
 ORDERS = 20  # of groups that are tried, for a split that is near each class's share
-DECODED_AT_LEAST = 64  # images of a folder at a time: enough for many threads
-MANY = 1000  # images, whose decoding takes long enough to be told
-STALE_SECONDS = 24 * 3600
-DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
 
 
 class StoredImages:
@@ -86,8 +77,8 @@ class DataSet:
     """A data set in memory, or where that is too small for its images in a file.
 
     ``mean`` and ``std`` (per channel, of images in [0,1]) come from the training split alone. ``digest`` is the
-    SHA-256 of classes, images and labels before the split, and of how a folder is split. ``files`` are the paths of all
-    images in a folder, ``broken`` those that were left out.
+    SHA-256 of classes, images and labels before the split, and of how a folder is split. ``files`` are the paths of the
+    images in a folder that are used, ``broken`` those that cannot be read.
     """
 
     name: str
@@ -164,17 +155,18 @@ def _folder(
 ) -> tuple[tuple[str, ...], dict[str, Split], tuple[str, ...], tuple[str, ...]]:
     """The images that ``folders.find`` finds.
 
-    Without test images a fifth of the training images is held out. Returns classes, parts, all files, and those that
-    could not be read and were left out.
+    Without test images a fifth of the training images is held out. Returns classes, parts, the files that are in them,
+    and those that could not be read and were left out.
     """
     listing = folders.find(root, config.unlabelled)
     if config.images is not None:
         listing = _only(listing, config.images)
     total = sum(len(found) for found in listing.files.values())
-    limit = config.memory * 2**30 if config.memory else total_memory() / 2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that torchrun starts on this machine: each has its copy
+    limit = config.memory * 2**30 if config.memory else total_memory() / 2 / processes
     parts, names, digests, broken = {}, {}, {}, []
     for part, found in listing.files.items():
-        parts[part], digest = _read(found, config.image_size, limit * len(found) / total)
+        parts[part], digest = _stored(found, config.image_size, limit * len(found) / total)
         good = (digest != 0).any(axis=1)
         digests[part] = digest[good]
         names[part] = [listing.name(path) for (path, _), fine in zip(found, good, strict=True) if fine]
@@ -184,9 +176,9 @@ def _folder(
             f"{len(broken)} of {total} images in {root} cannot be read: {listed(broken)}; repair them (`toolkit data "
             "check` says what is wrong), or leave them out with --skip-broken"
         )
-    parts = _grouped(parts, names, digests, config)
+    parts = _grouped(parts, names, digests, config)  # takes leaks out of the names, too
     for part, split in parts.items():
-        missing = _missing(split, listing.classes)
+        missing = _missing(split.labels, listing.classes)
         # Validation without a rare class is poor but possible.
         if missing and (part != "val" or not len(split)):
             what = f" for {listed(missing)}" if listing.classes != ("",) else ""
@@ -194,13 +186,12 @@ def _folder(
     if "test" not in parts:
         held = folders.held_count(len(parts["train"]), len(listing.classes))
         parts["train"], parts["test"] = _hold_out(parts["train"], held, config.split_seed, listing.classes)
-        if missing := _missing(parts["test"], listing.classes):
+        if missing := _missing(parts["test"].labels, listing.classes):
             raise DataError(
                 f"too few images of {listed(missing)} in {listing.places['train']} to hold out "
                 f"{folders.TEST_FRACTION:.0%} of each class for the test: add some, or make folders train and test"
             )
-    every = (listing.name(path) for found in listing.files.values() for path, _ in found)
-    return listing.classes, parts, tuple(every), tuple(broken)
+    return listing.classes, parts, tuple(chain.from_iterable(names.values())), tuple(broken)
 
 
 def _only(listing: folders.Listing, source: Path) -> folders.Listing:
@@ -220,64 +211,12 @@ def _only(listing: folders.Listing, source: Path) -> folders.Listing:
     return folders.only(listing, names)
 
 
-def _read(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[Split, np.ndarray]:
-    """The images that can be read, at the size that the server would make of them.
+def _stored(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[Split, np.ndarray]:
+    """The images that can be read; where they take more than ``limit`` bytes they stay in the file of ``decoded``.
 
-    They are decoded once and kept in a file. Where they take more than ``limit`` bytes they stay there. Also returns
-    a digest of each file's pixels, uint8 [N,16], which is 0 where it cannot be read.
+    Also returns the digest of each file's pixels, uint8 [N,16], which is 0 where it cannot be read.
     """
-
-    trouble: list[Path] = []  # no fault of the image: it may pass, and is not remembered
-
-    def read(path: Path) -> np.ndarray | None:
-        try:
-            data = path.read_bytes()
-        except OSError:
-            if os.access(path, os.R_OK):  # else the digest of the files tells
-                trouble.append(path)
-            return None
-        try:
-            return preprocess.fit(decode(data, str(path)), side)
-        except ImageError:
-            return None
-
-    def decode_all(temporary: Path) -> None:
-        digests = np.zeros((len(files), DIGEST_BYTES), dtype=np.uint8)
-        array = npy.open_memmap(temporary, "w+", np.uint8, (len(files), side, side, 3))
-        with temporary.open("r+b") as file:  # a disk that is too small is told now, not as a fault in mapped memory
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-            else:  # macOS
-                file.seek(array.offset)
-                for _ in files:
-                    file.write(bytes(side * side * 3))
-        with ThreadPoolExecutor(available_cores()) as pool:  # threads are enough: Pillow lets go of the GIL
-            count = max(DECODED_AT_LEAST, at_once(side))
-            for start in range(0, len(files), count):
-                some = [path for path, _ in files[start : start + count]]
-                for row, image in enumerate(pool.map(read, some), start):
-                    if image is not None:
-                        array[row] = image
-                        pixels = hashlib.blake2b(array[row].data, digest_size=DIGEST_BYTES)
-                        digests[row] = np.frombuffer(pixels.digest(), np.uint8)
-        array.flush()
-        write_atomic(known, lambda temporary: temporary.write_bytes(digests.tobytes()))
-
-    path = cache_folder() / f"{_files_digest(files, side)}.npy"
-    known = path.with_suffix(".digests")
-    if not (path.is_file() and known.is_file()):
-        if len(files) >= MANY:
-            say(f"decoding {len(files):,} images, once, into {path.parent}")
-        for stale in path.parent.glob(".*.npy.*"):  # of a process that was killed while it decoded
-            with contextlib.suppress(OSError):  # of another user, or gone
-                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-                    stale.unlink()
-        write_atomic(path, decode_all)
-    array = np.load(path, mmap_mode="r")
-    digests = np.frombuffer(known.read_bytes(), dtype=np.uint8).reshape(len(files), DIGEST_BYTES)
-    if trouble:
-        path.unlink(missing_ok=True)
-        known.unlink(missing_ok=True)
+    array, digests = decoded([path for path, _ in files], side)
     rows = torch.from_numpy(np.flatnonzero((digests != 0).any(axis=1)))
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)  # also where there are none
     with warnings.catch_warnings():
@@ -351,25 +290,6 @@ def _without_leaks(
     return parts[part].select(torch.from_numpy(np.flatnonzero(~shared)))
 
 
-def _files_digest(files: Sequence[tuple[Path, int]], side: int) -> str:
-    digest = hashlib.sha256(f"{side} nhwc".encode())
-    for path, _ in files:
-        try:
-            facts = path.stat()
-        except OSError as error:
-            raise DataError(f"{path} was there a moment ago: {error.strerror}") from error
-        known = f" {facts.st_size} {facts.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else " unreadable")
-        digest.update(os.fsencode(path.resolve()) + f"{known}\n".encode())  # a name need not be UTF-8
-    return digest.hexdigest()[:32]
-
-
-def cache_folder() -> Path:
-    """Where decoded images are kept: $TOOLKIT_CACHE, else the user's cache folder."""
-    named = os.environ.get("TOOLKIT_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    return (Path(named) if named else home / "distillation-toolkit").expanduser()
-
-
 # --- what all of them share --------------------------------------------------------------------------------
 
 
@@ -437,7 +357,7 @@ def _hold_out(
     else:
         held = stratified_groups(whole.labels.numpy(), whole.groups, count, seed)
         for side, kept in (("the rest", ~held), ("what is held out", held)):
-            missing = _missing(whole.select(torch.from_numpy(np.flatnonzero(kept))), classes)
+            missing = _missing(whole.labels[torch.from_numpy(kept)], classes)
             if missing and not (rare_may_lack and kept is held and held.any()):
                 raise DataError(
                     f"no images of {listed(missing)} in {side}, where {count} of {len(whole)} images are split off and "
@@ -453,9 +373,14 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     Where all shares are whole these are the samples of scikit-learn's ``train_test_split``, whose import alone takes
     as long as loading CIFAR-10.
     """
+    return _drawn(labels, folders.shares(np.bincount(labels), count), seed)
+
+
+def _drawn(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """So many samples of each class, int64 [K], by chance: bool [N]."""
     random = np.random.RandomState(seed)
     held = np.zeros(len(labels), dtype=bool)
-    for label, some in enumerate(folders.shares(np.bincount(labels), count)):
+    for label, some in enumerate(counts):
         members = random.permutation(np.flatnonzero(labels == label))
         held[members[len(members) - some :]] = True
     return held
@@ -464,28 +389,50 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 def stratified_groups(labels: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.ndarray:
     """``stratified`` where images of one group (int64 [N]) stay together: as near to each class's share as that goes.
 
+    Groups of two and more bring in their own share; images that are alone then fill up each class.
+    """
+    _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    alone, per_class = sizes[groups] == 1, np.bincount(labels)
+    held = np.zeros(len(labels), dtype=bool)
+    held[~alone] = _whole_groups(labels[~alone], groups[~alone], count / len(labels), seed)
+    lacking = folders.shares(per_class, count) - np.bincount(labels[held], minlength=len(per_class))
+    there = np.bincount(labels[alone], minlength=len(per_class))
+    held[alone] = _drawn(labels[alone], np.clip(lacking, 0, there), seed)
+    return held
+
+
+def _whole_groups(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """About this fraction of each class, in whole groups: bool [N].
+
     Groups come in random order, and each is taken if that brings the counts nearer; of several orders the best counts.
     """
-    _, groups = np.unique(groups, return_inverse=True)
-    table = np.zeros((groups.max() + 1, labels.max() + 1))
-    np.add.at(table, (groups, labels), 1)
-    random, best = np.random.RandomState(seed), np.zeros(len(table), dtype=bool)
-    left = shares = table.sum(0) * (count / len(labels))
+    places, groups = np.unique(groups, return_inverse=True)
+    per_class = np.bincount(labels, minlength=1)
+    # Each group's classes, and how many images of each. An array of groups by classes takes gigabytes.
+    table: list[list[tuple[int, int]]] = [[] for _ in places]
+    pairs, counts = np.unique(groups * len(per_class) + labels, return_counts=True)
+    for pair, images in zip(pairs.tolist(), counts.tolist(), strict=True):
+        table[pair // len(per_class)].append((pair % len(per_class), images))
+    random, best = np.random.RandomState(seed), np.zeros(len(places), dtype=bool)
+    left = shares = (per_class * fraction).tolist()
     for _ in range(ORDERS):
-        lacking, taken = shares, np.zeros(len(table), dtype=bool)
-        for group in random.permutation(len(table)):
-            if np.abs(lacking - table[group]).sum() < np.abs(lacking).sum():
-                lacking, taken[group] = lacking - table[group], True
-        if np.abs(lacking).sum() < np.abs(left).sum():
+        lacking, taken = shares.copy(), np.zeros(len(places), dtype=bool)
+        for group in random.permutation(len(places)):
+            some = table[group]
+            if sum(abs(lacking[label] - images) - abs(lacking[label]) for label, images in some) < 0:
+                taken[group] = True
+                for label, images in some:
+                    lacking[label] -= images
+        if sum(map(abs, lacking)) < sum(map(abs, left)):
             left, best = lacking, taken
-        if np.abs(left).max() < 1:
+        if max(map(abs, left)) < 1:
             break
     return best[groups]
 
 
-def _missing(split: Split, classes: Sequence[str]) -> list[str]:
+def _missing(labels: Tensor, classes: Sequence[str]) -> list[str]:
     """Classes without an image."""
-    counts = torch.bincount(split.labels, minlength=len(classes))
+    counts = torch.bincount(labels, minlength=len(classes))
     return [name for name, count in zip(classes, counts, strict=True) if count == 0]
 
 

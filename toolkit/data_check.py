@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -16,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from serve.decode import decode
+from toolkit.decoded import each, pixel_digest, told
 from toolkit.errors import ImageError
 from toolkit.folders import find, held_count, listed, passed_over, shares
-from toolkit.machine import available_cores
 from toolkit.recipe import resolve
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)  # that are suggested: what students are made for
@@ -29,19 +27,18 @@ IMBALANCED = 3  # largest class over smallest: from here on balance is suggested
 LOOK = 16  # side of the grey thumbnails that near duplicates are found by
 NEAR_BITS, NEAR_LEVELS = 4, 4.0  # of 64 bits of the difference hash, and mean difference of the thumbnails (of 255)
 FLAT = 4.0  # standard deviation of a thumbnail: below it there is nothing to compare
-ROWS = 512  # of the table of distances at a time
+DISTANCES = 2**20  # of the table of distances at a time
 PAIRS = 50_000  # whose thumbnails are compared at a time
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Look:
-    """One file: what is wrong with it, or its size, digest, difference hash and thumbnail uint8 [16,16]."""
+    """One file: what is wrong with it, or its size, difference hash and thumbnail uint8 [16,16]."""
 
     error: str | None = None
     size: tuple[int, int] = (0, 0)
     format: str = ""
-    digest: bytes = b""
     hash: int = 0
     thumbnail: NDArray[np.uint8] | None = None
 
@@ -50,7 +47,7 @@ class Look:
 class Report:
     """``classes``: name to its images in each part; ``passed_over``: files that are not read, by kind.
 
-    Pairs of names: ``copies`` are the same bytes, ``near`` look the same; ``leaks`` those of either that lie in two
+    Pairs of names: ``copies`` are the same pixels, ``near`` look the same; ``leaks`` those of either that lie in two
     parts; ``contradictions`` those of two classes. ``command`` distils with what is suggested.
     """
 
@@ -76,8 +73,8 @@ def check(root: Path, unlabelled: bool = False) -> Report:
     listing = find(root, unlabelled)
     files = [(path, part, label) for part, found in listing.files.items() for path, label in found]
     names = [listing.name(path) for path, _, _ in files]
-    with ThreadPoolExecutor(available_cores()) as pool:  # Pillow lets go of the GIL
-        looks = list(pool.map(look, (path for path, _, _ in files), names))
+    paths = [path for path, _, _ in files]
+    looks = list(each(lambda i: look(paths[i], names[i]), range(len(files)), f"looking at {len(files):,} images"))
     good = [i for i, one in enumerate(looks) if one.error is None]
 
     counts = {name: dict.fromkeys(listing.files, 0) for name in listing.classes}
@@ -85,10 +82,14 @@ def check(root: Path, unlabelled: bool = False) -> Report:
         counts[listing.classes[files[i][2]]][files[i][1]] += 1
     totals = [sum(parts.values()) for parts in counts.values()]
     short = sorted(min(looks[i].size) for i in good)
-    shares = {"smallest": 0.0, "tenth": 1 - REACHED, "median": 0.5, "largest": 1.0}  # the tenth: 10% are smaller
-    sides = {name: short[round(share * (len(short) - 1))] for name, share in shares.items()} if short else {}
-    copies = list(same_bytes(looks, good))
-    near = [pair for pair in look_alikes(looks, good) if looks[pair[0]].digest != looks[pair[1]].digest]
+    ranks = {"smallest": 0.0, "tenth": 1 - REACHED, "median": 0.5, "largest": 1.0}  # the tenth: 10% are smaller
+    sides = {name: short[round(rank * (len(short) - 1))] for name, rank in ranks.items()} if short else {}
+    near = look_alikes(looks, good)
+    suspects = sorted({i for pair in (*near, *same({i: thumbnail(looks[i]) for i in good})) for i in pair})
+    decoded = each(lambda i: whole(paths[i]), suspects, f"decoding {len(suspects):,} of them whole")
+    digests = dict(zip(suspects, decoded, strict=True))
+    copies = list(same(digests))
+    near = [(a, b) for a, b in near if digests[a] != digests[b]]
 
     def named(pairs: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
         return [(names[a], names[b]) for a, b in pairs]
@@ -112,7 +113,7 @@ def check(root: Path, unlabelled: bool = False) -> Report:
 
 
 def look(path: Path, name: str) -> Look:
-    """Decode one file, as training and serving do; a JPEG at a lower resolution."""
+    """Decode one file, as training and serving do, though a JPEG no larger than is needed to look at it."""
     try:
         data = path.read_bytes()
         pixels = decode(data, name, side=4 * LOOK)
@@ -125,16 +126,28 @@ def look(path: Path, name: str) -> Look:
     grey = Image.fromarray(pixels).convert("L")
     steps = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(int)
     bits = np.packbits(steps[:, 1:] > steps[:, :-1])
-    thumbnail = np.asarray(grey.resize((LOOK, LOOK), Image.Resampling.BOX))
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    return Look(None, size, format, digest, int.from_bytes(bits.tobytes(), "big"), thumbnail)
+    small = np.asarray(grey.resize((LOOK, LOOK), Image.Resampling.BOX))
+    return Look(None, size, format, int.from_bytes(bits.tobytes(), "big"), small)
 
 
-def same_bytes(looks: Sequence[Look], good: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Each file whose bytes an earlier one has, after that one."""
+def thumbnail(look: Look) -> bytes:
+    assert look.thumbnail is not None
+    return look.thumbnail.tobytes()
+
+
+def whole(path: Path) -> bytes:
+    """The ``pixel_digest``: files of which it is the same are copies for training too."""
+    try:
+        return pixel_digest(decode(path.read_bytes()))
+    except (OSError, ImageError):  # it has changed since it was looked at
+        return str(path).encode()
+
+
+def same(values: Mapping[int, bytes]) -> Iterator[tuple[int, int]]:
+    """Each number whose value an earlier one has, after the first such."""
     first: dict[bytes, int] = {}
-    for i in good:
-        before = first.setdefault(looks[i].digest, i)
+    for i, value in values.items():
+        before = first.setdefault(value, i)
         if before != i:
             yield before, i
 
@@ -142,19 +155,22 @@ def same_bytes(looks: Sequence[Look], good: Sequence[int]) -> Iterator[tuple[int
 def look_alikes(looks: Sequence[Look], good: Sequence[int]) -> list[tuple[int, int]]:
     """Each image that looks like an earlier one, after the first such: their difference hashes (64 bits: is a pixel
     brighter than its left neighbour) and their thumbnails are near."""
-    thumbnails = np.array([looks[i].thumbnail for i in good], dtype=np.float32).reshape(len(good), LOOK * LOOK)
-    telling = thumbnails.std(1) >= FLAT
+    thumbnails = np.array([looks[i].thumbnail for i in good], dtype=np.uint8).reshape(len(good), LOOK * LOOK)
+    telling = np.array([one.std() >= FLAT for one in thumbnails], dtype=bool)
     some, thumbnails = np.asarray(good)[telling], thumbnails[telling]
     hashes = np.array([looks[i].hash for i in some], dtype=np.uint64)
     first = np.full(len(hashes), -1)
-    for start in range(0, len(hashes), ROWS):
-        far = np.bitwise_count(hashes[start : start + ROWS, None] ^ hashes[None, start:])
-        rows, columns = (place + start for place in np.nonzero(far <= NEAR_BITS))
+    size = max(1, DISTANCES // max(1, len(hashes)))
+    starts = range(0, len(hashes), size)
+    for start in told(starts, len(starts), f"comparing {len(hashes):,} images"):
+        far = np.bitwise_count(hashes[start : start + size, None] ^ hashes[None, start:])
+        rows, columns = (place + start for place in divmod(np.flatnonzero(far <= NEAR_BITS), far.shape[1]))
         open_ = (rows < columns) & (first[columns] < 0)
         rows, columns = rows[open_], columns[open_]
         for part in range(0, len(rows), PAIRS):
             a, b = rows[part : part + PAIRS], columns[part : part + PAIRS]
-            near = (np.abs(thumbnails[a] - thumbnails[b]).mean(1) <= NEAR_LEVELS) & (first[b] < 0)
+            levels = np.abs(thumbnails[a].astype(np.int16) - thumbnails[b]).mean(1)
+            near = (levels <= NEAR_LEVELS) & (first[b] < 0)
             later, place = np.unique(b[near], return_index=True)
             first[later] = a[near][place]
     return [(int(some[a]), int(some[b])) for b, a in enumerate(first) if a >= 0]

@@ -6,17 +6,20 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from toolkit.errors import UserError
 
+T = TypeVar("T")
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+
+def write_atomic(path: Path, write: Callable[[Path], T]) -> T:
     """Call ``write`` with a temporary path beside ``path``, flush it to disk, then rename it to ``path``.
 
-    A disk that is full or a folder that cannot be written raises ``UserError``; the file that was there is
-    then as it was.
+    Returns what ``write`` returns. A disk that is full or a folder that cannot be written raises ``UserError``; the
+    file that was there is then as it was.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,11 +27,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         os.close(handle)
         temporary = Path(name)
         try:
-            write(temporary)
+            written = write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.chmod(0o644)
             temporary.replace(path)
+            return written
         finally:
             temporary.unlink(missing_ok=True)
     except Exception as error:
@@ -72,6 +76,26 @@ def locked(folder: Path, refused: type[UserError]) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        yield
+
+
+@contextmanager
+def one_at_a_time(path: Path, wait: Callable[[], object]) -> Iterator[None]:
+    """Let one process in at a time, by a lock on the file ``path``; ``wait`` is called where another one is in.
+
+    Where no file can be written or locked, all are let in.
+    """
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):  # fcntl: Linux, macOS and WSL 2 have it
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

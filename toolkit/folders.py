@@ -1,8 +1,8 @@
 """Image files and their labels as people keep them: folders of classes, with or without parts, or a table. No torch.
 
 Parts are ``train``, ``val`` and ``test``, in any spelling (``Training``, ``valid``, ``test_set``). They lie above the
-classes or within each of them; a class may have folders of its own below it. A table is a CSV file with a column of
-paths, one of labels and, if it likes, one of parts.
+classes or within each of them, or val and test beside the class folders; a class may have folders of its own below it.
+A table is a CSV file with a column of paths, one of labels and, if it likes, one of parts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +48,11 @@ class Listing:
 
     def name(self, path: Path) -> str:
         """The path of a file as messages give it: from the root, where it lies there. A name need not be UTF-8."""
-        return _readable(str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path))
+        return _from(self.root, path)
+
+
+def _from(root: Path, path: Path) -> str:
+    return _readable(str(path.relative_to(root)) if path.is_relative_to(root) else str(path))
 
 
 def _readable(name: str) -> str:
@@ -99,14 +104,14 @@ def _find(root: Path, unlabelled: bool) -> Listing:
     root = _unwrapped(root)
     parts = {part: found for part, found in _parts(root).items() if part != "train" or any(map(subfolders, found))}
     if "train" not in parts:  # such a name is then a class's, beside "bus" and "car"
-        within = _parts_within(root)
-        if within:
+        if within := _parts_within(root):
             return _labelled(root, within, dict.fromkeys(within, root))
-        parts = {"train": [root]}
+        parts = {"train": [root]} | _parts_beside(root, parts)
+    taken = {folder for found in parts.values() for folder in found}
     layout: dict[str, dict[str, list[Path]]] = {part: defaultdict(list) for part in parts}
     for part, found in parts.items():
-        for folder in (folder for one in found for folder in subfolders(one)):
-            layout[part][folder.name].append(folder)
+        for folder in (folder for one in found for folder in subfolders(one) if folder not in taken):
+            layout[part][class_name(folder)].append(folder)
     return _labelled(root, layout, {part: found[0] for part, found in parts.items()})
 
 
@@ -118,7 +123,8 @@ def only(listing: Listing, names: Collection[str]) -> Listing:
         if (some := [(path, label) for path, label in found if listing.name(path) in names])
     }
     left = sorted({label for found in files.values() for _, label in found})
-    numbered = {part: [(path, left.index(label)) for path, label in found] for part, found in files.items()}
+    number = {label: new for new, label in enumerate(left)}
+    numbered = {part: [(path, number[label]) for path, label in found] for part, found in files.items()}
     return replace(listing, classes=tuple(listing.classes[label] for label in left), files=numbered)
 
 
@@ -127,6 +133,11 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"
     )
+
+
+def class_name(folder: Path) -> str:
+    """Its name, in one of the two ways in which Unicode writes an umlaut: macOS prefers the other one."""
+    return unicodedata.normalize("NFC", folder.name)
 
 
 def images(folder: Path) -> Iterator[Path]:
@@ -201,16 +212,34 @@ def _parts(root: Path) -> dict[str, list[Path]]:
     return {part: found[part] for part in PARTS if part in found}
 
 
+def _parts_beside(root: Path, parts: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
+    """Those of ``parts`` whose folders are named as class folders beside them, which then are for training."""
+    given = [folder for found in parts.values() for folder in found]
+    classes = {class_name(folder) for folder in subfolders(root) if folder not in given}
+    names = {part: {class_name(inside) for one in found for inside in subfolders(one)} for part, found in parts.items()}
+    return {part: found for part, found in parts.items() if names[part] and names[part] <= classes}
+
+
 def _parts_within(root: Path) -> dict[str, dict[str, list[Path]]]:
-    """Part to class to folders, where every class folder holds a train folder; else nothing."""
-    layout: dict[str, dict[str, list[Path]]] = defaultdict(dict)
+    """Part to class to folders, where class folders hold a train folder; else nothing.
+
+    Raises ``DataError`` where one of them has images, but no train folder.
+    """
+    layout: dict[str, dict[str, list[Path]]] = {part: defaultdict(list) for part in PARTS}
+    others = []
     for folder in subfolders(root):
         within = _parts(folder)
         if "train" not in within:
-            return {}
-        for part, folders in within.items():
-            layout[part][folder.name] = folders
-    return {part: layout[part] for part in PARTS if part in layout}
+            others.append(folder)
+            continue
+        for part, found in within.items():
+            layout[part][class_name(folder)] += found
+    if layout["train"] and (lacking := [_readable(folder.name) for folder in others if any(images(folder))]):
+        raise DataError(
+            f"class folders in {root} hold a folder train, but not {listed(lacking)}: give one to each of them, or to "
+            "none"
+        )
+    return {part: found for part, found in layout.items() if found}
 
 
 def _unwrapped(root: Path) -> Path:
@@ -240,7 +269,11 @@ def _table(path: Path, unlabelled: bool) -> Listing:
     try:
         text = path.read_text(encoding="utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+        reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+        lines, rows = [], []
+        for row in reader:
+            lines.append(reader.line_num)  # blank ones are passed over
+            rows.append(row)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -251,17 +284,18 @@ def _table(path: Path, unlabelled: bool) -> Listing:
 
     problems = []
     values = [{key: (row[name] or "").strip() for key, name in columns.items()} for row in rows]
-    if unlabelled:
-        values = [row | {"label": "."} for row in values]
-    if lacking := [line for line, row in enumerate(values, 2) if not row["path"] or not row["label"]]:
+    for value in values:
+        value["label"] = "." if unlabelled else unicodedata.normalize("NFC", value["label"])
+    if lacking := [line for line, row in zip(lines, values, strict=True) if not row["path"] or not row["label"]]:
         problems.append(f"{len(lacking)} of {len(rows)} rows lack a path or a label (lines {listed(lacking)})")
-    labels: dict[str, set[str]] = defaultdict(set)
+    places = {name: _place(root, name) for name in dict.fromkeys(row["path"] for row in values)}
+    labels: dict[Path, set[str]] = defaultdict(set)
     for row in values:
-        labels[row["path"]].add(row["label"])
-    if twice := [name for name, found in labels.items() if len(found) > 1]:
+        labels[places[row["path"]]].add(row["label"])
+    if twice := [_from(root, place) for place, found in labels.items() if len(found) > 1]:
         problems.append(f"{len(twice)} files have more than one label: {listed(twice)}")
-    if gone := [name for name in labels if name and not (root / name).is_file()]:
-        problems.append(f"{len(gone)} of {len(labels)} files are not in {root}: {listed(gone)}")
+    if gone := [name for name, place in places.items() if name and not place.is_file()]:
+        problems.append(f"{len(gone)} of {len(places)} files are not in {root}: {listed(gone)}")
     if odd := sorted({row["part"] for row in values if "part" in row and not part_of(row["part"])}):
         problems.append(f"{listed(list(map(repr, odd)))} is none of train, val and test")
     if problems:
@@ -270,15 +304,22 @@ def _table(path: Path, unlabelled: bool) -> Listing:
     names = {row["label"] for row in values}
     numbered = all(name.isdecimal() for name in names)
     classes = tuple(sorted(names, key=lambda name: (int(name), name) if numbered else (0, name)))
+    number = {name: label for label, name in enumerate(classes)}
     files: dict[str, dict[Path, int]] = defaultdict(dict)
     for row in values:
-        files[part_of(row.get("part", "train")) or "train"][root / row["path"]] = classes.index(row["label"])
+        files[part_of(row.get("part", "train")) or "train"][places[row["path"]]] = number[row["label"]]
     if not files["train"]:
         raise DataError(f"{path} names no training images")
     if len(classes) < 2 and not unlabelled:
         raise DataError(f"only one class in {path} ({classes[0]}): at least two are needed")
     ordered = {part: list(files[part].items()) for part in PARTS if part in files}
     return Listing(root, ("",) if unlabelled else classes, ordered, dict.fromkeys(ordered, path), table=True)
+
+
+def _place(root: Path, name: str) -> Path:
+    """The file of this name, in whichever way Unicode writes its umlauts; else where it was said to be."""
+    forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+    return next((place for form in forms if (place := root / form).is_file()), root / name)
 
 
 def _columns(path: Path, found: Sequence[str | None], needed: Sequence[str]) -> dict[str, str]:
