@@ -205,9 +205,9 @@ def _orientation(tiff: bytes) -> int:
     (at,) = struct.unpack_from(order + "L", tiff, 4)
     (count,) = struct.unpack_from(order + "H", tiff, at)
     for entry in range(at + 2, at + 2 + 12 * count, 12):
-        tag, value = struct.unpack_from(order + "H6xH", tiff, entry)
+        tag, kind = struct.unpack_from(order + "HH", tiff, entry)
         if tag == 0x112:
-            return int(value)
+            return int(struct.unpack_from(order + ("L" if kind == 4 else "H"), tiff, entry + 8)[0])
     return 1
 
 

@@ -109,8 +109,12 @@ def _uploads() -> Iterator[None]:
     for left in Path(parent or tempfile.gettempdir()).glob(f"{FOLDER}*"):  # by servers that were killed
         with suppress(OSError):
             if time.time() - left.lstat().st_mtime > OLD:
-                shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=FOLDER, dir=parent, ignore_cleanup_errors=True) as folder:
+                with _held(left):
+                    shutil.rmtree(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=FOLDER, dir=parent, ignore_cleanup_errors=True) as folder,
+        _held(Path(folder)),
+    ):
         os.environ[UPLOADS] = folder
         try:
             yield
@@ -119,6 +123,22 @@ def _uploads() -> Iterator[None]:
                 del os.environ[UPLOADS]
             else:
                 os.environ[UPLOADS] = parent
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep the folder from other servers, where that can be done; ``BlockingIOError`` where one of them does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _run_workers(settings: Settings, listener: socket.socket) -> None:

@@ -124,14 +124,18 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert (decode(_encode(stored, "PNG", exif=exif)) == np.asarray(upright)).all()
 
 
+@pytest.mark.parametrize("kind", ["H", "L"])  # as cameras write it, and as some programs do
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_only_the_orientation_is_read_of_exif(format: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_orientation_is_read_of_exif(
+    format: str, order: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of the other entries may name the same MB, which Pillow would copy for each."""
     monkeypatch.setattr("PIL.Image.Exif.load", lambda *_: pytest.fail("Pillow reads EXIF data"))
     entry = order + "HHLHH"
     exif = b"Exif\0\0" + {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "LH", 8, 2)
-    exif += struct.pack(entry, 0x10F, 2, 2**20, 9, 0) + struct.pack(entry, 0x112, 3, 1, 6, 0) + bytes(4)
+    orientation = struct.pack(order + "HHL", 0x112, {"H": 3, "L": 4}[kind], 1) + struct.pack(order + kind, 6)
+    exif += struct.pack(entry, 0x10F, 2, 2**20, 9, 0) + orientation.ljust(12, b"\0") + bytes(4)
     turned = decode(_encode(_picture(), format, exif=exif, quality=95))
     assert turned.shape == (12, 8, 3)
     assert np.abs(turned.astype(int) - np.rot90(np.asarray(_picture()), -1)).mean() < 8

@@ -111,12 +111,41 @@ def test_a_stage_may_be_another_recipes_own(tmp_path):
     file.write_text("train: cifar10-cpu\nepochs: 3\nstudent: {name: resnet9}\n")
     ours, theirs = resolve(file, "train"), resolve("cifar10-cpu", "train")
     assert not ours.differences(theirs)
+    file.write_text("train: cifar10-gpu\nstudent: {name: resnet9}\n")  # whose stage is a name again
+    assert not resolve(file, "train").differences(resolve("cifar10-gpu", "train"))
+    file.write_text(f"train: {file}")
+    with pytest.raises(RecipeError, match="name each other"):
+        resolve(file, "train")
     file.write_text("distill: mine.yaml")
     with pytest.raises(RecipeError, match=r"cannot read the recipe mine.yaml"):
         resolve(file, "distill")
     file.write_text("distill: 30")
     with pytest.raises(RecipeError, match=r"distill \(=30\) must be a mapping"):
         resolve(file, "distill")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"views": "flip"}, "names no weights"),
+        ({"name": "wrn28"}, "names no weights"),
+        ({"checkpoint": "runs/a", "also": ["runs/b"]}, "belongs to the first teacher"),
+        (3, "teacher.also.0"),
+    ],
+)
+def test_another_teacher_needs_weights(entry, message):
+    with pytest.raises(RecipeError, match=message):
+        resolve("digits", "distill", {"teacher.also": [entry]})
+
+
+def test_another_teacher_may_be_a_path_or_a_mapping():
+    entries = ["runs/a", "big.onnx", {"checkpoint": "other.onnx", "views": None}, {"checkpoint": "runs/b"}]
+    recipe = resolve("digits", "distill", {"teacher.also": entries, "teacher.views": "flip"})
+    also = recipe.teacher.also
+    assert [(one.name, str(one.checkpoint), one.views) for one in also] == [
+        ("", "runs/a", "flip"), ("onnx", "big.onnx", "flip"), ("onnx", "other.onnx", None), ("", "runs/b", None),
+    ]  # fmt: skip
+    assert resolve(recipe.model_dump(mode="json"), "distill").teacher == recipe.teacher
 
 
 def test_all_errors_come_at_once_with_field_value_and_what_is_allowed():

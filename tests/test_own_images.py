@@ -75,6 +75,15 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
     assert [part.labels.bincount().tolist() for part in (data.train, data.val, data.test)] == [[4, 4], [2, 2], [3, 3]]
 
 
+def test_a_kind_of_vehicle_is_no_part(tmp_path: Path) -> None:
+    for name in ("vehicle/car", "vehicle/train", "animal/cat", "animal/dog"):
+        for i in range(3):
+            draw(tmp_path / name / f"{i}.png")
+    listing = folders.find(tmp_path)
+    assert listing.classes == ("animal", "vehicle")
+    assert len(listing.files["train"]) == 12
+
+
 def test_a_part_within_some_classes_is_a_mistake(tmp_path: Path) -> None:
     for name in ("cat/train", "cat/test", "dog/train", "dog/test", "fox", "elk/unsorted"):
         draw(tmp_path / name / "0.png")

@@ -111,13 +111,14 @@ def test_a_signal_during_the_start_ends_it(path: Path) -> None:
 
 def test_what_a_killed_server_left_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    old, new, other = (tmp_path / name for name in ("toolkit-uploads-old", "toolkit-uploads-new", "other"))
-    for folder in (old, new, other):
+    names = ("other", "toolkit-uploads-held", "toolkit-uploads-new", "toolkit-uploads-old")
+    other, held, new, old = (tmp_path / name for name in names)
+    for folder in (other, held, new, old):
         (folder / "sub").mkdir(parents=True)
-    for folder in (old, other):
+    for folder in (other, held, old):
         os.utime(folder, (1, 1))
-    with server_module._uploads():
-        assert sorted({*tmp_path.iterdir()} - {Path(os.environ["GRADIO_TEMP_DIR"])}) == [other, new]
+    with server_module._held(held), server_module._uploads():  # by a server on a machine that slept
+        assert sorted({*tmp_path.iterdir()} - {Path(os.environ["GRADIO_TEMP_DIR"])}) == [other, held, new]
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
 
 

@@ -135,7 +135,8 @@ def export(
         check_budget(
             header["model"], parameter_count(model), options.budget or run.recipe.budget, len(header["classes"])
         )
-    data = stages.data_of(run, header, run.path, None, data_dir, "export needs the same ones, else train again")
+    advice, device = "export needs the same ones, else train again", "cpu" if provider == "cpu" else "auto"
+    data = stages.data_of(run, header, run.path, None, data_dir, advice, device)
     if wants(options, "int8"):
         check_calibration_count(options.calibration_images, data)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit import cifar, folders, recipe
+from toolkit import cifar, distributed, folders, recipe
 from toolkit.decoded import decoded
 from toolkit.errors import DataError
 from toolkit.folders import listed
@@ -162,8 +161,8 @@ def _folder(
     if config.images is not None:
         listing = _only(listing, config.images)
     total = sum(len(found) for found in listing.files.values())
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that torchrun starts on this machine: each has its copy
-    limit = config.memory * 2**30 if config.memory else total_memory() / 2 / processes
+    # Each of several processes has a copy.
+    limit = config.memory * 2**30 if config.memory else total_memory() / 2 / distributed.LOCAL_SIZE
     parts, names, digests, broken = {}, {}, {}, []
     for part, found in listing.files.items():
         parts[part], digest = _stored(found, config.image_size, limit * len(found) / total)
@@ -207,7 +206,7 @@ def _only(listing: folders.Listing, source: Path) -> folders.Listing:
             f"{listed(gone)}; bring them back"
         )
     if later := len(there - names):
-        say(f"{later} images in {listing.root} are not in {source}: they are left out")
+        say(f"{later} images in {listing.root} are not in {source}: they came later, or were left out before")
     return folders.only(listing, names)
 
 

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from toolkit.errors import DeviceError, RecipeError
 
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-SIZE, LOCAL_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", SIZE))  # of them on this machine
 
 
 @contextmanager

@@ -70,6 +70,8 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     samples = len(data.train) * recipe.augment.copies
     batch, whole = min(recipe.batch_size, samples), recipe.data.image_size
     share = sum((recipe.progressive.side(i / 100, whole) / whole) ** 2 for i in range(100)) / 100  # of all pixels
+    if teacher is not None and not recipe.cached_epochs:
+        share = 1  # the teacher, which is most of a step, sees them whole
     training = share * (samples // batch * batch) / rows[1]["images_per_second"]
     # Of one epoch's views, which are all that there are where the second epoch replays the first one's.
     teaching = max(row["teacher_seconds"] for row in rows[:2]) * len(data.train) / count

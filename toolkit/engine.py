@@ -99,6 +99,7 @@ def _fit(
     state = Checkpoint(run, learner, header)
     at = state.load()
     at.batch_size = at.batch_size or min(recipe.batch_size, learner.augmenter.count)
+    distributed.own_part(torch.arange(at.batch_size))  # tells a batch that cannot be divided before all else
     learner.compile(at.batch_size)
     with StopSignal() as stop, Display(recipe.model.name, recipe.epochs, at.epoch) as display:
         while at.epoch < recipe.epochs and not at.stopped:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from toolkit.catalogue import closest
 from toolkit.errors import DeviceError, TeacherError, in_line, install
-from toolkit.folders import listed
+from toolkit.folders import listed, nfc
 from toolkit.progress import say
 from toolkit.recipe import Teacher, TeacherInput
 from toolkit.run import weights_digest
@@ -281,12 +281,12 @@ def _timm(
         raise TeacherError(f"timm has no model {name!r}{closest(name, timm.list_models())}")
     if path is None:
         if offline:
-            raise TeacherError(f"{teacher.name} has no weights without the network: give them by --teacher-weights")
+            raise TeacherError(f"{teacher.name} has no weights without the network: give them by --teacher-checkpoint")
         try:
             model = timm.create_model(name, pretrained=True, **teacher.arguments)
         except Exception as error:  # of the network, of the hub, of a model without weights
             reason = in_line(error, 200)
-            raise TeacherError(f"no weights for {teacher.name}: {reason}; give them by --teacher-weights") from error
+            raise TeacherError(f"no weights for {teacher.name}: {reason}; give them by --teacher-checkpoint") from error
     else:
         model = _with_weights(timm, name, path, teacher.arguments, len(classes or ()))
     config = timm.data.resolve_model_data_config(model)
@@ -343,6 +343,7 @@ def match_classes(
     by name or number; outputs that it leaves out, or maps to null, mean none. Raises ``TeacherError``.
     """
     mapping: Any = _mapping(file) if file else None
+    theirs = None if theirs is None else list(map(nfc, theirs))
     if isinstance(mapping, list):
         theirs, mapping = [str(name) for name in mapping], None
     if theirs is not None and len(theirs) != count:
@@ -393,7 +394,7 @@ def _mapping(file: Path) -> Any:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return nfc(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise TeacherError(f"cannot read the classes in {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

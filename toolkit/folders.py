@@ -135,9 +135,13 @@ def subfolders(folder: Path) -> list[Path]:
     )
 
 
+def nfc(text: str) -> str:
+    """The text in one of the two ways in which Unicode writes an umlaut: macOS prefers the other one for files."""
+    return unicodedata.normalize("NFC", text)
+
+
 def class_name(folder: Path) -> str:
-    """Its name, in one of the two ways in which Unicode writes an umlaut: macOS prefers the other one."""
-    return unicodedata.normalize("NFC", folder.name)
+    return nfc(folder.name)
 
 
 def images(folder: Path) -> Iterator[Path]:
@@ -221,15 +225,16 @@ def _parts_beside(root: Path, parts: Mapping[str, list[Path]]) -> dict[str, list
 
 
 def _parts_within(root: Path) -> dict[str, dict[str, list[Path]]]:
-    """Part to class to folders, where class folders hold a train folder; else nothing.
+    """Part to class to folders, where class folders are divided into train and perhaps more; else nothing.
 
-    Raises ``DataError`` where one of them has images, but no train folder.
+    Raises ``DataError`` where one of them has images, but is not divided.
     """
     layout: dict[str, dict[str, list[Path]]] = {part: defaultdict(list) for part in PARTS}
     others = []
     for folder in subfolders(root):
         within = _parts(folder)
-        if "train" not in within:
+        kinds = [one for one in subfolders(folder) if not part_of(one.name)]  # of vehicle: car, beside train
+        if "train" not in within or any(any(images(kind)) for kind in kinds):
             others.append(folder)
             continue
         for part, found in within.items():
@@ -285,7 +290,7 @@ def _table(path: Path, unlabelled: bool) -> Listing:
     problems = []
     values = [{key: (row[name] or "").strip() for key, name in columns.items()} for row in rows]
     for value in values:
-        value["label"] = "." if unlabelled else unicodedata.normalize("NFC", value["label"])
+        value["label"] = "." if unlabelled else nfc(value["label"])
     if lacking := [line for line, row in zip(lines, values, strict=True) if not row["path"] or not row["label"]]:
         problems.append(f"{len(lacking)} of {len(rows)} rows lack a path or a label (lines {listed(lacking)})")
     places = {name: _place(root, name) for name in dict.fromkeys(row["path"] for row in values)}
@@ -318,7 +323,7 @@ def _table(path: Path, unlabelled: bool) -> Listing:
 
 def _place(root: Path, name: str) -> Path:
     """The file of this name, in whichever way Unicode writes its umlauts; else where it was said to be."""
-    forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+    forms = (name, nfc(name), unicodedata.normalize("NFD", name))
     return next((place for form in forms if (place := root / form).is_file()), root / name)
 
 

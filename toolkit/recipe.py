@@ -229,7 +229,7 @@ class Teacher(Model):
             return tree
         tree = dict(tree)
         if str(tree.get("name")).endswith(".onnx"):
-            if tree.get("checkpoint") not in (None, tree["name"]):
+            if str(tree.get("checkpoint") or tree["name"]) != tree["name"]:
                 raise ValueError(f"name (={tree['name']}) and checkpoint (={tree['checkpoint']}) are two: give one")
             tree |= {"name": "onnx", "checkpoint": tree["name"]}
         if isinstance(tree.get("also"), list | tuple):
@@ -245,7 +245,13 @@ class Teacher(Model):
 def _one_more(entry: Any, views: Any) -> Any:
     """An entry of ``teacher.also`` as the fields of a teacher: its name is that of its weights, unless it is given."""
     if isinstance(entry, Mapping):
-        return {"name": "", **entry}
+        file = str(entry.get("checkpoint") or "")
+        named = {"name": file if file.endswith(".onnx") else "", **entry}
+        if not (file or is_external(str(named["name"]))):
+            raise ValueError(f"also: {dict(entry)} names no weights: give it a checkpoint")
+        if named.get("also"):
+            raise ValueError(f"also: {named['also']} belongs to the first teacher's also, not to that of another one")
+        return named
     if not isinstance(entry, str | Path):
         return entry
     named = {"name": str(entry)} if is_external(str(entry)) else {"name": "", "checkpoint": entry}
@@ -603,18 +609,19 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read(source: str | Path) -> dict[str, Any]:
-    """The tree of a shipped recipe (by name) or of a file (by path).
+def read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree of a shipped recipe (by name) or of a file (by path); ``readers`` are the recipes that asked for it.
 
     A stage may be another recipe's name: it is then that recipe's own run of this stage.
     """
-    tree = read_tree(source, RECIPES, "recipe", RecipeError)
+    tree, readers = read_tree(source, RECIPES, "recipe", RecipeError), (*readers, str(source))
     for stage in STAGES:
         if isinstance(tree.get(stage), str):
-            other = read_tree(tree[stage], RECIPES, "recipe", RecipeError)
-            own = other.get(stage)
+            if tree[stage] in readers:
+                raise RecipeError(f"{stage}: the recipes {' and '.join(readers)} name each other")
+            other = read(tree[stage], readers)
             tree[stage] = {key: value for key, value in other.items() if key not in ("name", *STAGES)}
-            _merge(tree[stage], own if isinstance(own, Mapping) else {})
+            _merge(tree[stage], other.get(stage) or {})
         elif not isinstance(tree.get(stage) or {}, Mapping):
             raise RecipeError(f"{stage} (={tree[stage]!r}) must be a mapping of recipe fields, or a recipe's name")
     return tree

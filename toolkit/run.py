@@ -26,6 +26,7 @@ from toolkit import __version__
 from toolkit.catalogue import build
 from toolkit.errors import CheckpointError, RecipeError, RunError, in_line
 from toolkit.files import locked, write_atomic, write_text
+from toolkit.folders import nfc
 from toolkit.recipe import Recipe, validate
 
 if TYPE_CHECKING:
@@ -264,7 +265,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             text = (file.metadata() or {}).get("toolkit")
             if text is None:
                 raise CheckpointError(f"{path} is a safetensors file, but not one of this toolkit")
-            yield file, json.loads(text)
+            header = json.loads(text)
+            yield file, header | {"classes": list(map(nfc, header["classes"]))}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 

@@ -31,6 +31,7 @@ from toolkit.classifier import TestTimeAugmentation
 from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.files import write_text
+from toolkit.folders import nfc
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
 from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_model, load_run, runs
@@ -204,8 +205,8 @@ def train_baseline(wanted: Recipe, taught: Run, run_dir: Path | None, resume: bo
     """The run of the same student without its teacher, as long as the one that was ``taught``."""
     alone = without_teacher(wanted).model_copy(update={"minutes": None, "epochs": taught.recipe.epochs})
     path = run_dir or default_path(alone)
-    begun = (path / "recipe.yaml").is_file()  # what was there before may be more than a baseline
-    return _fit(alone, check(alone), None, path, resume, extend=extend, facts={} if begun else {"baseline": True})
+    known = (path / "summary.json").is_file()  # what was there before is more than a baseline
+    return _fit(alone, check(alone), None, path, resume, extend=extend, facts={} if known else {"baseline": True})
 
 
 def without_teacher(wanted: Recipe) -> Recipe:
@@ -347,7 +348,7 @@ def _validate_artifact(
     about = session.metadata
     header = about.model_dump(include={"dataset", "dataset_digest", "image_size", "split"})
     header["classes"] = list(about.labels)
-    data = data_of(run_of(path), header, path, dataset, data_dir)
+    data = data_of(run_of(path), header, path, dataset, data_dir, device="cpu" if provider == "cpu" else "auto")
     began = time.monotonic()
     chunks = data.test.images.split(datasets.at_once(session.metadata.image_size, 512))
     logits = np.concatenate([session.run_batches(nhwc(chunk))[0] for chunk in chunks])
@@ -424,7 +425,7 @@ def data_of(
     """
     config = data_config(run, header, dataset, data_dir)
     data = load_data(config, run.recipe if run else None, device)
-    if list(header["classes"]) != list(data.classes):
+    if list(map(nfc, header["classes"])) != list(data.classes):
         raise DataError(
             f"{what} knows the classes {', '.join(header['classes'][:5])}... ({len(header['classes'])}), {data.name} "
             f"has {', '.join(data.classes[:5])}... ({len(data.classes)}): they must be the same"

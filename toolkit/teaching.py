@@ -96,6 +96,8 @@ def load(wanted: Recipe, classes: Sequence[str] | None) -> tuple[nn.Module, Teac
     loaded: list[tuple[nn.Module, Teacher]] = []
     for member in (first, *others):
         model, known, own = _load_member(member, classes, wanted)
+        if member is not first and member.weights not in (None, known.weights):
+            raise TeacherError(f"{external.title(known)} is another teacher than the one that the recipe asks for")
         loaded.append((model, known))
         classes = classes if classes is not None else own
     (model, known), digests = loaded[0], [f"{known.weights}{known.views or ''}" for _, known in loaded]
