@@ -71,6 +71,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
     def written():
         state = killed / "checkpoints/last.safetensors"
         return state.stat().st_mtime_ns if state.is_file() else 0
+
     while not (killed / "summary.json").is_file():
         writing = kills in (2, 5, 8)
         process = start("killed", writing)
