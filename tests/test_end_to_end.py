@@ -103,6 +103,16 @@ def test_json_of_predict(toolkit: Toolkit, chain: Chain) -> None:
     assert right >= len(images) / 2
 
 
+def test_predict_takes_the_images_of_a_folder(toolkit: Toolkit, chain: Chain) -> None:
+    folder = chain.example.parent
+    document = json.loads(toolkit("predict", folder, "--json").stdout)
+    assert [entry["image"] for entry in document] == [str(image) for image in sorted(folder.iterdir())]
+    Path("empty").mkdir()
+    result = toolkit("predict", "empty")
+    assert result.exit_code == 1
+    assert "no PNG, JPEG, WebP, GIF or BMP files in empty" in result.stderr
+
+
 def test_json_of_models(toolkit: Toolkit) -> None:
     document = json.loads(toolkit("models", "--json").stdout)
     assert {entry["role"] for entry in document} == {"teacher", "student"}

@@ -756,7 +756,9 @@ def serve(
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Image files, or folders with images in them.")
+    ],
     artifact: Annotated[Path | None, typer.Option(help="ONNX artifact; else the newest one.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 5,
     provider: ProviderOption = "auto",
@@ -765,11 +767,15 @@ def predict(
     """Classify images from the shell."""
     from serve.decode import read_image
     from serve.session import Session
+    from toolkit import folders
 
     session = Session(artifact or _newest_artifact("predicting with"), provider)
+    files = [file for path in images for file in (folders.images(path) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"no PNG, JPEG, WebP, GIF or BMP files in {', '.join(map(str, images))}")
     document: list[dict[str, Any]] = []
     broken = 0
-    for path in images:  # one at a time: many photos in full size take more than the memory
+    for path in files:  # one at a time: many photos in full size take more than the memory
         try:
             answer = session.predict(read_image(path), top_k)
         except ImageError as error:  # the others have their answers
