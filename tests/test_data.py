@@ -528,7 +528,7 @@ def test_of_two_processes_one_decodes(photos: Path, monkeypatch: pytest.MonkeyPa
 def test_processes_on_one_machine_share_its_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "total_memory", lambda: 6 * 32 * 3 * 32**2)  # 2.5 times the images in half of it
     assert isinstance(load_data(f"folder:{photos}").train.images, torch.Tensor)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("toolkit.distributed.LOCAL_SIZE", 2)
     assert isinstance(load_data(f"folder:{photos}").train.images, StoredImages)
 
 
