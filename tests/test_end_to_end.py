@@ -179,7 +179,7 @@ def test_serve_answers_until_sigterm(chain: Chain) -> None:
         try:
             assert started.startswith(f"{chain.artifact} on CPUExecutionProvider: http://")
             url = next(word for word in started.split() if word.startswith("http://"))
-            page = httpx.get(url)
+            page = httpx.get(url, timeout=60)  # it is built first
             assert page.status_code == 200
             assert "resnet9" in page.text
         finally:

@@ -37,7 +37,7 @@ from pydantic import ValidationError
 from toolkit import recipe as recipes
 from toolkit.choices import Stage
 from toolkit.errors import Interrupted, SearchError, UserError, in_line
-from toolkit.files import locked, write_bytes, write_text
+from toolkit.files import locked, one_at_a_time, write_bytes, write_text
 from toolkit.machine import available_cores
 from toolkit.progress import clock, say
 from toolkit.recipe import Section
@@ -107,6 +107,9 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         if search.count("planned") or len(search.trials) < search.total:
             slots = stack.enter_context(cluster(ray, resources.address, resources.cpus, gpus))
         stack.enter_context(locked(output, SearchError))
+        for lock in (output / "trials").glob("*/.lock"):  # of a killed search: Ray's processes notice that later
+            with one_at_a_time(lock, lambda: say("waiting for processes of the search that was killed")):
+                pass
         write_text(output / "search.yaml", yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
         search.write()
         if slots:
