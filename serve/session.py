@@ -190,13 +190,7 @@ class Session:
 
     def _open(self, data: bytes, providers: dict[str, dict[str, str]]) -> ort.InferenceSession:
         provider = next(iter(providers))
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
-        # Threads that wait for the next operator spin for microseconds: longer would take the cores from decoding,
-        # HTTP and other processes, and threads that sleep at once wake too late for small batches.
-        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # for ONNX Runtime before 1.26
+        options = session_options(self.threads)
         if provider != CPU and not self.metadata.any_size:  # sizes are computed on the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         # CUDA and TensorRT have no kernel for the biases of 32 bits that the optimiser would make of an INT8 graph's.
@@ -221,6 +215,18 @@ class Session:
         names = [artifact.LOGITS, artifact.PROBABILITIES]
         logits, probabilities = session.run(names, {artifact.IMAGE: images}, UNRECORDED)
         return logits, probabilities
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """What all sessions have in common, a teacher's too."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Threads that wait for the next operator spin for microseconds: longer would take the cores from decoding, HTTP,
+    # PyTorch and other processes, and threads that sleep at once wake too late for small batches.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # for ONNX Runtime before 1.26
+    return options
 
 
 def check_provider(provider: Provider) -> None:

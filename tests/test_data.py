@@ -565,7 +565,7 @@ def test_a_cache_that_cannot_be_written_is_named(photos: Path, tmp_path: Path) -
 def test_work_is_not_begun_long_before_it_is_wanted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(decoded, "TELL_SECONDS", -1)
+    monkeypatch.setattr("toolkit.progress.TELL_SECONDS", -1)
     begun: list[int] = []
     results = decoded.each(begun.append, range(4 * decoded.AHEAD), "looking")
     next(results)

@@ -17,7 +17,7 @@ import torch
 from conftest import Toolkit
 from PIL import Image
 
-from toolkit import data_check, decoded, folders, recipe
+from toolkit import data_check, folders, recipe
 from toolkit.augment import balanced_order
 from toolkit.data import DataSet, StoredImages, load, stratified_groups
 from toolkit.errors import DataError, RecipeError
@@ -418,7 +418,7 @@ def test_data_check_compares_few_at_a_time_and_tells_how_far_it_is(
         image.save(drawn / "star/0006.png")
     whole = data_check.check(drawn)
     monkeypatch.setattr(data_check, "DISTANCES", 100)  # two rows
-    monkeypatch.setattr(decoded, "TELL_SECONDS", -1)
+    monkeypatch.setattr("toolkit.progress.TELL_SECONDS", -1)
     parts = toolkit("data", "check", drawn)
     (drawn / "star/0006.png").unlink()
     assert whole.copies + whole.near == [("star/0000.jpg", "star/0006.png")]

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from serve.decode import decode
-from toolkit.decoded import each, pixel_digest, told
+from toolkit.decoded import each, pixel_digest
 from toolkit.errors import ImageError
 from toolkit.folders import find, held_count, listed, passed_over, shares
+from toolkit.progress import told
 from toolkit.recipe import resolve
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)  # that are suggested: what students are made for

@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,10 @@ from serve.decode import decode
 from toolkit.errors import DataError, ImageError, UserError
 from toolkit.files import one_at_a_time, write_atomic, write_bytes
 from toolkit.machine import available_cores
-from toolkit.progress import say
+from toolkit.progress import say, told
 
 AHEAD = 64  # items that threads work on or have done before they are wanted: enough for many threads
 MANY = 1000  # images, whose decoding takes long enough to be told
-TELL_SECONDS = 20.0  # between two lines of progress
 DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
 DAY = 24 * 3600
 # Of a process that was killed while it wrote, and of images that nobody asks for any more: seconds since the last use.
@@ -95,16 +94,6 @@ def each(work: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
             yield from (future.result() for future in ahead)
 
     return told(results(), len(items), what)
-
-
-def told(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The steps; where they take long, lines for the user say of ``what`` how far it is."""
-    last = time.monotonic()
-    for done, step in enumerate(steps):
-        if time.monotonic() - last > TELL_SECONDS:
-            last = time.monotonic()
-            say(f"{what}: {done / total:.0%}")
-        yield step
 
 
 def _decode_all(files: Sequence[Path], side: int, path: Path) -> tuple[NDArray[np.uint8], bool]:

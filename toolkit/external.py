@@ -123,14 +123,9 @@ class OnnxNetwork(nn.Module):
         if device not in self.sessions:
             import onnxruntime as ort
 
-            from serve.session import need_cuda
+            from serve.session import need_cuda, session_options
 
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            options.intra_op_num_threads = torch.get_num_threads()
-            # As in ``serve.session``: threads that wait would take the cores from PyTorch's.
-            options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
-            options.add_session_config_entry("session.force_spinning_stop", "1")  # for ONNX Runtime before 1.26
+            options = session_options(torch.get_num_threads())
             providers: list[Any] = ["CPUExecutionProvider"]
             try:
                 if place.type == "cuda":

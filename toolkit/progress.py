@@ -6,21 +6,34 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+TELL_SECONDS = 20.0  # between two lines of ``told``
 FIRST = os.environ.get("RANK", "0") == "0"
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+T = TypeVar("T")
 
 
 def say(text: str) -> None:
     """A line for the user, on stderr; stdout belongs to results. Of several processes the first speaks."""
     if FIRST:
         console.print(text, markup=False)
+
+
+def told(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The steps; where they take long, lines for the user say of ``what`` how far it is."""
+    last = time.monotonic()
+    for done, step in enumerate(steps):
+        if time.monotonic() - last > TELL_SECONDS:
+            last = time.monotonic()
+            say(f"{what}: {done / total:.0%}")
+        yield step
 
 
 class Display:
