@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ from torchvision.datasets import CIFAR10
 
 from toolkit import compute, data, engine, recipe
 from toolkit.catalogue import build
+from toolkit.machine import available_cores
 from toolkit.run import Run
 
 BATCH = 128
@@ -170,12 +172,14 @@ def main(
 ) -> None:
     """Print images a second of the three loops, and ours as a multiple of theirs."""
     images -= images % BATCH
-    spawn, loops = get_context("spawn"), {"toolkit": ours, "torchdistill": torchdistill, "timm": timm}
+    loops = {"toolkit": ours, "torchdistill": torchdistill, "timm": timm}
+    threads = {"initializer": torch.set_num_threads, "initargs": (available_cores(),)}  # as many for all
+    process = partial(ProcessPoolExecutor, 1, get_context("spawn"), **threads)
     print(f"{'student':<10} " + " ".join(f"{name:>13}" for name in loops))
     for student in STUDENTS:
         seen: dict[str, list[float]] = {name: [] for name in loops}
         with contextlib.ExitStack() as stack:  # a process for each, which take turns
-            pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in loops}
+            pools = {name: stack.enter_context(process()) for name in loops}
             for count in [2 * BATCH] + [images] * rounds:
                 for name, loop in loops.items():
                     result = pools[name].submit(loop, student, count, data_dir).result()

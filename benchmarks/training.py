@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ from torchvision.datasets import CIFAR10
 
 from toolkit import compute, data, engine, recipe
 from toolkit.catalogue import builder
-from toolkit.machine import keep_freed_memory
+from toolkit.machine import available_cores, keep_freed_memory
 from toolkit.run import Run
 
 BATCH = 128
@@ -135,12 +135,13 @@ def main(
 ) -> None:
     """Print images a second of the three loops and their ratios for each net, and the geometric means."""
     images -= images % BATCH
-    spawn = get_context("spawn")
+    threads = {"initializer": torch.set_num_threads, "initargs": (available_cores(),)}  # as many for all
+    process = partial(ProcessPoolExecutor, 1, get_context("spawn"), **threads)
     gains, shares = [], []
     for net in NETS:
         # A process for ours and one for the stock loop, as each sets the allocator and cuDNN for itself; they take
         # turns, so that what else the machine does meets all of them.
-        with ProcessPoolExecutor(1, spawn) as left, ProcessPoolExecutor(1, spawn) as right:
+        with process() as left, process() as right:
             seen = []
             for count in [2 * BATCH] + [images] * rounds:
                 rate, where = left.submit(ours, net, count, data_dir).result()

@@ -220,6 +220,7 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
     assert [r["teacher_seconds"] for r in soft] == [r["teacher_seconds"] for r in hot]
     row = next(row for row in found["methods"] if row["method"] == "hot")
     assert row["changes"] == [
+        "cached_epochs: 0 -> 1",  # without a teacher there is no reason to repeat views
         "loss.ce_weight: 1.0 -> 0.1",
         "loss.kd_weight: 0.0 -> 0.9",
         "loss.label_smoothing: 0.0 -> 0.1",

@@ -292,8 +292,9 @@ def _notes(comparison: Comparison) -> list[str]:
     )
     return [
         f"± is the standard deviation over {len(comparison.plan.seeds)} seeds. A method is compared with the baseline "
-        "of the same seed, which has the same first weights, order and views. The interval is Student's t of these "
-        "differences, of one comparison alone.",
+        "of the same seed, which has the same first weights, order and views (where `cached_epochs` repeats a method's "
+        "views, the baseline has new ones in every epoch). The interval is Student's t of these differences, of one "
+        "comparison alone.",
         "Told apart is what has p < 0.05 in the paired t-test after Holm's correction for all comparisons with the "
         "same method. Decide on the number of seeds beforehand: adding some until a difference shows finds one by "
         "chance.",

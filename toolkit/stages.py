@@ -210,10 +210,13 @@ def train_baseline(wanted: Recipe, taught: Run, run_dir: Path | None, resume: bo
 
 
 def without_teacher(wanted: Recipe) -> Recipe:
-    """The baseline of a distillation: the same recipe with the labels alone."""
+    """The baseline of a distillation: the same recipe with the labels alone, and new views in every epoch.
+
+    Views are repeated (``cached_epochs``) to ask the teacher less often; without one that is a handicap.
+    """
     loss = wanted.loss.model_copy(update={"ce_weight": 1.0, "kd_weight": 0.0})
     start = None if wanted.starts_from_teacher else wanted.start_from
-    return wanted.model_copy(update={"teacher": None, "loss": loss, "start_from": start})
+    return wanted.model_copy(update={"teacher": None, "loss": loss, "start_from": start, "cached_epochs": 0})
 
 
 def load_data(config: Data, taught: Recipe | None = None, device: str = "auto") -> datasets.DataSet:
