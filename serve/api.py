@@ -3,18 +3,18 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Thread
+from threading import BoundedSemaphore, Thread
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from export.artifact import Metadata
 from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, decode
 from serve.engine import Answer, Closed, DeadlineExceeded, Engine, QueueFull
-from serve.limits import Limits, refusal
+from serve.limits import METRICS, Limits, refusal
+from serve.metrics import Metrics
 from toolkit import __version__
 from toolkit.errors import ImageError, ImageFormatError, ImageSizeError, UnknownNameError, UserError
 from toolkit.machine import available_cores
@@ -37,7 +38,7 @@ RETRY = {"Retry-After": "1"}  # seconds
 
 
 class TooMany(UserError):
-    """More images in one request than the queue holds."""
+    """More images in one request than are taken at once."""
 
 
 # What went wrong, to status and code.
@@ -110,24 +111,25 @@ def build(
     engine: Engine,
     *,
     deadline: float,
+    turns: BoundedSemaphore,
     key: str | None = None,
     reload: bool = False,
     page: Callable[[FastAPI], object] = lambda app: None,
 ) -> ASGIApp:
     """The whole app on ``engine``, which it warms up when it starts and closes when it stops.
 
-    ``deadline`` is the seconds that a request may take once its body is there, ``key`` what clients must show.
-    ``page`` mounts the page at ``/``.
+    ``deadline`` is the seconds that a request may take once its body is there, ``turns`` what a thread holds while
+    it decodes, ``key`` what clients must show. ``page`` mounts the page at ``/``.
     """
-    classify = Classifier(engine, deadline)
+    classify = Classifier(engine, deadline, turns)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else each broken form writes a line to the log
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Metrics]]:
         if reload:
             engine.watch()
         warming = asyncio.create_task(asyncio.to_thread(_warm_up, engine))
-        yield
+        yield {METRICS: engine.metrics}  # for the protocol, which refuses what never comes here
         await warming
         await asyncio.to_thread(engine.close)
         classify.close()
@@ -140,11 +142,14 @@ def build(
         redoc_url=None,
     )
     names = tuple(engine.names)
+
     # Not an annotation that is read before the names are known: hence no postponed annotations in this module.
-    Name = Annotated[
-        Literal[names] | None,  # type: ignore[valid-type]
-        Query(alias="model", description="artifact to ask; else the first"),
-    ]
+    class Chosen(BaseModel):
+        model_config = ConfigDict(extra="forbid")  # a misspelt one would be taken for none
+        model: Literal[names] | None = Field(None, description="artifact to ask; else the first")  # type: ignore[valid-type]
+
+    class Asked(Chosen):
+        top_k: int = Field(TOP_K, ge=1, le=1000, description="classes an image; fewer where there are fewer")
 
     async def answer(images: Sequence[bytes], name: str | None, top_k: int) -> Response:
         began = time.perf_counter()
@@ -167,32 +172,27 @@ def build(
         responses=_errors(400, 401, 413, 415, 422, 429, 503, 504),
         openapi_extra={"requestBody": {"required": True, "content": _bodies()}},
     )
-    async def predict(
-        request: Request,
-        top_k: Annotated[
-            int, Query(ge=1, le=1000, description="classes an image; fewer where there are fewer")
-        ] = TOP_K,
-        name: Name = None,
-    ) -> Response:
+    async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Response:
         """Classify an image (the body is its bytes) or several (multipart/form-data, each part a file)."""
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             images = await _files(request)
         else:
             images = [await request.body()]
-        return await answer(images, name, top_k)
+        return await answer(images, asked.model, asked.top_k)
 
     @app.get("/v1/model", responses=_errors(401, 422))
-    async def model(name: Name = None) -> Model:
+    async def model(chosen: Annotated[Chosen, Query()]) -> Model:
         """What the model is: labels, input, accuracy, provenance."""
-        return Model(
-            name=name or names[0], names=[*names], provider=engine.provider(name), metadata=engine.metadata(name)
-        )
+        name = chosen.model or names[0]
+        return Model(name=name, names=[*names], provider=engine.provider(name), metadata=engine.metadata(name))
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> State:
         """Whether the process lives."""
         return State(status="ok")
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: {"model": State}})
     async def readyz(response: Response) -> State:
         """Whether requests should come here: after the warm-up, until it stops."""
@@ -201,6 +201,7 @@ def build(
         response.status_code = 503
         return State(status="stopping" if engine.closed else "warming up")
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(401))
     async def metrics() -> Response:
         """Counters for Prometheus."""
@@ -211,11 +212,13 @@ def build(
     app.add_exception_handler(RequestValidationError, _refuse_parameters)
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(Exception, _refuse_bug)
-    for route in [route for route in app.routes if isinstance(route, Route)]:
+    taken: dict[str, set[str]] = {}
+    for route in app.routes:
+        if isinstance(route, Route):
+            taken.setdefault(route.path, set()).update(route.methods or ())
+    for path, methods in taken.items():
         # The page answers every path that is not taken: a wrong method must not go there.
-        app.add_route(
-            route.path, _wrong_method(route), sorted(METHODS - (route.methods or set())), include_in_schema=False
-        )
+        app.add_route(path, _wrong_method(methods), sorted(METHODS - methods), include_in_schema=False)
     app.add_route("/v1/{rest:path}", _nowhere, sorted(METHODS), include_in_schema=False)
     page(app)
 
@@ -256,8 +259,8 @@ class _Job:
 class Classifier:
     """Images to answers for the event loop: decoded in a pool of threads, then queued in the engine."""
 
-    def __init__(self, engine: Engine, deadline: float) -> None:
-        self._engine, self._deadline = engine, deadline
+    def __init__(self, engine: Engine, deadline: float, turns: BoundedSemaphore) -> None:
+        self._engine, self._deadline, self._turns = engine, deadline, turns
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._pool = [Thread(target=self._work, name="decode", daemon=True) for _ in range(available_cores())]
         for thread in self._pool:
@@ -311,10 +314,11 @@ class Classifier:
     def _queue(self, job: _Job) -> None:
         """Runs in the pool. One future and two changes of thread an image are all that it takes."""
         loop = job.loop
-        if job.answer.done():  # past its deadline, or the client is gone
-            return
         try:
-            pixels = decode(job.data, job.called)
+            with self._turns:
+                if job.answer.done():  # past its deadline, or the client is gone
+                    return
+                pixels = decode(job.data, job.called)
             queued = self._engine.submit(pixels, job.name, max(job.until - loop.time(), 1e-3))
         except Exception as error:
             loop.call_soon_threadsafe(_settle, job.answer, None, error)
@@ -346,7 +350,12 @@ def _is_plain(scope: Scope) -> bool:
 
 async def _files(request: Request) -> list[bytes]:
     """The files of a form, in their order."""
-    form = await request.form(max_files=MAX_IMAGES, max_fields=MAX_IMAGES)
+    try:
+        form = await request.form(max_files=MAX_IMAGES, max_fields=MAX_IMAGES)
+    except HTTPException as error:
+        if "Too many files" in error.detail:  # Starlette tells what is wrong by its words alone
+            raise TooMany(f"at most {MAX_IMAGES} images are taken at once") from error
+        raise
     try:
         images = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
     finally:
@@ -373,11 +382,11 @@ async def _nowhere(request: Request) -> Response:
     raise HTTPException(404, "no such address")
 
 
-def _wrong_method(route: Route) -> Callable[[Request], Awaitable[Response]]:
+def _wrong_method(methods: Collection[str]) -> Callable[[Request], Awaitable[Response]]:
+    right = ", ".join(sorted(methods))
+
     async def refuse(request: Request) -> Response:
-        raise HTTPException(
-            405, f"this path takes {', '.join(route.methods or ())}", {"Allow": ", ".join(route.methods or ())}
-        )
+        raise HTTPException(405, f"this path takes {right}", {"Allow": right})
 
     return refuse
 

@@ -10,12 +10,14 @@ import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from threading import BoundedSemaphore
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from toolkit.errors import ImageError, ImageFormatError, ImageSizeError
+from toolkit.machine import available_cores, total_memory
 
 # Pillow's name of each format, and how its files begin.
 FORMATS = {
@@ -27,7 +29,9 @@ FORMATS = {
 }
 FORMATS_IN_WORDS = "PNG, JPEG, WebP, GIF or BMP"
 MAX_PIXELS = 50_000_000
+MEMORY = 2**30  # bytes that it takes to decode so many, at most and about
 SCAN, MAX_SCANS = b"\xff\xda", 200  # each goes over all pixels of a JPEG; usual are up to 12
+MAX_SCANNED = 12 * MAX_PIXELS  # a second or two
 MAX_PARTS = 10_000  # of a file: segments of a JPEG, chunks of a PNG, blocks of a GIF
 MAX_HEAD = 2**20  # bytes of a JPEG's tables: usual are under 1,000
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # in pixels 00 follows, or a restart
@@ -43,6 +47,14 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF's orientation
 MAX_BYTES = 20 * 2**20  # of an upload, or of a request with several
+
+
+def turns(processes: int = 1) -> BoundedSemaphore:
+    """What a thread holds while it decodes: no more at once than the cores and the memory of the machine can bear.
+
+    ``processes`` share the machine.
+    """
+    return BoundedSemaphore(max(1, min(2 * available_cores(), total_memory() // MEMORY) // processes))
 
 
 def read_image(path: Path | str, name: str | None = None) -> NDArray[np.uint8]:
@@ -92,6 +104,9 @@ def decode(data: bytes, name: str = "the image", side: int | None = None) -> NDA
             )
         if any(tile[0] == "bmp_rle" for tile in image.tile):  # Pillow's only decoder in Python: 4 KB took it 27 s
             raise ImageFormatError(f"{name} is a BMP in run lengths, which are not read: save it without")
+        most = min(MAX_SCANS, MAX_SCANNED // (width * height))
+        if format == "JPEG" and data.count(SCAN) > most and _scans(data) > most:
+            raise ImageError(f"{name} is broken: it has more than {most} scans")
         try:
             if side is not None:
                 image.draft(None, (side, side))
@@ -119,8 +134,6 @@ def _bare_jpeg(data: bytes) -> tuple[bytes, bytes]:
             rest = data[marker.start() :] if marker else b""
             if len(head) > MAX_HEAD:
                 raise _TooMuchError("its tables are too long")
-            if rest.count(SCAN) > MAX_SCANS and _scans(rest) > MAX_SCANS:
-                raise _TooMuchError(f"it has more than {MAX_SCANS} scans")
             return head + rest, exif
         at = _behind(data, marker)
         if marker[1] == b"\xe1" and data.startswith(b"Exif\0\0", marker.end() + 2):
@@ -215,7 +228,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        return white.convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        colours = image if image.mode == "RGBA" else image.convert("RGBA")
+        white.paste(colours, mask=colours)  # what alpha_composite gives, in half the memory
+        return white
     return image if image.mode == "RGB" else image.convert("RGB")

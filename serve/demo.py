@@ -14,8 +14,9 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from gradio import routes
+from gradio.route_utils import FnIndexInferError
 from gradio.utils import get_upload_folder
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ from serve import explain, views
 from serve.api import MAX_IMAGES
 from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, read_image
 from serve.engine import Answer, DeadlineExceeded, Engine
+from serve.limits import refusal
 from toolkit.errors import UserError
 from toolkit.machine import available_cores
 
@@ -57,15 +59,29 @@ class _Page(gr.Blocks):
             raise gr.Error(ODD, print_exception=False) from error
 
 
-def mount(app: FastAPI, engine: Engine, examples: Sequence[Path] = (), deadline: float = 10.0) -> None:
+class _Functions(dict[int, Any]):
+    """The page's functions by their numbers, which the page sends; others are missed as other names are."""
+
+    def __missing__(self, number: int) -> Any:
+        raise FnIndexInferError(f"no function {number}")
+
+
+async def _no_function(request: Request, error: Exception) -> Response:
+    return refusal(request.scope, 404, "not_found", "the page has no such function")
+
+
+def mount(
+    app: FastAPI, engine: Engine, *, deadline: float, turns: BoundedSemaphore, examples: Sequence[Path] = ()
+) -> None:
     """Put the page of ``engine`` at the root of ``app``, behind every route that is there.
 
-    ``examples`` are image files to try, where none of those that ship with the page shows a class that the first
-    artifact knows. ``deadline`` is the seconds that an answer may take.
+    ``deadline`` is the seconds that an answer may take, ``turns`` what a thread holds while it decodes. ``examples``
+    are image files to try, where none of those that ship with the page shows a class that the first artifact knows.
     """
-    page = _build(engine, _drawn(engine) or examples, deadline)
+    page = _build(engine, _drawn(engine) or examples, _Answers(engine, deadline, turns))
     # Not the threads of the whole process, which uploads and the API need too (40 would mean these).
     page.max_threads = min(4 * available_cores(), 39)
+    page.default_config.fns = _Functions(page.fns)
     page.state_session_capacity = 16  # nothing depends on a visitor's last answers, which Gradio keeps
     gr.mount_gradio_app(
         app,
@@ -83,6 +99,8 @@ def mount(app: FastAPI, engine: Engine, examples: Sequence[Path] = (), deadline:
         ssr_mode=False,
         pwa=False,
     )
+    mounted: FastAPI = app.routes[-1].app  # type: ignore[attr-defined]
+    mounted.add_exception_handler(FnIndexInferError, _no_function)  # else each such call writes a traceback to the log
     page.has_launched = True  # else Gradio does not check which files it gives out
     uploads = Path(get_upload_folder())
     Thread(target=_tidy, args=(page, uploads, {*uploads.rglob("*")}), name="tidy", daemon=True).start()
@@ -118,19 +136,17 @@ def sweep(uploads: Path, kept: Collection[Path], seconds: float) -> None:
 class _Answers:
     """What the page's inputs become, as HTML; each within ``deadline`` seconds."""
 
-    def __init__(self, engine: Engine, deadline: float) -> None:
-        self.engine, self.deadline = engine, deadline
-        # A small file may hold 50 megapixels: decoded by every one of the page's threads, they would fill any memory.
-        self.turn = BoundedSemaphore(available_cores())
+    def __init__(self, engine: Engine, deadline: float, turns: BoundedSemaphore) -> None:
+        self.engine, self.deadline, self.turns = engine, deadline, turns
 
     def _read(self, path: str, until: float) -> NDArray[np.uint8]:
         """A picture's pixels, once it is its turn. Raises ``DeadlineExceeded`` and ``ImageError``."""
-        if time.monotonic() >= until or not self.turn.acquire(timeout=_left(until)):
+        if time.monotonic() >= until or not self.turns.acquire(timeout=_left(until)):
             raise DeadlineExceeded("too many pictures wait: ask again in a moment")
         try:
             return read_image(path, "this picture")
         finally:
-            self.turn.release()
+            self.turns.release()
 
     def classify(self, picture: dict[str, Any] | None, model: str, other: str, threshold: float) -> str:
         if picture is None:
@@ -179,8 +195,8 @@ class _Answers:
         return views.title(self.engine.metadata()), _cards(self.engine)
 
 
-def _build(engine: Engine, examples: Sequence[Path], deadline: float) -> gr.Blocks:
-    names, answers = engine.names, _Answers(engine, deadline)
+def _build(engine: Engine, examples: Sequence[Path], answers: _Answers) -> gr.Blocks:
+    names = engine.names
     with _Page(title="What is in this picture?", analytics_enabled=False) as page:
         title = gr.HTML(views.title(engine.metadata()), elem_id="title")
         with gr.Tabs():
@@ -287,18 +303,19 @@ def _left(until: float) -> float:
 
 def _check_files(value: Any, folder: Path) -> None:
     """Refuses every path outside the upload folder, and every address, wherever ``value`` holds one."""
-    if isinstance(value, list):
-        for item in value:
-            _check_files(item, folder)
-    elif isinstance(value, dict):
-        if not value.keys() & {"path", "url"}:
-            _check_files(list(value.values()), folder)
-            return
-        path, ours = value.get("path"), False
-        with suppress(OSError, ValueError):  # too long a name, or characters that none has
-            ours = isinstance(path, str) and Path(path).resolve().is_relative_to(folder)
-        if not ours:
-            raise gr.Error("Only an uploaded picture is read, no other path and no address.", print_exception=False)
+    waiting = [value]  # and no recursion, which a client could make too deep
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, dict) and not value.keys() & {"path", "url"}:
+            waiting.extend(value.values())
+        elif isinstance(value, dict):
+            path, ours = value.get("path"), False
+            with suppress(OSError, ValueError):  # too long a name, or characters that none has
+                ours = isinstance(path, str) and Path(path).resolve().is_relative_to(folder)
+            if not ours:
+                raise gr.Error("Only an uploaded picture is read, no other path and no address.", print_exception=False)
 
 
 def _chosen(model: str, other: str) -> list[str]:

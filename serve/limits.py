@@ -9,12 +9,13 @@ import hmac
 import json
 import time
 from http import HTTPStatus
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serve.decode import MAX_BYTES
 from serve.metrics import Metrics
@@ -27,6 +28,8 @@ MAX_HELD_BYTES = 512 * 2**20  # of all requests that are being read or answered
 MAX_HEAD_BYTES = 64 * 2**10
 FILE_NAME = b"filename"  # in a form once for each file
 HEAD_SECONDS, BODY_SECONDS = 10.0, 60.0  # for a client to send its headers, and its body
+READ_SECONDS = 60.0  # for a client to take what waits for it
+METRICS = "metrics"  # in the state of the app
 OPEN_PATHS = ("/healthz", "/readyz")  # no key needed
 # What the page uses of Gradio's. The rest would cost or tell too much: a queue without bound, streams without end,
 # recordings that ffmpeg converts, links that are files here, others' addresses, which it would fetch for anybody.
@@ -100,7 +103,8 @@ class Limits:
                 await refusal(scope, 503, "stopping", message, {"Retry-After": "1"})(scope, receive, seen)
         finally:
             self._held -= held
-            self._metrics.request(path if path in PATHS else "page", status, time.perf_counter() - began)
+            if status:  # else the client is gone, or the protocol has refused the rest of the body
+                self._metrics.request(path if path in PATHS else "page", status, time.perf_counter() - began)
             if status >= 400:
                 self._metrics.reject(scope.get("refused") or str(status))
 
@@ -155,6 +159,8 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, which waits for no client without end and keeps no endless headers."""
 
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+    _running: RequestResponseCycle | None = None
     _arriving = False  # whether a message has begun and is not complete
     _bodied = False  # whether the bytes at hand held some of its body
     _head = 0  # its bytes so far that are no body: the headers, and then trailers
@@ -165,11 +171,21 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._forget_reader()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # uvicorn tells only the last of several requests
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         self._bodied = False
         super().data_received(data)
+        answered = self.cycle is None or self.cycle.response_complete
+        if answered and not self._arriving and self._timer is None and self.timeout_keep_alive_task is None:
+            self._arm(HEAD_SECONDS)  # an empty line ends uvicorn's own wait for the next request
         if self._arriving and not self._bodied:
             self._head += len(data)
             if self._head > MAX_HEAD_BYTES:
@@ -194,6 +210,24 @@ class Protocol(HttpToolsProtocol):
         self._disarm()
         super().on_message_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._forget_reader()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._await_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._await_reader()
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(HTTPStatus.BAD_REQUEST, "this is not HTTP/1.1")
 
@@ -206,12 +240,24 @@ class Protocol(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def _await_reader(self) -> None:
+        """A closing connection stays, too, until its client has taken all of its answers."""
+        if self._unread is None:
+            self._unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def _forget_reader(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
     def _late(self) -> None:
         self._refuse(HTTPStatus.REQUEST_TIMEOUT, "the request took too long to arrive")
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         if self.transport.is_closing():
             return
+        metrics: Metrics = self.app_state[METRICS]
+        metrics.reject(status.name.lower())
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = json.dumps({"error": status.name.lower(), "message": message})
             self.transport.write(
@@ -219,3 +265,4 @@ class Protocol(HttpToolsProtocol):
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
             )
         self.transport.close()
+        self._await_reader()

@@ -15,23 +15,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Process
 
 from export import artifact
-from serve import metrics
+from serve import decode, metrics
 from serve.engine import MAX_BATCH, MAX_QUEUE, Engine
 from serve.limits import Protocol
+from serve.session import check_provider
 from toolkit.choices import Provider
 from toolkit.errors import UserError
-from toolkit.machine import available_cores
+from toolkit.machine import available_cores, hand_back_freed_memory
 
 BACKLOG = 1024  # connections that wait to be accepted
 MAX_FILES = 65_536
+SILENCE = 60  # seconds in which a worker must answer; it does not while it starts
+PAUSE = 10.0  # seconds before a worker whose artifact cannot be had any more is tried again
 UPLOADS, FOLDER = "GRADIO_TEMP_DIR", "toolkit-uploads-"
 OLD = 2 * 3600  # seconds; a server that runs touches its folder each hour
 
@@ -81,10 +87,10 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
         address, port = listener.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}/"
         if settings.workers > 1:
+            check_provider(settings.provider)  # what is wrong is said once
             for path in settings.artifacts.values():
-                artifact.read(path)  # what is wrong with a file is said once
-            started(url, f"{settings.workers} processes")
-            _run_workers(settings, listener)
+                artifact.read(path)
+            _run_workers(settings, listener, lambda provider: started(url, f"{provider}, {settings.workers} processes"))
             return
         previous = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -141,36 +147,92 @@ def _held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _run_workers(settings: Settings, listener: socket.socket) -> None:
+def _run_workers(settings: Settings, listener: socket.socket, started: Callable[[str], None]) -> None:
     with _uploads(), tempfile.TemporaryDirectory(prefix="toolkit-metrics-") as folder:
         os.environ[metrics.SHARED] = folder
         # Workers end by the very signal that they obeyed: locks of Gradio's are then cleaned up after them, aloud.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
-        supervisor = _Supervisor(_config(settings, partial(_worker, settings)), [listener])
+        up, tell = Pipe(duplex=False)
+        supervisor = _Supervisor(_config(settings, partial(_worker, settings, tell)), listener, up, started)
         supervisor.run()
         del os.environ[metrics.SHARED], os.environ["PYTHONWARNINGS"]
-    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+    if supervisor.failed:
         raise UserError("a worker could not start")
 
 
 class _Supervisor(Multiprocess):
-    """uvicorn's, which puts a new process in the place of one that died; its share of the gauges goes with it."""
+    """uvicorn's, which puts a new process in the place of one that died, but waits for none of them.
+
+    ``up`` gives the provider of each worker that comes up; ``started`` gets the first one's. A worker that ends
+    before ends all.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        up: Connection,
+        started: Callable[[str], None],
+    ) -> None:
+        super().__init__(config, [listener])
+        self._up, self._started = up, started
+        self._asked: dict[Process, float] = {}  # when, for the answer that is awaited
+        self._any_up = self.failed = False
 
     def keep_subprocess_alive(self) -> None:
-        before = list(self.processes)
-        super().keep_subprocess_alive()
-        for process in before:
-            if process not in self.processes and process.pid is not None:
-                metrics.forget(process.pid)
+        if self.should_exit.is_set():
+            return
+        while self._up.poll():
+            provider: str = self._up.recv()
+            if not self._any_up:
+                self._started(provider)
+            self._any_up = True
+        for index, process in enumerate(self.processes):
+            if self._lives(process):
+                continue
+            if self.signal_queue:  # what may have ended it, too
+                return
+            if not self._any_up:
+                self.failed = True
+                self.should_exit.set()
+                return
+            if process.exitcode == STARTUP_FAILURE and time.monotonic() - self._asked.get(process, 0) < PAUSE:
+                continue
+            process.kill()
+            process.join()
+            self._asked.pop(process, None)
+            if process.pid is not None:
+                metrics.forget(process.pid)  # its share of the gauges
+            self.processes[index] = Process(self.config, self.sockets)
+            self.processes[index].start()
+
+    def _lives(self, process: Process) -> bool:
+        """Whether it runs, and has answered within ``SILENCE``."""
+        if not process.process.is_alive():
+            return False
+        if process not in self._asked or process.parent_conn.poll():
+            if process in self._asked:
+                process.parent_conn.recv()
+            process.parent_conn.send(b"ping")
+            self._asked[process] = time.monotonic()
+        return time.monotonic() - self._asked[process] < SILENCE
+
+    def terminate_all(self) -> None:
+        for listener in self.sockets:  # else it takes connections as long as a worker has something to do
+            listener.close()
+        super().terminate_all()
 
 
-def _worker(settings: Settings) -> ASGIApp:
+def _worker(settings: Settings, up: Connection) -> ASGIApp:
     """The app of one of several processes."""
     try:
-        return _app(settings, _engine(settings))
+        engine = _engine(settings)
+        app = _app(settings, engine)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(STARTUP_FAILURE)
+    up.send(engine.provider())
+    return app
 
 
 def _engine(settings: Settings) -> Engine:
@@ -187,12 +249,15 @@ def _engine(settings: Settings) -> Engine:
 def _app(settings: Settings, engine: Engine) -> ASGIApp:
     from serve import api, demo  # heavy, and the parent of several processes needs neither
 
+    hand_back_freed_memory()
+    turns = decode.turns(settings.workers)
     app = api.build(
         engine,
         deadline=settings.deadline,
+        turns=turns,
         key=settings.key,
         reload=settings.reload,
-        page=lambda app: demo.mount(app, engine, settings.examples, settings.deadline),
+        page=lambda app: demo.mount(app, engine, deadline=settings.deadline, turns=turns, examples=settings.examples),
     )
     # What stays until the end need not be looked through again: each time would hold up all requests for 0.2 s.
     gc.collect()
@@ -215,7 +280,7 @@ def _config(settings: Settings, app: ASGIApp | Callable[[], ASGIApp]) -> uvicorn
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=settings.grace,
-        timeout_worker_healthcheck=60,  # a worker is silent while it starts
+        timeout_worker_healthcheck=SILENCE,
     )
 
 

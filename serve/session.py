@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -55,8 +56,8 @@ class Session:
     ``metadata`` is what the artifact says of itself, ``provider`` the ONNX Runtime provider that runs it. With
     ``provider="cuda"`` or ``"tensorrt"`` nothing falls back to the CPU: what cannot be had raises ``DeviceError``.
     ``auto`` takes CUDA where it works, else the CPU. ``threads`` defaults to the cores this process may use;
-    ``tf32`` lets CUDA round to 10 bits of mantissa, faster and outside of the parity of fp32. With ``cuda_graph``
-    CUDA records the kernels of each function that ``bound`` gives, and launches them as one. Raises
+    ``tf32`` lets CUDA and TensorRT round to 10 bits of mantissa, faster and outside of the parity of fp32. With
+    ``cuda_graph`` CUDA records the kernels of each function that ``bound`` gives, and launches them as one. Raises
     ``ArtifactError`` for a file that is not an artifact.
     """
 
@@ -173,6 +174,10 @@ class Session:
     def _open_gpu(
         self, data: bytes, provider: Literal["cuda", "tensorrt"], tf32: bool, cuda_graph: bool
     ) -> ort.InferenceSession:
+        if provider == "tensorrt" and not tf32:
+            # TensorRT rounds so by default, and its provider has no option for it. NVIDIA's libraries read this when
+            # they are loaded: a session on CUDA that came before, or that wants TF32 afterwards, does not get its own.
+            os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
         with _quiet() as said:
             try:
                 need_cuda()

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from serve import api, limits
 from serve.api import build
-from serve.decode import decode
+from serve.decode import decode, turns
 from serve.engine import DeadlineExceeded, Engine, QueueFull
 from serve.limits import Limits
 from serve.metrics import Metrics
@@ -81,13 +81,15 @@ def test_several_images_are_answered_in_their_order(http: httpx.Client, path: Pa
         ({"content": b"hello"}, 415, "image_format", "not a PNG, JPEG, WebP, GIF or BMP image"),
         ({"json": {"image": "x"}}, 415, "image_format", "not a PNG"),
         ({"files": [("a", PNG), ("b", b"hello")]}, 415, "image_format", "image 2 is not a PNG"),
-        ({"files": [("a", PNG)] * 65}, 400, "request", "Too many files"),
+        ({"files": [("a", PNG)] * 65}, 413, "too_large", "at most 64 images are taken at once"),
+        ({"data": {str(i): "b" for i in range(65)}, "files": {"a": PNG}}, 400, "request", "Too many fields"),
         ({"data": {"a": "b"}, "files": {}}, 415, "image_format", "not a PNG"),
         ({"files": {"a": (None, "b")}}, 400, "request", "the form holds no file"),
         ({"content": b"--", "headers": {"content-type": "multipart/form-data"}}, 400, "request", "boundary"),
         ({"content": PNG, "params": {"top_k": 0}}, 422, "parameters", "top_k"),
         ({"content": PNG, "params": {"top_k": "many"}}, 422, "parameters", "top_k"),
         ({"content": PNG, "params": {"model": "none"}}, 422, "parameters", "'student' or 'copy'"),
+        ({"content": PNG, "params": {"topk": 2}}, 422, "parameters", "topk: "),
     ],
 )
 def test_what_is_wrong_is_said_in_json(
@@ -105,6 +107,7 @@ def test_other_methods_and_paths(http: httpx.Client) -> None:
     answer = http.get("v1/predict")
     assert (answer.status_code, answer.headers["allow"], answer.json()["error"]) == (405, "POST", "method")
     assert http.delete("v1/model").status_code == 405
+    assert http.get("v1/model", params={"name": "copy"}).json()["error"] == "parameters"
     for nowhere in (http.get("v1/nothing"), http.post("v1/predict/", content=PNG)):
         assert (nowhere.status_code, nowhere.json()["error"]) == (404, "not_found")
 
@@ -121,6 +124,10 @@ def test_the_model_says_what_it_is(http: httpx.Client) -> None:
 def test_health(http: httpx.Client) -> None:
     assert http.get("healthz").json() == {"status": "ok"}
     assert http.get("readyz").json() == {"status": "ok"}
+    for path in ("healthz", "readyz", "metrics"):
+        answer = http.head(path)  # as some load balancers ask
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert http.post(path).headers["allow"] == "GET, HEAD"
 
 
 def test_metrics_count_what_happens(http: httpx.Client) -> None:
@@ -149,6 +156,8 @@ def test_docs_describe_the_api(http: httpx.Client) -> None:
     assert "openapi.json" in http.get("docs").text
     paths = http.get("openapi.json").json()["paths"]
     assert paths.keys() == {"/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics"}
+    assert paths["/healthz"].keys() == {"get"}
+    assert {item["name"] for item in paths["/v1/predict"]["post"]["parameters"]} == {"model", "top_k"}
 
 
 def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +170,7 @@ def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: py
         return [(a.status_code, a.json().get("error"), a.headers.get("retry-after")) for a in answers]
 
     with Engine({"student": path}, "cpu", max_queue=2) as engine:
-        app, hasty = build(engine, deadline=10), build(engine, deadline=0.3)
+        app, hasty = build(engine, deadline=10, turns=turns()), build(engine, deadline=0.3, turns=turns())
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
         with monkeypatch.context() as patch:
             patch.setattr(Session, "run", lambda *_: held.wait(30))
@@ -197,7 +206,7 @@ def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(api, "available_cores", lambda: 2)
     monkeypatch.setattr(api, "decode", slow)
     with Engine({"student": path}, "cpu", max_queue=8) as engine:
-        classifier = api.Classifier(engine, 0.5)
+        classifier = api.Classifier(engine, 0.5, turns())
         asyncio.run(ask(classifier))
         classifier.close()
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from serve import decode as module
 from serve.decode import MAX_PARTS, MAX_PIXELS, decode, read_image
 from toolkit.errors import ImageError, ImageFormatError, ImageSizeError
 
@@ -248,6 +249,29 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_its_pixels() -> None:
     with pytest.raises(ImageError, match="more than 200 scans"):  # so many that nobody counts them
         decode(good[:-2] + b"\xff\xe1\x00\x02" * 10_000 + scans + good[-2:])
     assert np.array_equal(decode(good + scans), decode(good))  # a film behind the picture, as phones put it there
+
+
+def test_a_large_jpeg_has_fewer_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes over all pixels; what a progressive JPEG usually has is always allowed."""
+    good = _encode(_picture(), "JPEG", progressive=True)
+    monkeypatch.setattr(module, "MAX_SCANNED", 12 * 12 * 8)
+    assert np.array_equal(decode(good), np.asarray(Image.open(io.BytesIO(good))))
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x55"
+    with pytest.raises(ImageError, match="broken: it has more than 12 scans"):
+        decode(good[:-2] + 12 * scan + good[-2:])
+    assert module.MAX_SCANS * 1_000_000 <= 12 * MAX_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("cores", "gigabytes", "processes", "expected"), [(4, 64, 1, 8), (4, 3.9, 1, 3), (4, 64, 2, 4), (4, 0.5, 4, 1)]
+)
+def test_as_many_pictures_are_decoded_at_once_as_the_machine_bears(
+    cores: int, gigabytes: float, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(module, "total_memory", lambda: int(gigabytes * 2**30))
+    turns = module.turns(processes)
+    assert [turns.acquire(blocking=False) for _ in range(expected + 1)] == [True] * expected + [False]
 
 
 @pytest.mark.parametrize(

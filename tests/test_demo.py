@@ -9,6 +9,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import BoundedSemaphore
 from types import SimpleNamespace
 
 import httpx
@@ -51,6 +52,11 @@ def _call(http: httpx.Client, function: str, *data: object) -> str:
     assert answer.status_code == 200, answer.text
     (html,) = answer.json()["data"]
     return str(html)
+
+
+def _number(http: httpx.Client, function: str) -> int:
+    (found,) = (item["id"] for item in http.get("config").json()["dependencies"] if item["api_name"] == function)
+    return int(found)
 
 
 def test_a_picture_gets_the_answer_of_the_session(http: httpx.Client, path: Path) -> None:
@@ -137,6 +143,15 @@ def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -
         assert "not a picture and its settings" in odd_call.text, data  # and no traceback in the log
     odd_call = http.post("gradio_api/run/classify", json={"data": [_file(upload + "\0"), "student", "", 60]})
     assert "Only an uploaded picture is read" in odd_call.text
+    deep: list[object] = []
+    for _ in range(900):
+        deep = [deep]
+    assert http.post("gradio_api/run/classify", json={"data": deep}).status_code == 500
+    for function, body in (("nope", {"data": []}), ("predict", {"data": [], "fn_index": 99})):
+        refused = http.post(f"gradio_api/run/{function}", json=body)
+        assert (refused.status_code, refused.json()["error"]) == (404, "not_found")
+    by_number = {"data": [picture, "student", "", 60], "fn_index": _number(http, "classify"), "session_hash": "x"}
+    assert http.post("gradio_api/run/predict", json=by_number).status_code == 200  # as the page itself asks
     nameless = json.dumps({"data": [[{**picture, "orig_name": "\ud800"}], "student", "", 60]})  # half a character
     assert http.post("gradio_api/run/several", content=nameless, headers=JSON).status_code == 200
     gone = str(Path(upload).with_name("gone.png"))
@@ -177,7 +192,7 @@ def test_names_of_uploads_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_is_decoded_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "read_image", lambda *_: pytest.fail("decoded"))
     with pytest.raises(DeadlineExceeded, match="too many pictures wait"):
-        demo._Answers(None, 10)._read("cat.png", time.monotonic() - 1)
+        demo._Answers(None, 10, BoundedSemaphore())._read("cat.png", time.monotonic() - 1)
 
 
 def test_the_page_says_what_the_models_are(http: httpx.Client) -> None:

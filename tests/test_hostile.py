@@ -2,11 +2,13 @@
 
 import asyncio
 import io
+import re
 import socket
 import struct
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 import httpx
 import numpy as np
@@ -172,10 +174,15 @@ def test_many_uploads_at_once_do_not_fill_the_memory(server: Served, http: httpx
             client.close()
 
 
+KEPT = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
 def test_slow_clients_are_let_go(server: Served, http: httpx.Client) -> None:
     """A header now and then, a body that never comes, or nothing at all; others are served meanwhile."""
+    before = _refused(http, "request_timeout")
     starts = [
         b"",
+        KEPT,
         b"GET /healthz HTTP/1.1\r\n",
         b"POST /v1/predict HTTP/1.1\r\ncontent-length: 1000\r\n\r\nabc",
         b"POST /v1/predict?top_k=1 HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n",
@@ -186,7 +193,13 @@ def test_slow_clients_are_let_go(server: Served, http: httpx.Client) -> None:
         client.settimeout(0.05)
         client.sendall(start)
         clients.append(client)
-    trickling = clients[1]
+    clients[1].settimeout(5)
+    answered = b""
+    while b'"ok"' not in answered:
+        answered += clients[1].recv(4096)
+    clients[1].sendall(b"\r\n")
+    clients[1].settimeout(0.05)
+    trickling = clients[2]
     told: list[bytes] = []
     end = time.monotonic() + 15
     while clients and time.monotonic() < end:
@@ -207,6 +220,25 @@ def test_slow_clients_are_let_go(server: Served, http: httpx.Client) -> None:
     assert not clients
     assert len(told) == len(starts)
     assert all(answer.startswith(b"HTTP/1.1 408 ") and b'"request_timeout"' in answer for answer in told)
+    assert _refused(http, "request_timeout") == before + len(starts)
+
+
+def test_a_client_that_does_not_read_is_let_go(server: Served, http: httpx.Client) -> None:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", httpx.URL(server.url).port))
+        client.sendall(2000 * b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n")
+        end = time.monotonic() + 15
+        with suppress(ConnectionError):
+            while True:
+                client.sendall(b"\r\n")
+                assert time.monotonic() < end
+                time.sleep(0.1)
+
+
+def _refused(http: httpx.Client, reason: str) -> float:
+    counted = re.search(rf'toolkit_rejects_total{{reason="{reason}"}} (\S+)', http.get("metrics").text)
+    return float(counted[1]) if counted else 0.0
 
 
 CHUNKED = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"

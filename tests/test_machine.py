@@ -1,6 +1,9 @@
-"""Cores that a process may use."""
+"""Cores that a process may use, and the memory that it gives back."""
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,26 @@ def test_available_cores_heeds_the_quota(
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert available_cores(tmp_path) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="only glibc keeps memory")
+def test_freed_memory_is_handed_back() -> None:
+    """That of eight blocks as Pillow takes them, each with a small one above it that stays."""
+    code = """
+from toolkit.machine import hand_back_freed_memory
+def held():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) // 1024
+def grown():
+    before, kept = held(), []
+    for _ in range(2):  # by default glibc learns from the first blocks
+        large = []
+        for _ in range(8):
+            large.append(bytearray(b"x") * 2**24)
+            kept.append(bytearray(b"x") * 2**16)
+        del large
+    return held() - before
+hand_back_freed_memory()
+print(grown())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32

@@ -3,23 +3,29 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import onnx
 import pytest
+import uvicorn
 from conftest import Toolkit
 from served import Served, encoded, serving, wait_until_ready
 from small_net import small_artifact
 
 from serve import server as server_module
+from serve.session import NoCudaError
 
 GOOD = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
@@ -79,29 +85,35 @@ def _wait(for_: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+def _address(server: Served) -> tuple[str, int | None]:
+    return "127.0.0.1", httpx.URL(server.url).port
+
+
+def _refuses(server: Served) -> bool:
+    with suppress(OSError):
+        socket.create_connection(_address(server)).close()
+        return False
+    return True
+
+
 def test_what_was_asked_before_the_end_is_answered(path: Path, tmp_path: Path) -> None:
     held = tmp_path / "held"
-    with serving(path, patch=HOLD.format(path=str(held))) as server, ThreadPoolExecutor() as pool:
-        address = ("127.0.0.1", httpx.URL(server.url).port)
-
-        def refused() -> bool:
-            with suppress(OSError):
-                socket.create_connection(address).close()
-                return False
-            return True
-
-        with socket.create_connection(address) as slow:  # one request, and half of the next
-            slow.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert slow.recv(4096).startswith(b"HTTP/1.1 200 ")
-            slow.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\nx-mo")
-            held.touch()
-            asked = pool.submit(httpx.post, f"{server.url}v1/predict", content=GOOD, timeout=30)
-            _wait((tmp_path / "entered").exists)
-            server.process.send_signal(signal.SIGTERM)
-            _wait(refused)
-            held.unlink()
-            assert asked.result(30).status_code == 200
-            assert server.process.wait(20) == 0
+    with (
+        serving(path, patch=HOLD.format(path=str(held))) as server,
+        ThreadPoolExecutor() as pool,
+        socket.create_connection(_address(server)) as slow,
+    ):
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")  # one request, and half of the next
+        assert slow.recv(4096).startswith(b"HTTP/1.1 200 ")
+        slow.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\nx-mo")
+        held.touch()
+        asked = pool.submit(httpx.post, f"{server.url}v1/predict", content=GOOD, timeout=30)
+        _wait((tmp_path / "entered").exists)
+        server.process.send_signal(signal.SIGTERM)
+        _wait(lambda: _refuses(server))
+        held.unlink()
+        assert asked.result(30).status_code == 200
+        assert server.process.wait(20) == 0
 
 
 def test_a_signal_during_the_start_ends_it(path: Path) -> None:
@@ -160,7 +172,7 @@ def _workers(server: Served) -> list[int]:
 def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("a key\n")
-    with serving(path, "--workers", 2, "--grace", 1, "--api-key-file", key) as server:
+    with serving(path, "--workers", 2, "--grace", 3, "--api-key-file", key) as server:
         for credentials in ({}, {"headers": {"authorization": "Bearer another"}}, {"auth": ("x", "another")}):
             with server.client(**credentials) as http:
                 for closed in ("v1/predict", "v1/model", "metrics", "docs", "", "gradio_api/upload"):
@@ -186,15 +198,83 @@ def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
         with server.client(headers={"authorization": "Bearer a key"}) as http:
             assert http.post("v1/predict", content=GOOD).status_code == 200
             assert 'toolkit_batch_images_sum{artifact="student"} 11.0' in http.get("metrics").text
-        late = socket.create_connection(("127.0.0.1", httpx.URL(server.url).port))
+        late = socket.create_connection(_address(server))
         late.sendall(b"POST /v1/predict HTTP/1.1\r\nauthorization: Bearer a key\r\ncontent-length: 9\r\n\r\nabc")
         time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        _wait(lambda: _refuses(server))
+        assert server.process.poll() is None  # and nobody waits for an answer that cannot come
     with late:  # its grace was over before its body was there
         assert late.recv(4096).startswith(b"HTTP/1.1 503 ")
     assert not Path(upload).exists()
 
 
-def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path) -> None:
+class _Worker:
+    """A process of uvicorn's, as its supervisor sees it."""
+
+    pid = 1
+
+    def __init__(self, *_: object) -> None:
+        self.exitcode: int | None = None
+        self.process = SimpleNamespace(is_alive=lambda: self.exitcode is None)
+        self.parent_conn = SimpleNamespace(send=lambda _: None, poll=lambda: False)
+
+    def nothing(self) -> None:
+        pass
+
+    start = kill = join = terminate = nothing
+
+
+def test_a_worker_that_cannot_start_ends_all_only_before_one_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uvicorn.supervisors.multiprocess.SIGNALS", {})
+    monkeypatch.setattr(server_module, "Process", _Worker)
+    monkeypatch.setattr(server_module.metrics, "forget", lambda pid: None)
+    for up in (False, True):
+        monkeypatch.setattr(server_module, "PAUSE", 10.0)
+        monkeypatch.setattr(server_module, "SILENCE", 60)
+        told: list[str] = []
+        taken, tell = Pipe(duplex=False)
+        config = uvicorn.Config("none", workers=2)
+        with taken, tell, socket.socket() as listener:
+            supervisor = server_module._Supervisor(config, listener, taken, told.append)
+            supervisor.processes = first, second = [_Worker(), _Worker()]
+            supervisor.keep_subprocess_alive()
+            if up:
+                tell.send("CPU")
+                tell.send("CPU")
+                supervisor.keep_subprocess_alive()
+            second.exitcode = server_module.STARTUP_FAILURE  # say as its artifact is junk by now
+            supervisor.keep_subprocess_alive()
+            assert told == ["CPU"] * up
+            assert supervisor.failed == supervisor.should_exit.is_set() == (not up)
+            assert supervisor.processes == [first, second]  # tried again in a while
+            monkeypatch.setattr(server_module, "PAUSE", 0.0)
+            supervisor.keep_subprocess_alive()
+            assert (supervisor.processes[1] is second) == (not up)
+            monkeypatch.setattr(server_module, "SILENCE", 0.0)  # it lives, and says nothing
+            supervisor.keep_subprocess_alive()
+            assert (supervisor.processes[0] is first) == (not up)
+            supervisor.terminate_all()
+            assert listener.fileno() == -1
+
+
+def test_workers_that_cannot_start(path: Path, tmp_path: Path) -> None:
+    proto = onnx.load(path)
+    proto.graph.node[3].op_type = "NoSuchOperator"
+    (tmp_path / "bad.onnx").write_bytes(proto.SerializeToString())
+    start = "from toolkit.cli import main; main()"
+    command = [sys.executable, "-c", start, "serve", tmp_path / "bad.onnx", "--port", "0", "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ONNX Runtime cannot run" in done.stderr
+    assert done.stderr.endswith("error: a worker could not start\n")
+
+
+def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_cuda() -> None:
+        raise NoCudaError("none")
+
+    monkeypatch.setattr("serve.session.need_cuda", no_cuda)
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "junk.onnx").write_text("junk")
     for arguments, message in (
@@ -202,6 +282,7 @@ def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path) -> 
         ([path, "--api-key-file", tmp_path / "empty"], "holds no key"),
         ([path, path], "two artifacts have the name 'student'"),
         ([tmp_path / "junk.onnx", "--workers", 2], "is not an ONNX file"),
+        ([path, "--provider", "cuda", "--workers", 2], "the provider cuda cannot be had: none"),
         ([path, "--host", "no.such.host.invalid"], "cannot serve on no.such.host.invalid, port 7860"),
     ):
         result = toolkit("serve", "--provider", "cpu", *arguments)

@@ -124,6 +124,22 @@ def test_cuda_without_a_driver_is_an_error_and_auto_says_what_it_took(
     assert capfd.readouterr() == ("", "")
 
 
+def test_tensorrt_does_not_round_unasked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its provider cannot be told; the variable must be there before NVIDIA's libraries are."""
+    seen: list[str | None] = []
+
+    def no_cuda() -> None:
+        seen.append(os.environ.get("NVIDIA_TF32_OVERRIDE"))
+        raise module.NoCudaError("none")
+
+    monkeypatch.setattr(module, "need_cuda", no_cuda)
+    for provider, tf32 in (("cuda", False), ("tensorrt", True), ("tensorrt", False)):
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+        with pytest.raises(DeviceError, match=f"the provider {provider} cannot be had: none"):
+            Session(path, provider, tf32=tf32)
+    assert seen == ["1", "1", "0"]
+
+
 def test_eight_bits_that_this_cpu_adds_up_wrongly_are_told(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 ARM = ("arm64", "aarch64")
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_* of malloc.h
 
 
 def available_cores(cgroup: Path = CGROUP) -> int:
@@ -52,12 +53,24 @@ def keep_freed_memory() -> None:
     By default it hands them back to the system, and every step then pays for zeroing fresh pages. Elsewhere
     than on glibc nothing happens.
     """
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold, never = -1, -3, 2**31 - 1  # M_* of malloc.h
-        largest = 2**25  # that older versions take; a refusal would leave a threshold of some 128 KiB
-        libc.mallopt(mmap_threshold, never) or libc.mallopt(mmap_threshold, largest)
-        libc.mallopt(trim_threshold, never)
+    never, largest = 2**31 - 1, 2**25  # older versions take no more; a refusal would leave some 128 KiB
+    _mallopt(MMAP_THRESHOLD, never) or _mallopt(MMAP_THRESHOLD, largest)
+    _mallopt(TRIM_THRESHOLD, never)
+
+
+def hand_back_freed_memory() -> None:
+    """Let glibc hand back large blocks as soon as they are free, for a process that decodes pictures now and then.
+
+    By default the first large block that is freed makes glibc keep the next ones of its size, and each thread's
+    share of them stays with the process. Elsewhere than on glibc nothing happens.
+    """
+    _mallopt(MMAP_THRESHOLD, 4 * 2**20)  # Pillow takes 16 MB at a time
+
+
+def _mallopt(parameter: int, value: int) -> bool:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the last on Windows
+        return bool(ctypes.CDLL(None).mallopt(parameter, value))
+    return False
 
 
 def peak_memory() -> int:
