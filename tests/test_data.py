@@ -635,6 +635,14 @@ def test_class_too_small_to_split(tmp_path: Path) -> None:
         load_data(f"folder:{tmp_path / 'more'}")
 
 
+def test_val_leaves_images_of_each_class(photos: Path) -> None:
+    fill(photos / "train" / "elk", 2, 60)
+    fill(photos / "test" / "elk", 1, 60)
+    assert len(load_data(f"folder:{photos}", val_size=0.5).train) == 13
+    with pytest.raises(DataError, match="no images of elk in the rest, where 23 of 26 images are split off: hold out"):
+        load_data(f"folder:{photos}", val_size=23)
+
+
 def test_broken_images_are_named_and_counted_or_left_out(photos: Path) -> None:
     for i in range(6):
         path = photos / "train" / "cat" / f"{i:03}.{FORMATS[i]}"

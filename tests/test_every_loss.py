@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from toolkit import losses
 from toolkit.errors import RecipeError
@@ -209,6 +210,22 @@ def test_what_teaches_nothing_of_two_classes_is_told_before_the_first_step(name,
         objective(2)
 
 
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [("dist", "beta", "gamma"), ("dkd", "alpha", "beta"), ("relational_kd", "distance", "angle")],
+)
+def test_a_method_without_a_term_is_refused(name, one, other):
+    tree = {"student": {"name": "resnet9"}, "teacher": {"name": "resnet9_wide"}}
+
+    def resolved(**settings):
+        return resolve(tree | {"loss": {"ce_weight": 0, "kd_weight": 1, "methods": {name: settings}}}, "distill")
+
+    with pytest.raises(RecipeError, match=f"loss.methods.{name}: {one} and {other} are both 0: one must be positive"):
+        resolved(**{one: 0, other: 0})
+    resolved(**{one: 0})
+    resolved(**{other: 0})
+
+
 @pytest.mark.parametrize("name", ON_FEATURES)
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_value_and_gradient_on_features(name, batch):
@@ -218,6 +235,8 @@ def test_value_and_gradient_on_features(name, batch):
 
 def test_relations_are_those_within_groups():
     against_hand("relational_kd", 7, 10, 0, group=3)
+    with pytest.raises(ValidationError, match="group"):  # of two images nothing is learnt
+        make("relational_kd", group=2)
 
 
 @pytest.mark.parametrize("name", losses.names())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -421,3 +422,49 @@ def test_a_student_goes_on_from_its_teacher(toolkit: Toolkit, chain: Chain) -> N
         torch.testing.assert_close(ended[name], begun[name])
     alone = stages.without_teacher(stages.Run(Path("run")).recipe)
     assert alone.start_from is None
+
+
+# --- names of classes in a file's metadata -------------------------------------------------------------------
+
+TWELVE = [f"class {chr(97 + i)}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("{2: 'blue', 0: 'red', 1: 'green'}", ["red", "green", "blue"]),
+        (json.dumps({str(i): TWELVE[i] for i in range(12)}, sort_keys=True), TWELVE),  # "10" stands before "2"
+        ('{"green": 1, "blue": 2, "red": 0}', ["red", "green", "blue"]),
+        ('{"0": 0, "1": 1}', ["0", "1"]),
+        ("{0: 10, 1: 20}", ["10", "20"]),
+        (" red, green,blue ", ["red", "green", "blue"]),
+        ("tench, Tinca tinca\ngoldfish\n", ["tench, Tinca tinca", "goldfish"]),
+    ],
+)
+def test_class_names_come_in_the_order_of_the_outputs(tmp_path: Path, said: str, names: list[str]) -> None:
+    path = colour_net(tmp_path / "t.onnx", tuple(names), names=said)
+    assert external.load(Teacher(name=str(path)), None, "cpu", True)[1] == names
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "red,green",
+        "{1: 'red', 2: 'green', 3: 'blue'}",
+        '{"0": 1, "1": 2, "2": 0}',  # either could be the number
+        "{'red': 0, 'green': 0, 'blue': 1}",
+        "[{'name': 'red'}, {'name': 'green'}, {'name': 'blue'}]",
+        "3",
+    ],
+)
+def test_class_names_that_are_not_understood_are_refused(coloured: Path, tmp_path: Path, said: str) -> None:
+    path, file = colour_net(tmp_path / "t.onnx", labels=said), tmp_path / "classes.yaml"
+    with pytest.raises(TeacherError) as error:
+        external.load(Teacher(name=str(path)), None, "cpu", True)
+    assert str(error.value) == (
+        f"the class names in {path} are not understood (labels = {external._read(said)}): name its 3 outputs by "
+        "--teacher-classes FILE"
+    )
+    file.write_text(yaml.safe_dump(list(COLOURS)))
+    assert top1(loaded(path, classes=file), coloured) == 1
+    assert top1(loaded(colour_net(path, labels=said, names=str(list(COLOURS)))), coloured) == 1

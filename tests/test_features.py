@@ -9,6 +9,7 @@ import torch
 from conftest import Chain, Toolkit
 from test_bad_input import refused
 from test_engine import TREE, parts
+from test_external import colour_net, loaded
 
 from toolkit import data as datasets
 from toolkit import engine, learner
@@ -113,6 +114,19 @@ def test_layers_that_do_not_fit_are_told_with_those_that_do(layers, words):
     assert len(str(caught.value)) < 700
 
 
+def test_layers_within_an_onnx_file_are_told_not_to_be_there(tmp_path):
+    student, _ = nets()
+    teacher = loaded(colour_net(tmp_path / "t.onnx"))
+    layers = [["network.head", "network.layer4"]]
+    tree = TREE | {"teacher": TEACHER, "loss": {"kd_weight": 1, "methods": {"relational_kd": {"layers": layers}}}}
+    with pytest.raises(RecipeError) as caught:
+        Objective(resolve(tree, "distill"), student, teacher)
+    assert str(caught.value) == (
+        "loss.methods.relational_kd.layers: the teacher has no module 'network.layer4' that puts out a tensor. An ONNX "
+        "file gives logits alone: network [3]"
+    )
+
+
 def test_any_output_will_do_where_images_are_related():
     student, teacher = nets()
     layers = [["network.head", "network.norm"]]
@@ -163,6 +177,7 @@ def test_losses_that_are_none(loss, message):
             r"attention_transfer needs the teacher's features, cached_epochs \(=3\) keeps its logits",
         ),
         ({"teacher": TEACHER | {"also": ["runs/other"]}}, "attention_transfer needs .* an ensemble that gives logits"),
+        ({"teacher": {"name": "a.onnx"}}, "attention_transfer needs .* an ONNX file gives logits alone"),
         ({"teacher": TEACHER | {"views": "flip"}}, r"attention_transfer needs .* teacher.views \(=flip\) averages its"),
     ],
 )

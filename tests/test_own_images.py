@@ -59,6 +59,8 @@ LAYOUTS = {
     "parts within the classes": "{name}/{part}/{i}.png",
     "folders below the classes": "{part}/{name}/2024/may/{i}.png",
     "unpacked into a folder": "photos/photos-v2/{part}/{name}/{i}.png",
+    "unpacked twice": "{odd}/{odd}/{name}/{i}.png",
+    "a word among others": "seg_{part}/seg_{part}/{name}/{i}.png",
 }
 
 
@@ -73,6 +75,63 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
     assert data.classes == ("cat", "dog")
     assert data.val is not None
     assert [part.labels.bincount().tolist() for part in (data.train, data.val, data.test)] == [[4, 4], [2, 2], [3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("places", "parts"),
+    [
+        (["train_1/cat", "train_2/dog", "eval/cat", "eval/dog"], {"train": 2, "test": 2}),
+        (["train/cat", "train/dog", "eval/cat", "eval/dog", "test/cat", "test/dog"], {"train": 2, "val": 2, "test": 2}),
+        (["training/cat", "training/dog", "validation/cat", "validation/dog", "evaluation/cat", "evaluation/dog"],
+         {"train": 2, "val": 2, "test": 2}),
+        (["my_train/cat", "my_train/dog", "test/cat", "test/dog", "my_pred/my_pred"], {"train": 2, "test": 2}),
+        (["train_1/cat/2024", "train_2/dog/2024", "test/cat", "test/dog"], {"train": 2, "test": 2}),
+        (["train/data/cat", "train/data/dog", "test/data/cat", "test/data/dog"], {"train": 2, "test": 2}),
+    ],
+)  # fmt: skip
+def test_parts_in_other_words(tmp_path: Path, places: list[str], parts: dict[str, int]) -> None:
+    for place in places:
+        draw(tmp_path / place / "0.png")
+    listing = folders.find(tmp_path)
+    assert listing.classes == ("cat", "dog")
+    assert {part: len(files) for part, files in listing.files.items()} == parts
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["bullet_train", "test_tube", "car"],
+        ["bullet_train", "steam_train"],
+        ["bullet_train/side", "bullet_train/front", "car/side", "car/front"],
+        ["test_tube/side", "test_tube/front", "flask"],
+    ],
+)
+def test_a_part_s_word_in_the_name_of_a_class(tmp_path: Path, classes: list[str]) -> None:
+    for name in classes:
+        draw(tmp_path / name / "0.png")
+    listing = folders.find(tmp_path)
+    assert listing.classes == tuple(sorted({name.partition("/")[0] for name in classes}))
+    assert (list(listing.files), len(listing.files["train"])) == (["train"], len(classes))
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        (["Trainingsdaten/cat", "Trainingsdaten/dog", "Testdaten/cat", "Testdaten/dog"], "Testdaten, Trainingsdaten"),
+        (["train", "test"], "test, train"),  # without folders in them
+        (["my_train/cat", "my_train/dog", "my_test/elk"], "my_test, my_train"),
+        (["a_train/cat", "a_train/dog", "a_test/cat", "a_test/dog", "more/cat", "more/dog"], "a_test, a_train, more"),
+    ],
+)
+def test_parts_are_no_classes(tmp_path: Path, places: list[str], named: str) -> None:
+    for place in places:
+        draw(tmp_path / place / "0.png")
+    with pytest.raises(DataError) as error:
+        folders.find(tmp_path)
+    assert str(error.value) == (
+        f"the folders in {tmp_path} look like parts, not classes: {named}; name them train and test (and val), with a "
+        "folder for each class in them"
+    )
 
 
 def test_a_kind_of_vehicle_is_no_part(tmp_path: Path) -> None:
@@ -446,6 +505,22 @@ def test_data_check_names_what_training_would_stop_at(tmp_path: Path, toolkit: T
     for path in (tmp_path / "whole").rglob("*.png"):
         path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     assert "broken    8" in toolkit("data", "check", tmp_path / "whole").stdout
+
+
+def test_data_check_names_folders_that_may_be_the_classes(tmp_path: Path) -> None:
+    for place in ("site_a", "site_b"):
+        for name in ("good", "bad"):
+            for i in range(6):
+                draw(tmp_path / "sites" / place / name / f"{i}.png")
+    assert data_check.check(tmp_path / "sites").problems == [
+        "each of the 2 class folders holds the same folders (bad, good): if these are the classes, move them up, or "
+        "name their images in a table"
+    ]
+    for name in ("cat", "dog"):
+        for part in ("train", "test"):
+            for i in range(2):
+                draw(tmp_path / "within" / name / part / f"{i}.png")
+    assert data_check.check(tmp_path / "within").problems == []
 
 
 def test_data_check_suggests_what_can_be_loaded(tmp_path: Path, toolkit: Toolkit) -> None:

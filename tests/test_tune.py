@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import Toolkit
 from PIL import Image
+from test_external import colour_net
 
 from toolkit import stages, tune, tune_report
 from toolkit.catalogue import build, parameter_count
@@ -220,6 +221,30 @@ def test_a_trials_values_depend_on_seed_and_number_alone(tmp_path: Path) -> None
     assert [t.values for t in few.trials] != [t.values for t in other.trials]
 
 
+def test_no_values_come_twice_by_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"optimizer.lr": {"choices": [0.1, 0.2]}, "student.widths": WIDE["student.widths"]}
+    some, whole = (prepared(tmp_path, plan(tiny(fields=fields), trials=n)) for n in (4, 6))
+    assert len({str(trial.values) for trial in whole.trials}) == 6
+    assert [trial.values for trial in some.trials] == [trial.values for trial in whole.trials[:4]]
+    assert not capsys.readouterr().err
+    more = prepared(tmp_path, plan(tiny(fields=fields), trials=9))
+    assert (len(more.trials), more.total) == (6, 6)
+    assert "the search has 6 trials, not 9: 1,000 more draws brought no values" in capsys.readouterr().err
+    while more.next() is not None:
+        pass
+
+
+def test_a_grid_is_counted_before_it_is_built(tmp_path: Path) -> None:
+    fields = {path: {"range": [0.1, 0.9], "points": 500} for path in ("optimizer.lr", "optimizer.momentum")}
+    with pytest.raises(
+        SearchError, match=r"has 250,000 points \(500 optimizer.lr x 500 optimizer.momentum\), more than"
+    ):
+        prepared(tmp_path, plan(tiny(fields=fields), "grid"))
+    fields["optimizer.lr"]["points"] = 10**9
+    with pytest.raises(SpaceError, match=r"fields\.optimizer\.lr\.points = 1000000000"):
+        plan(tiny(fields=fields), "grid")
+
+
 def test_constraints_that_nothing_meets(tmp_path: Path) -> None:
     tree = tiny(fields={"student.widths": WIDE["student.widths"]}, constraints={"parameters": "< 1000"})
     smallest = measure(resolve("digits", "distill", {"student.widths": [8, 8, 8]}), 10).parameters
@@ -370,6 +395,25 @@ def test_a_search_goes_on_with_its_own_teacher_and_refuses_another(nowhere: Path
     named = [{}, {"checkpoint": "one"}, {"checkpoint": "two"}, {"classes": "others.yaml"}, {"also": also}]
     assert len({tune.default_output(learning(**teacher)) for teacher in named}) == len(named)
     assert tune.default_output(learning(checkpoint="one")) == tune.default_output(learning(checkpoint=weights))
+
+
+def test_images_without_labels_get_the_teacher_s(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a search begins: here it goes on until there is no cluster."""
+    random = np.random.default_rng(0)
+    for i in range(30):
+        Path("loose").mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20, 20, 3), np.uint8)).save(f"loose/{i}.png")
+    colour_net(Path("t.onnx"))
+    given = {"data.dataset": "folder:loose", "data.unlabelled": True, "loss.ce_weight": 0, "loss.kd_weight": 1,
+             "teacher.name": "t.onnx"}  # fmt: skip
+    monkeypatch.setattr(tune, "_ray", lambda address: None)
+    tree = tiny(recipe="own-images", set={"device": "cpu"}, fields={"optimizer.lr": {"range": [0.1, 0.5]}})
+    with pytest.raises(SearchError, match="no Ray cluster answers there"):
+        tune.tune(plan(tree, trials=2, **given), Path("out"), tune.Resources(address="127.0.0.1:1"))
+    for path in ("teacher.name", "data.unlabelled"):
+        others = {key: value for key, value in given.items() if key != path}
+        with pytest.raises(SpaceError, match=f"{path}: decides what a trial is measured on"):
+            plan(tiny(recipe="own-images", fields={path: {"choices": [given[path]]}}, set={}), **others)
 
 
 def test_a_grid_is_judged_by_one_of_its_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -342,7 +342,7 @@ def _hold_out(
 ) -> tuple[Split, Split]:
     """Split ``count`` images off, each class in proportion. Both parts keep the order of the whole.
 
-    Where groups stay together a rare class may have none among them, if ``rare_may_lack``.
+    A rare class may have none among them; where groups stay together, if ``rare_may_lack``.
     """
     per_class = torch.bincount(whole.labels, minlength=len(classes))
     if per_class.min() < 2 or not len(classes) <= count <= len(whole) - len(classes):
@@ -352,16 +352,18 @@ def _hold_out(
             f"and {classes[few]!r} has {int(per_class[few])} in all; add images"
         )
     if whole.groups is None or len(np.unique(whole.groups)) == len(whole):
-        held = stratified(whole.labels.numpy(), count, seed)
+        held, rare_may_lack = stratified(whole.labels.numpy(), count, seed), True
+        why = ": hold out fewer, or add images"
     else:
         held = stratified_groups(whole.labels.numpy(), whole.groups, count, seed)
-        for side, kept in (("the rest", ~held), ("what is held out", held)):
-            missing = _missing(whole.labels[torch.from_numpy(kept)], classes)
-            if missing and not (rare_may_lack and kept is held and held.any()):
-                raise DataError(
-                    f"no images of {listed(missing)} in {side}, where {count} of {len(whole)} images are split off and "
-                    f"groups stay together: these are {len(np.unique(whole.groups))} groups, too few or too large"
-                )
+        groups = len(np.unique(whole.groups))
+        why = f" and groups stay together: these are {groups} groups, too few or too large"
+    for side, kept in (("the rest", ~held), ("what is held out", held)):
+        missing = _missing(whole.labels[torch.from_numpy(kept)], classes)
+        if missing and not (rare_may_lack and kept is held and held.any()):
+            raise DataError(
+                f"no images of {listed(missing)} in {side}, where {count} of {len(whole)} images are split off{why}"
+            )
     first, second = (whole.select(torch.from_numpy(np.flatnonzero(part))) for part in (~held, held))
     return first, second
 

@@ -16,7 +16,18 @@ from PIL import Image
 from serve.decode import decode
 from toolkit.decoded import each, pixel_digest
 from toolkit.errors import ImageError
-from toolkit.folders import find, held_count, listed, passed_over, shares
+from toolkit.folders import (
+    Listing,
+    class_name,
+    find,
+    held_count,
+    listed,
+    part_of,
+    passed_over,
+    same_inside,
+    shares,
+    subfolders,
+)
 from toolkit.progress import told
 from toolkit.recipe import resolve
 
@@ -109,8 +120,20 @@ def check(root: Path, unlabelled: bool = False) -> Report:
         contradictions=named([(a, b) for a, b in copies if files[a][2] != files[b][2]]),
     )
     report.problems = problems(report)
+    if not unlabelled and not listing.table and (inside := folders_in_all(listing)):
+        report.problems.append(
+            f"each of the {len(listing.classes)} class folders holds the same folders ({listed(inside)}): if these are "
+            "the classes, move them up, or name their images in a table"
+        )
     suggest(report, root, sum(parts.get("train", 0) for parts in counts.values()), unlabelled)
     return report
+
+
+def folders_in_all(listing: Listing) -> list[str]:
+    """Folders, two or more, that lie in each class folder, and are neither parts nor numbers: maybe the classes."""
+    place = listing.places["train"]
+    inside = same_inside([folder for folder in subfolders(place) if class_name(folder) in listing.classes])
+    return [] if any(part_of(name) or name.isdecimal() for name in inside) else inside
 
 
 def look(path: Path, name: str) -> Look:

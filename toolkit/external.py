@@ -6,7 +6,7 @@ import ast
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,9 @@ def load(teacher: Teacher, classes: Sequence[str] | None, device: str, offline: 
     Raises ``TeacherError`` where it cannot be run, does not say what it must, or its classes do not map.
     """
     if teacher.name == "onnx":
-        network, input, theirs, digest, stated = _onnx(teacher, device)
+        network, input, told, digest, stated = _onnx(teacher, device)
     else:
-        network, input, theirs, digest, stated = _timm(teacher, classes, offline)
+        network, input, told, digest, stated = _timm(teacher, classes, offline)
     about = json.dumps([digest, input.model_dump(mode="json"), _text(teacher.classes) if teacher.classes else None])
     digest = hashlib.sha256(about.encode()).hexdigest()
     external = External(network.eval(), input, None, digest, stated).eval()
@@ -186,6 +186,7 @@ def load(teacher: Teacher, classes: Sequence[str] | None, device: str, offline: 
     except Exception as error:  # of PyTorch or ONNX Runtime, whose errors share no base class
         reason = in_line(error)
         raise TeacherError(f"{title(teacher)} does not take {external}: {reason}") from error
+    theirs = _class_names(teacher, told, count)
     names, external.columns = match_classes(title(teacher), theirs, count, classes, teacher.classes)
     return external, names
 
@@ -204,7 +205,7 @@ def titles(teacher: Teacher) -> str:
     return " and ".join(title(one) for one in (teacher, *teacher.also))
 
 
-def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, list[str] | None, str, bool]:
+def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, dict[str, Any], str, bool]:
     from export.artifact import load as load_onnx
     from export.artifact import read_bytes
 
@@ -232,15 +233,12 @@ def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, list[
     stated = bool({"scale", "mean", "std"} & given.keys())
     if inputs[0].type.tensor_type.elem_type == 2:  # uint8
         given, stated = {"scale": 255.0, **given}, True
-    names = next((_read(told[key]) for key in NAMES if key in told), None)
-    if isinstance(names, Mapping):
-        names = list(names.values())
-    theirs = [str(name) for name in names] if isinstance(names, list | tuple) else None
+    names = {key: _read(told[key]) for key in NAMES if key in told}
     network, digest = OnnxNetwork(path, layout, device), hashlib.sha256(data)
     entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
     for file in sorted({entry.value for entry in entries if entry.key == "location"}):  # weights beside the graph
         digest.update((path.parent / file).read_bytes())
-    return network, TeacherInput.model_validate(given), theirs, digest.hexdigest(), stated
+    return network, TeacherInput.model_validate(given), names, digest.hexdigest(), stated
 
 
 def _told_input(path: Path, told: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +264,7 @@ def _read(text: str) -> Any:
 
 def _timm(
     teacher: Teacher, classes: Sequence[str] | None, offline: bool
-) -> tuple[nn.Module, TeacherInput, list[str] | None, str, bool]:
+) -> tuple[nn.Module, TeacherInput, dict[str, Any], str, bool]:
     try:
         import timm
     except ImportError as error:
@@ -287,7 +285,7 @@ def _timm(
     config = timm.data.resolve_model_data_config(model)
     told = {"image_size": config["input_size"][-1], "mean": config["mean"], "std": config["std"]}
     input = TeacherInput.model_validate(told | teacher.input.model_dump(exclude_none=True))
-    return model, input, None, weights_digest(model), True
+    return model, input, {}, weights_digest(model), True
 
 
 def _with_weights(timm: Any, name: str, path: Path, arguments: dict[str, Any], classes: int) -> nn.Module:
@@ -326,6 +324,47 @@ def _with_weights(timm: Any, name: str, path: Path, arguments: dict[str, Any], c
 
 
 # --- classes -----------------------------------------------------------------------------------------------
+
+
+def _class_names(teacher: Teacher, told: Mapping[str, Any], count: int) -> list[str] | None:
+    """Names of the outputs by a file's metadata; None where these say nothing. Raises ``TeacherError``.
+
+    What is not understood does no harm where the user says it: a wrong order would make a wrong student in silence.
+    """
+    understood = (_in_order(value, count) for value in told.values())
+    names = next((found for found in understood if found is not None), None)
+    if told and names is None and teacher.classes is None:
+        said = "; ".join(f"{key} = {in_line(value, 60)}" for key, value in told.items())
+        raise TeacherError(
+            f"the class names in {title(teacher)} are not understood ({said}): name its {count} outputs by "
+            "--teacher-classes FILE"
+        )
+    return names
+
+
+def _in_order(names: Any, count: int) -> list[str] | None:
+    """The names of the outputs, from a list, a mapping between names and numbers, or a text of ``count`` names."""
+    if isinstance(names, str):
+        texts = ([name.strip() for name in names.strip().split(mark)] for mark in ("\n", ","))
+        return next((some for some in texts if len(some) == count and all(some)), None)
+    if isinstance(names, Mapping):
+        readings = [_by_number(names.items())]
+        if all(isinstance(value, int) for value in names.values()):
+            readings.append(_by_number((value, key) for key, value in names.items()))
+        orders = [order for order in readings if order is not None]
+        return orders[0] if orders and orders[0] == orders[-1] else None  # else either could be meant
+    return _as_texts(names) if isinstance(names, list | tuple) else None
+
+
+def _by_number(pairs: Iterable[tuple[Any, Any]]) -> list[str] | None:
+    """The names in the order of their numbers, where these are 0, 1, 2 and so on."""
+    pairs = list(pairs)
+    named = {int(str(number)): name for number, name in pairs if str(number).isdecimal()}
+    return _as_texts([named[i] for i in range(len(pairs))]) if named.keys() == set(range(len(pairs))) else None
+
+
+def _as_texts(names: Sequence[Any]) -> list[str] | None:
+    return [str(name) for name in names] if all(isinstance(name, str | int | float) for name in names) else None
 
 
 def match_classes(

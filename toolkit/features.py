@@ -65,8 +65,10 @@ def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> 
     for paths in method.layers:
         for whose, path, shapes in zip(("student", "teacher"), paths, (student, teacher), strict=True):
             if path not in shapes:
+                # Of all nets an ONNX file alone is a single module.
+                there = "An ONNX file gives logits alone" if len(shapes) == 1 else "It has"
                 raise RecipeError(
-                    f"{where}: the {whose} has no module {path!r} that puts out a tensor. It has: {listed(shapes)}"
+                    f"{where}: the {whose} has no module {path!r} that puts out a tensor. {there}: {listed(shapes)}"
                 )
             if method.maps and len(shapes[path]) != 3:
                 maps: Shapes = {path: shape for path, shape in shapes.items() if len(shape) == 3}
@@ -89,7 +91,9 @@ def deepest(shapes: Shapes) -> list[str]:
 
 
 def listed(shapes: Shapes) -> str:
-    return ", ".join(f"{path} {list(shape)}" for path, shape in outer(shapes).items()) + " and those within them"
+    some = outer(shapes)
+    told = ", ".join(f"{path} {list(shape)}" for path, shape in some.items())
+    return f"{told} and those within them" if len(some) < len(shapes) else told
 
 
 def same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Image files and their labels as people keep them: folders of classes, with or without parts, or a table. No torch.
 
-Parts are ``train``, ``val`` and ``test``, in any spelling (``Training``, ``valid``, ``test_set``). They lie above the
-classes or within each of them, or val and test beside the class folders; a class may have folders of its own below it.
+Parts are ``train``, ``val`` and ``test``, in any spelling (``Training``, ``valid``, ``test_set``); ``eval`` is the
+test, or val beside one. They lie above the classes (there also by names such as ``seg_train``) or within each of them,
+or val and test beside the class folders; a class may have folders of its own below it.
 A table is a CSV file with a column of paths, one of labels and, if it likes, one of parts.
 """
 
@@ -12,7 +13,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +22,11 @@ import numpy as np
 from toolkit.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp")
-PART = re.compile(r"(?:(train|training)|(val|valid|validation|dev)|(test|testing|tests))(set|split|data|images)?")
+PART = re.compile(
+    r"(?:(train|training)|(val|valid|validation|dev)|(test|testing|tests)|(eval|evaluation))(set|split|data|images)?"
+)
 PARTS = ("train", "val", "test")
+SAYS_PART = re.compile("train|val|test")  # also within a word: Trainingsdaten
 # What people call the columns of a table.
 COLUMNS = {
     "path": ("path", "file", "filename", "filepath", "image", "imagepath", "img", "name"),
@@ -73,9 +77,22 @@ def held_count(images: int, classes: int) -> int:
 
 
 def part_of(name: str) -> str | None:
-    """train, val or test, where a folder or a column's value says so."""
+    """train, val, test or eval, where a name says so and nothing else."""
     match = PART.fullmatch(re.sub(r"[^a-z]", "", name.lower()))
-    return next(part for part, found in zip(PARTS, match.groups(), strict=False) if found) if match else None
+    return next(part for part, found in zip((*PARTS, "eval"), match.groups(), strict=False) if found) if match else None
+
+
+def part_in(name: str) -> str | None:
+    """``part_of`` one of the words of a name: of ``seg_train``, but not of ``train-test``."""
+    found = {part for word in re.split(r"[\W\d_]+", name) if (part := part_of(word))}
+    return found.pop() if len(found) == 1 else part_of(name)
+
+
+def parts_of(names: Iterable[str], told: Callable[[str], str | None] = part_of) -> dict[str, str]:
+    """Name to train, val or test, for those that say it. What is called eval is the test, or val beside one."""
+    said = {name: part for name in names if (part := told(name))}
+    either = "val" if "test" in said.values() else "test"
+    return {name: either if part == "eval" else part for name, part in said.items()}
 
 
 def find(root: Path, unlabelled: bool = False) -> Listing:
@@ -101,17 +118,21 @@ def _find(root: Path, unlabelled: bool) -> Listing:
         if not files.get("train"):
             raise DataError(f"no images in {listing.places.get('train', root)}: {_instead(root)}")
         return listing
-    root = _unwrapped(root)
+    while (inside := _wrapped(root)) and not part_of(inside.name):
+        root = inside
     parts = {part: found for part, found in _parts(root).items() if part != "train" or any(map(subfolders, found))}
     if "train" not in parts:  # such a name is then a class's, beside "bus" and "car"
         if within := _parts_within(root):
             return _labelled(root, within, dict.fromkeys(within, root))
-        parts = {"train": [root]} | _parts_beside(root, parts)
+        parts = _parts_in_other_words(root) or {"train": [root]} | _parts_beside(root, parts)
     taken = {folder for found in parts.values() for folder in found}
     layout: dict[str, dict[str, list[Path]]] = {part: defaultdict(list) for part in parts}
     for part, found in parts.items():
-        for folder in (folder for one in found for folder in subfolders(one) if folder not in taken):
-            layout[part][class_name(folder)].append(folder)
+        for folder in _class_folders(found):
+            if folder not in taken:
+                layout[part][class_name(folder)].append(folder)
+    if parts["train"] == [root]:
+        _refuse_parts(root, [folder for folders in layout["train"].values() for folder in folders])
     return _labelled(root, layout, {part: found[0] for part, found in parts.items()})
 
 
@@ -209,18 +230,64 @@ def _labelled(root: Path, layout: Mapping[str, Mapping[str, Sequence[Path]]], pl
 
 def _parts(root: Path) -> dict[str, list[Path]]:
     """Part to the folders in ``root`` that are named so."""
-    found = defaultdict(list)
-    for folder in subfolders(root):
-        if part := part_of(folder.name):
-            found[part].append(folder)
+    return _by_part(subfolders(root), part_of)
+
+
+def _by_part(folders: Sequence[Path], told: Callable[[str], str | None]) -> dict[str, list[Path]]:
+    found, parts = defaultdict(list), parts_of([folder.name for folder in folders], told)
+    for folder in folders:
+        if folder.name in parts:
+            found[parts[folder.name]].append(folder)
     return {part: found[part] for part in PARTS if part in found}
+
+
+def _class_folders(part: Sequence[Path]) -> list[Path]:
+    """Those in the folders of a part; a single one may be a folder in a folder, as archives are unpacked."""
+    if len(part) > 1:
+        return [folder for one in part for folder in subfolders(one)]
+    (folder,) = part
+    while (inside := _wrapped(folder)) and part_in(inside.name) in (None, part_in(folder.name)):
+        folder = inside
+    return subfolders(folder)
+
+
+def _parts_in_other_words(root: Path) -> dict[str, list[Path]]:
+    """Folders whose names hold a part's word among others, where train and another part hold the same classes.
+
+    A class may be called ``bullet_train`` too, or ``test_tube``, and then has neighbours that are no part.
+    """
+    folders = subfolders(root)
+    parts = _by_part(folders, part_in)
+    names = {part: set(map(class_name, _class_folders(found))) for part, found in parts.items()}
+    if "train" not in parts or len(parts) < 2 or len(set.intersection(*names.values())) < 2:
+        return {}
+    given = [folder for found in parts.values() for folder in found]
+    others = {class_name(inside) for folder in folders if folder not in given for inside in subfolders(folder)}
+    return {} if others & names["train"] else parts
+
+
+def _refuse_parts(root: Path, classes: Sequence[Path]) -> None:
+    """Raise ``DataError`` where class folders are parts: by all their names, or by some and what lies in all."""
+    said = {folder: set(SAYS_PART.findall(class_name(folder).lower())) for folder in classes}
+    words = set[str]().union(*said.values())
+    if "train" in words and len(words) > 1 and (all(said.values()) or same_inside(classes)):
+        raise DataError(
+            f"the folders in {root} look like parts, not classes: {listed(list(map(class_name, classes)))}; name them "
+            "train and test (and val), with a folder for each class in them"
+        )
+
+
+def same_inside(folders: Sequence[Path]) -> list[str]:
+    """The folders, two or more, that lie in each of several folders; none where these differ."""
+    names = {tuple(class_name(inside) for inside in subfolders(folder)) for folder in folders}
+    return list(names.pop()) if len(folders) > 1 and len(names) == 1 and len(min(names)) > 1 else []
 
 
 def _parts_beside(root: Path, parts: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
     """Those of ``parts`` whose folders are named as class folders beside them, which then are for training."""
     given = [folder for found in parts.values() for folder in found]
     classes = {class_name(folder) for folder in subfolders(root) if folder not in given}
-    names = {part: {class_name(inside) for one in found for inside in subfolders(one)} for part, found in parts.items()}
+    names = {part: set(map(class_name, _class_folders(found))) for part, found in parts.items()}
     return {part: found for part, found in parts.items() if names[part] and names[part] <= classes}
 
 
@@ -247,14 +314,13 @@ def _parts_within(root: Path) -> dict[str, dict[str, list[Path]]]:
     return {part: found for part, found in layout.items() if found}
 
 
-def _unwrapped(root: Path) -> Path:
-    """The folder within the only folder, and so on, as archives are unpacked: until there are several, or images."""
-    inside = subfolders(root)
-    if len(inside) != 1 or not subfolders(inside[0]) or part_of(inside[0].name):
-        return root
-    if any(path.suffix.lower() in SUFFIXES for one in (root, inside[0]) for path in one.iterdir()):
-        return root
-    return _unwrapped(inside[0])
+def _wrapped(folder: Path) -> Path | None:
+    """The only folder in a folder, as archives are unpacked: where there are folders in it, and no images in either."""
+    inside = subfolders(folder)
+    if len(inside) != 1 or not subfolders(inside[0]):
+        return None
+    loose = any(path.suffix.lower() in SUFFIXES for one in (folder, inside[0]) for path in one.iterdir())
+    return None if loose else inside[0]
 
 
 def _instead(folder: Path) -> str:
@@ -301,7 +367,8 @@ def _table(path: Path, unlabelled: bool) -> Listing:
         problems.append(f"{len(twice)} files have more than one label: {listed(twice)}")
     if gone := [name for name, place in places.items() if name and not place.is_file()]:
         problems.append(f"{len(gone)} of {len(places)} files are not in {root}: {listed(gone)}")
-    if odd := sorted({row["part"] for row in values if "part" in row and not part_of(row["part"])}):
+    parts = parts_of({row["part"] for row in values if "part" in row})
+    if odd := sorted({row["part"] for row in values if "part" in row and row["part"] not in parts}):
         problems.append(f"{listed(list(map(repr, odd)))} is none of train, val and test")
     if problems:
         raise DataError(f"{path} cannot be used: {'; '.join(problems)}")
@@ -312,7 +379,7 @@ def _table(path: Path, unlabelled: bool) -> Listing:
     number = {name: label for label, name in enumerate(classes)}
     files: dict[str, dict[Path, int]] = defaultdict(dict)
     for row in values:
-        files[part_of(row.get("part", "train")) or "train"][places[row["path"]]] = number[row["label"]]
+        files[parts[row["part"]] if "part" in row else "train"][places[row["path"]]] = number[row["label"]]
     if not files["train"]:
         raise DataError(f"{path} names no training images")
     if len(classes) < 2 and not unlabelled:

@@ -19,9 +19,10 @@ from toolkit.errors import RecipeError, SpaceError, UserError, listing
 from toolkit.recipe import Recipe, Section
 
 SPACES = Path(__file__).parent / "spaces"
+MOST_POINTS = 100_000  # of a grid: to measure them takes minutes
 DIGITS = 4  # significant ones of a drawn number
 # They decide what a trial is measured on: results with different values of these cannot be compared.
-FIXED = ("data.dataset", "data.val_size", "data.split_seed")
+FIXED = ("data.dataset", "data.unlabelled", "data.val_size", "data.split_seed")
 
 Values = dict[str, Any]  # recipe path to value
 
@@ -32,7 +33,9 @@ class Domain(Section):
     choices: tuple[Any, ...] | None = Field(None, min_length=1, description="the values themselves")
     range: tuple[int | float, int | float] | None = Field(None, description="uniform between low and high")
     log_range: tuple[int | float, int | float] | None = Field(None, description="uniform in the logarithm")
-    points: int | None = Field(None, ge=2, description="values that a grid takes from a range, evenly spaced in it")
+    points: int | None = Field(
+        None, ge=2, le=MOST_POINTS, description="values that a grid takes from a range, evenly spaced in it"
+    )
 
     @field_validator("choices", mode="before")
     @classmethod
@@ -193,7 +196,7 @@ def make_plan(
     try:
         base = recipes.resolve(source or tree.get("recipe") or "cifar10", stage, given)
         recipes.check_length(base)
-        base = base.model_copy(update={"source": None, "reported_top1": None})  # those of another run
+        base = base.model_copy(update={"source": None, "reported_top1": None})  # what is searched is another run
     except RecipeError as error:
         problems += [line.strip() for line in str(error).splitlines() if not line.endswith(":")]
     except TypeError:  # recipe is neither a name nor a mapping, and told so above
@@ -230,7 +233,8 @@ def _check_field(
     path: str, domain: Any, base: Recipe, stage: Stage, searched: Mapping[str, Any], sampler: str
 ) -> list[str]:
     """What is wrong with a searched field for the recipe, told by the recipe's own rules."""
-    if path in FIXED:
+    labels = base.data.unlabelled and path.startswith("teacher.")  # they are its answers
+    if path in FIXED or labels:
         return [f"{path}: decides what a trial is measured on, so it cannot be searched"]
     try:
         known = Domain.model_validate(domain)

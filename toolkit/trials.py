@@ -16,8 +16,9 @@ from toolkit import recipe as recipes
 from toolkit.catalogue import ModelInfo
 from toolkit.errors import RecipeError, SearchError, in_line, install
 from toolkit.files import write_bytes, write_text
+from toolkit.progress import say, told
 from toolkit.recipe import Recipe
-from toolkit.space import Domain, Plan, Space, Values, measure
+from toolkit.space import MOST_POINTS, Domain, Plan, Space, Values, measure
 
 DRAWS = 1000  # for one trial, until one meets the constraints
 
@@ -68,7 +69,7 @@ class Sampler(Protocol):
 
 
 class RandomSampler:
-    """Independent draws: a trial's values depend on the seed and its number alone."""
+    """Independent draws, which depend on the seed and the trial's number alone."""
 
     def __init__(self, space: Space, seed: int) -> None:
         self.space, self.seed = space, seed
@@ -157,6 +158,7 @@ class Search:
             self.bounds.append(("parameters", "<", self.base.budget))
         self.kept = [trial for trial in self.trials if trial.status != "planned"]
         self.left_out = 0  # points of a grid that do not meet the constraints
+        self.exhausted = False  # of trials by chance there are no more that differ
         seed = self.base.seed
         self.sampler: Sampler = (
             OptunaSampler(plan.space, seed, self.kept) if plan.sampler == "optuna" else RandomSampler(plan.space, seed)
@@ -164,7 +166,7 @@ class Search:
 
     @property
     def total(self) -> int:
-        return max(self.plan.trials or 0, len(self.trials))
+        return len(self.trials) if self.exhausted else max(self.plan.trials or 0, len(self.trials))
 
     @property
     def constraints(self) -> str:
@@ -196,23 +198,43 @@ class Search:
             self.write()
         return waiting
 
-    def _draw(self) -> Trial:
-        number = len(self.trials) + 1
+    def _draw(self) -> Trial | None:
+        """The next trial; None where chance brings nothing but the values of earlier ones."""
+        number, chance = len(self.trials) + 1, self.plan.sampler == "random"
         nearest = Nearest(self)
         for attempt in range(DRAWS):
-            if (trial := self._try(self.sampler.draw(number, attempt), nearest)) is not None:
+            values = self.sampler.draw(number, attempt)
+            if chance and any(values == trial.values for trial in self.trials):
+                self.exhausted = True
+            elif (trial := self._try(values, nearest)) is not None:
+                self.exhausted = False
                 return trial
+        if self.exhausted:
+            say(
+                f"the search has {len(self.trials)} trials, not {self.plan.trials}: {DRAWS:,} more draws brought no "
+                "values that none of them has"
+            )
+            return None
         raise SearchError(f"none of {DRAWS:,} draws for trial {number} {nearest}")
 
+    def axes(self) -> dict[str, list[Any]]:
+        """The values that a grid takes of each field."""
+        return {path: domain.grid() for path, domain in self.plan.space.fields.items()}
+
     def _grid(self) -> None:
-        fields = self.plan.space.fields
-        nearest = Nearest(self)
-        points = list(itertools.product(*(domain.grid() for domain in fields.values())))
-        for point in points:
-            self._try(dict(zip(fields, point, strict=True)), nearest)
-        self.left_out = len(points) - len(self.trials)
+        axes, nearest = self.axes(), Nearest(self)
+        points = math.prod(map(len, axes.values()))
+        if points > MOST_POINTS:
+            sizes = " x ".join(f"{len(axis):,} {path}" for path, axis in axes.items())
+            raise SearchError(
+                f"the grid has {points:,} points ({sizes}), more than {MOST_POINTS:,}: take fewer values of a field, "
+                "or --sampler random"
+            )
+        for point in told(itertools.product(*axes.values()), points, f"building {points:,} points of the grid"):
+            self._try(dict(zip(axes, point, strict=True)), nearest)
+        self.left_out = points - len(self.trials)
         if not self.trials:
-            raise SearchError(f"none of the {len(points):,} points of the grid {nearest}")
+            raise SearchError(f"none of the {points:,} points of the grid {nearest}")
 
     def _try(self, values: Values, nearest: Nearest) -> Trial | None:
         """The trial of these values where they meet the constraints."""

@@ -85,7 +85,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     if not gpus and base.device.startswith("cuda"):
         raise SearchError(f"--device {base.device} was asked for, but a trial gets no GPU: give --gpus-per-trial")
     ray = _ray(resources.address)
-    data = stages.load_data(base.data)
+    data = stages.load_data(base.data, base, base.device)
     if base.distils and base.teacher is not None and not any(p.startswith("teacher.") for p in plan.space.fields):
         # All trials, and those after --resume, learn from the same teacher.
         teacher = base.teacher.model_copy(update={"checkpoint": teaching.find(base)})
@@ -200,7 +200,7 @@ def _announce(search: Search, slots: int, data: DataSet, cpus: int) -> None:
         f"sampler {plan.sampler}, scheduler {plan.scheduler}"
     )
     if plan.sampler == "grid" and not search.kept:
-        sizes = " x ".join(f"{len(domain.grid())} {path}" for path, domain in plan.space.fields.items())
+        sizes = " x ".join(f"{len(axis)} {path}" for path, axis in search.axes().items())
         out = f"; {search.left_out} points left out, which miss {search.constraints}" if search.left_out else ""
         estimate = Estimate(search, slots)
         # The base recipe itself need not be one of the points, nor meet the constraints.

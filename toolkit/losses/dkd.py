@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from toolkit.errors import RecipeError
+from toolkit.losses import some_weight
 from toolkit.recipe import Method, Ramp, Weight
 
 
@@ -17,6 +18,11 @@ class Params(Method):
     )
     alpha: float = Field(1, ge=0, description="weight of how sure the teacher is of the target class")
     beta: float = Field(8, ge=0, description="weight of how the teacher ranks the other classes")
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Params:
+        some_weight(alpha=self.alpha, beta=self.beta)
+        return self
 
 
 class Term(nn.Module):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from toolkit.losses import some_weight
 from toolkit.recipe import FeatureMethod
 
 
@@ -18,8 +19,16 @@ class Params(FeatureMethod):
     distance: float = Field(25, ge=0, description="weight of the distances between two images")
     angle: float = Field(50, ge=0, description="weight of the angles between three images")
     group: int = Field(
-        64, ge=2, description="images that are related to each other: a batch is taken in groups of so many"
+        64,
+        ge=3,
+        description="images that are related to each other: a batch is taken in groups of so many (two are always "
+        "alike: distances are relative)",
     )
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Params:
+        some_weight(distance=self.distance, angle=self.angle)
+        return self
 
 
 class Term(nn.Module):
