@@ -60,6 +60,10 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("train --set epoch=3", ["epoch", "did you mean 'epochs'"]),
         ("train --set lr=3", ["lr", "did you mean 'optimizer.lr'"]),
         ("train --set train=3", ["train: there is no such field"]),
+        ("train --set tain.epochs=3", ["tain: there is no such field", "did you mean 'train'"]),
+        ("train --lr inf", ["optimizer.lr = inf", "finite number"]),
+        ("train --seed 99999999999999999999", ["seed = 99999999999999999999", "less than"]),
+        ("train --seed -1", ["seed = -1", "greater than or equal to 0"]),
         ("train --dataset folder:~nobody-here/photos", ["data.dataset", "no such home directory"]),
         (
             "distill --teacher a.onnx --teacher-checkpoint b.onnx",
@@ -127,6 +131,10 @@ def test_a_cuda_provider_that_cannot_be_had(toolkit: Toolkit, chain: Chain, comm
     arguments = command.format(artifact=chain.artifact, example=chain.example).split()
     refused(toolkit(*arguments, "--provider", "cuda"), "cuda cannot be had", "doctor")
     assert files(chain.folder) == before
+
+
+def test_a_device_that_is_none(toolkit: Toolkit, chain: Chain) -> None:
+    refused(toolkit("validate", chain.student, "--device", "gpu"), "--device gpu", "auto, cpu, cuda or cuda:N")
 
 
 # --- data --------------------------------------------------------------------------------------------------
@@ -303,6 +311,23 @@ def test_a_damaged_recipe_of_a_run(toolkit: Toolkit, chain: Chain) -> None:
     (chain.student / "recipe.yaml").write_text("epochs: [3\nseed")
     refused(toolkit("validate", chain.student), chain.student / "recipe.yaml", "damaged")
     assert toolkit("validate").exit_code == 0  # the newest run that is whole
+
+
+def test_a_run_of_another_version(toolkit: Toolkit, chain: Chain) -> None:
+    file = chain.student / "recipe.yaml"
+    file.write_text(file.read_text() + "sparkle: 3\n")
+    refused(toolkit("validate", chain.student), file, "of another version", "sparkle: there is no such field")
+
+
+def test_a_run_that_is_not_finished_teaches_nobody(toolkit: Toolkit, chain: Chain) -> None:
+    (chain.teacher / "summary.json").unlink()
+    distil = ("distill", "--recipe", "digits", "--run-dir", "new")
+    words = (f"{chain.teacher} is not finished", f"`toolkit train --run-dir {chain.teacher} --resume`")
+    weights = chain.teacher / "checkpoints/best.safetensors"
+    refused(toolkit(*distil, "--teacher-checkpoint", chain.teacher), *words, weights)
+    refused(toolkit(*distil, "--teacher-checkpoint", weights, "--set", f"teacher.also=[{chain.teacher}]"), *words)
+    refused(toolkit(*distil, "--set", "loss={kd_weight: 0}", "--init", chain.teacher), *words)
+    assert not Path("new").exists()
 
 
 def cut(path: Path) -> None:

@@ -1,6 +1,8 @@
 """The command line: what it lists, what its flags set, how fast it starts."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +134,21 @@ def test_another_model_drops_the_arguments_of_the_recipes_own(
         toolkit("distill", "--recipe", "digits", "--student", "tpsnet", "--set", "student.width=32")
     assert taken[0].student.arguments == {"width": 32}  # and not the widths of resnet9
     assert taken[0].teacher.arguments == {"widths": [32, 64, 128]}
+
+
+def test_a_chain_that_is_stopped_while_its_teacher_is_measured_trains_no_student(
+    toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> tuple[float, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1.0, 0.5
+
+    monkeypatch.setattr("toolkit.engine.evaluate", measured)
+    short = ("--epochs", 1, "--set", "schedule.warmup_epochs=0", "--set", "teacher.widths=[8, 16, 32]")
+    result = toolkit("pipeline", *short, "--run-dir", "both")
+    assert result.exit_code == 1
+    assert "both/teacher is finished; stopped before what comes after it; the whole chain goes on" in result.stderr
+    assert [path.name for path in Path("both").iterdir()] == ["teacher"]
 
 
 def test_models_is_a_table_of_the_catalogue(toolkit: Toolkit) -> None:

@@ -12,7 +12,7 @@ from toolkit import compute
 from toolkit import data as datasets
 from toolkit.compute import Numbers
 from toolkit.data import Split
-from toolkit.engine import fit
+from toolkit.engine import fit, predict
 from toolkit.errors import DeviceError
 from toolkit.learner import new_model
 from toolkit.recipe import resolve
@@ -84,5 +84,30 @@ def test_a_probe_leaves_the_model_as_it_was(open_recipe):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_was_asked_for_and_is_not_there():
-    with pytest.raises(DeviceError, match="cuda was asked for"):
-        compute.pick_device("cuda")
+    for name in ("cuda", "cuda:200"):  # PyTorch takes the number as one of 8 bits
+        with pytest.raises(DeviceError, match=f"{name} was asked for"):
+            compute.pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", ""])
+def test_a_device_that_is_none(name):
+    with pytest.raises(DeviceError, match="should be auto, cpu, cuda or cuda:N"):
+        compute.pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("told", "processes", "expected"), [(None, 1, 6), (None, 2, 3), ("1", 1, None), ("1", 2, 3), ("4", 2, None)]
+)
+def test_a_process_has_its_share_of_the_cores_unless_it_is_told_otherwise(monkeypatch, told, processes, expected):
+    """torchrun tells several processes to take 1 thread each, where nobody said anything."""
+    asked = []
+    monkeypatch.setattr(compute, "available_cores", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(compute.distributed, "LOCAL_SIZE", processes)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    compute.settle(torch.device("cuda"))
+    assert not asked
+    predict(torch.nn.Flatten(), torch.zeros(1, 3, 2, 2, dtype=torch.uint8), CPU)  # as validate and export do
+    assert asked == ([] if expected is None else [expected])

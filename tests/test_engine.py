@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -52,6 +54,33 @@ def weights(run):
     return run.checkpoint("best").read_bytes()
 
 
+def fit_in_pieces(recipe, data, run, monkeypatch):
+    """Train with a stop after every third step; how often it was stopped."""
+
+    class StopAt(engine.StopSignal):
+        steps = 0
+
+        @property
+        def asked(self):
+            StopAt.steps += 1
+            return StopAt.steps == 3  # read once a step: within an epoch, and once at the end of all
+
+        @asked.setter
+        def asked(self, value):
+            pass
+
+    stops = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "StopSignal", StopAt)
+        patch.setattr(engine, "READ_SECONDS", 0.0)
+        while not run.finished:
+            StopAt.steps = 0
+            with contextlib.suppress(Interrupted):
+                engine.fit(recipe, data, run)
+            stops += not run.finished
+    return stops
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -66,30 +95,8 @@ def test_a_run_stopped_within_an_epoch_ends_as_one_that_was_not(tmp_path, data, 
     changes["precision"] = "bf16"
     recipe, whole = start(tmp_path / "whole", **changes)
     engine.fit(recipe, data, whole)
-
-    class StopAt(engine.StopSignal):
-        steps = 0
-
-        @property
-        def asked(self):
-            StopAt.steps += 1
-            return StopAt.steps == 3  # read once a step: within an epoch, and once at the end of all
-
-        @asked.setter
-        def asked(self, value):
-            pass
-
     recipe, halved = start(tmp_path / "halved", **changes)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "StopSignal", StopAt)
-        patch.setattr(engine, "READ_SECONDS", 0.0)
-        stops = 0
-        while not halved.finished:
-            StopAt.steps = 0
-            with contextlib.suppress(Interrupted):
-                engine.fit(recipe, data, halved)
-            stops += not halved.finished
-    assert stops > 1
+    assert fit_in_pieces(recipe, data, halved, monkeypatch) > 1
     assert weights(whole) == weights(halved)
     keys = ("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "lr")
     assert [[row[k] for k in keys] for row in whole.history()] == [[row[k] for k in keys] for row in halved.history()]
@@ -217,6 +224,43 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, 
         engine.fit(recipe, data, run)
     assert not run.finished
     assert all(t.isfinite().all() for t in load_tensors(run.checkpoint("last"))[0].values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_weights_that_break_in_the_last_step_are_no_result(tmp_path, data, monkeypatch, held_out):
+    """The loss, which is computed before a step's update, does not know; states are written in every step."""
+    recipe, run = start(tmp_path / "run", checkpoint_minutes=1e-9)
+    monkeypatch.setattr(engine, "READ_SECONDS", 0.0)
+    monkeypatch.setattr(learner.Learner, "lr", lambda self, done: 0.05 if done < 2.7 else 1e30)
+    with pytest.raises(DivergedError, match=r"weights are not finite .* step 12 \(epoch 3\); the last good"):
+        engine.fit(recipe, data if held_out else dataclasses.replace(data, val=None), run)
+    assert not run.finished
+    assert [row["epoch"] for row in run.history()] == [1, 2]
+    for state in (run.path / "checkpoints").iterdir():
+        assert all(t.isfinite().all() for t in load_tensors(state)[0].values() if t.is_floating_point())
+
+
+def test_a_val_loss_that_is_not_finite_is_no_result(tmp_path, data, monkeypatch):
+    recipe, run = start(tmp_path / "run")
+    monkeypatch.setattr(engine, "evaluate", lambda *_: (float("nan"), 0.1))
+    with pytest.raises(DivergedError, match=r"val loss is not finite any more at step 4 \(epoch 1\); no checkpoint"):
+        engine.fit(recipe, data, run)
+    assert not run.checkpoint("best").exists()
+    with pytest.raises(ValueError, match="JSON"):  # of which NaN is no part
+        run.append({"val_loss": float("nan")})
+
+
+def test_a_signal_in_the_last_validation_stops_what_comes_next(tmp_path, data, monkeypatch):
+    recipe, run = start(tmp_path / "run", epochs=1)
+
+    def measured(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0, 0.5
+
+    monkeypatch.setattr(engine, "evaluate", measured)
+    with pytest.raises(Interrupted, match="run is finished; stopped before what comes after it"):
+        engine.fit(recipe, data, run)
+    assert engine.fit(recipe, data, run)["val_top1"] == 0.5
 
 
 def test_the_student_learns_from_the_teacher_alone_and_leaves_it_as_it_was(tmp_path, data):
@@ -390,13 +434,13 @@ def test_a_perfect_teacher_of_unequal_classes_may_teach():
 
 def test_balanced_sampling_is_held_to_the_chance_of_equal_classes():
     data = unequal()
-    row, four = {"epoch": 50, "train_top1": 0.35}, data.train.labels.clone()
+    rows, four = [{"epoch": 50, "step": 5000, "train_top1": 0.35}], data.train.labels.clone()
     four[: len(four) // 2] = torch.arange(len(four) // 2) % 3 + 1  # the commonest of four classes is 0.45 to 0.5
     data = dataclasses.replace(data, classes=("a", "b", "c", "d"), train=Split(data.train.images, four))
-    assert engine.gives_up(resolve(TREE, "distill"), row, data)
+    assert engine.gives_up(resolve(TREE, "distill"), rows, data)
     for balance in ("sampling", "weights"):
-        assert not engine.gives_up(resolve(TREE, "distill", {"balance": balance}), row, data)
-    assert not engine.gives_up(resolve(TREE, "distill"), row, unequal())  # 95 of 100 are one class: top-1 tells nothing
+        assert not engine.gives_up(resolve(TREE, "distill", {"balance": balance}), rows, data)
+    assert not engine.gives_up(resolve(TREE, "distill"), rows, unequal())  # 95 of 100 are one class: top-1 is blind
 
 
 def test_a_run_is_extended_by_name_alone(tmp_path, data):
@@ -418,10 +462,18 @@ def test_a_run_is_extended_by_name_alone(tmp_path, data):
     ]
 
 
-def test_training_that_stays_at_chance_is_stopped(tmp_path, data):
+def test_training_that_stays_at_chance_is_stopped(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(engine, "CHANCE_STEPS", 40)  # 4 an epoch
     recipe, run = start(tmp_path / "run", **{"optimizer.lr": 1e-30, "epochs": 14})
-    with pytest.raises(DivergedError, match="after 11 epochs, no better than a guess"):
+    with pytest.raises(DivergedError, match=r"after 11 epochs, and never was better than a guess.* 44 steps"):
         engine.fit(recipe, data, run)
+
+
+def test_few_steps_and_a_bad_epoch_are_no_reason_to_give_up(data):
+    recipe, guess = resolve(TREE, "distill"), {"train_top1": 0.1}
+    assert engine.gives_up(recipe, [guess, guess | {"epoch": 50, "step": 300}], data)
+    assert not engine.gives_up(recipe, [guess, guess | {"epoch": 50, "step": 299}], data)
+    assert not engine.gives_up(recipe, [{"train_top1": 0.3}, guess | {"epoch": 50, "step": 300}], data)
 
 
 def test_a_state_of_another_model_is_refused(tmp_path, data):
@@ -461,3 +513,18 @@ def test_training_on_cuda(tmp_path, data, capsys):
     assert summary["device"] != "cpu"
     assert summary["val_top1"] > 0.3
     assert "compiled in" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_deterministic_run_on_cuda_repeats_to_the_last_bit(tmp_path, data, monkeypatch):
+    """Also where it is stopped and resumed."""
+    changes = {"device": "cuda", "deterministic": True, "compile": False, "augment.policy": "trivial"}
+    try:
+        recipe, whole = start(tmp_path / "whole", **changes)
+        engine.fit(recipe, data, whole)
+        recipe, halved = start(tmp_path / "halved", **changes)
+        assert fit_in_pieces(recipe, data, halved, monkeypatch) > 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert weights(whole) == weights(halved)

@@ -9,10 +9,10 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from toolkit import cli
+from toolkit import cli, teaching
 from toolkit import recipe as recipes
 from toolkit.catalogue import build, check_budget, info, parameter_count
-from toolkit.errors import RecipeError
+from toolkit.errors import RecipeError, TeacherError
 from toolkit.recipe import RECIPES, STAGES, read, resolve, shipped
 
 STUDENT = {"teacher": {"name": "wrn28"}, "student": {"name": "tpsnet"}, "loss": {"kd_weight": 0.9}}
@@ -48,19 +48,19 @@ def test_shipped_recipes_are_whole(name, stage):
 
 
 def check_command(line):
-    """The command line takes it, and its recipe takes its settings."""
+    """The command line takes it, and its recipe takes its settings: the recipes of what it trains."""
     group = typer.main.get_command(cli.app)
     root = group.make_context("toolkit", ["models"])
     name, command, rest = group.resolve_command(root, shlex.split(line, comments=True))
     with command.make_context(name, rest, parent=root) as context:
         if name not in ("train", "distill", "pipeline", "compare"):
-            return
+            return []
         source, overrides = (
             context.params["recipe"] or ("digits" if name == "pipeline" else "cifar10"),
             cli._overrides(context),
         )
-    for stage in STAGES if name == "pipeline" else ["train" if name == "train" else "distill"]:
-        resolve(source, stage, overrides)
+    stages = STAGES if name == "pipeline" else ["train" if name == "train" else "distill"]
+    return [resolve(source, stage, overrides) for stage in stages]
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -80,6 +80,25 @@ def test_commands_of_the_documentation_are_right(name):
     assert lines
     for line in lines:
         check_command(line)
+
+
+@pytest.mark.parametrize("widths", [[4, 8, 16], [32, 64, 128]])
+def test_commands_of_messages_find_the_recipe_and_the_teacher_again(tmp_path, monkeypatch, widths):
+    monkeypatch.chdir(tmp_path)
+    file = Path("my recipes/mine.yaml")
+    file.parent.mkdir()
+    file.write_text((RECIPES / "digits.yaml").read_text())
+    wanted = resolve(file, "distill", {"teacher.widths": widths, "data.val_size": 0.2})
+    with pytest.raises(TeacherError) as caught:
+        teaching.find(wanted)
+    assert f"with widths={widths}" in str(caught.value)
+    command = re.search("`toolkit (.+?)`", str(caught.value))[1]
+    assert ("teacher.widths" in command) == (widths == [4, 8, 16])  # else the recipe's own
+    (trained,) = check_command(command)
+    (again,) = check_command(f"distill {teaching.options(trained, 'distill')} --teacher resnet9_wide --student resnet9")
+    for recipe in (trained, again):
+        assert recipe.teacher == wanted.teacher
+        assert recipe.data == wanted.data
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -181,6 +200,11 @@ def test_all_errors_come_at_once_with_field_value_and_what_is_allowed():
         ({"student": None, "teacher": None}, "names no student to distil"),
         ({"teacher": None}, r"loss.kd_weight \(=0.9\) needs a teacher"),
         ({"loss": {"ce_weight": 0, "kd_weight": 0}}, "both 0"),
+        ({"teacher": {"name": "a.onnx", "input": {"mean": [123.7, 116.3, 103.5]}}}, "of images in 0..255, divide by"),
+        (
+            {"teacher": {"name": "a.onnx", "input": {"std": "0.2,0,0.2"}}},
+            "teacher.input.std: .* must be greater than 0",
+        ),
         ({"start_from": "teacher", "loss": {}}, "start_from=teacher needs a student that learns from a teacher"),
         ({"start_from": "teacher", "teacher": {"name": "t.onnx"}}, "a teacher that was trained here"),
         ({"epochs": 3, "schedule": {"warmup_epochs": 5}}, r"warmup_epochs \(=5\) must be at most epochs \(=3\)"),
@@ -209,6 +233,19 @@ def test_what_means_the_same_is_the_same():
         resolve(tree | {"data": {"split_seed": -1}}, "distill")
 
 
+def test_a_misspelt_section_is_told_with_what_it_leaves_out(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("teacher: {name: wrn28}\ntarin: {epochs: 3}\ndistil: {student: {name: tpsnet}}\n")
+    with pytest.raises(RecipeError) as caught:
+        resolve(file, "distill")
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert lines == [
+        "it names no student to distil: give one by --student NAME",
+        "tarin: there is no such field; did you mean 'train'?",
+        "distil: there is no such field; did you mean 'distill'?",
+    ]
+
+
 def test_sections_and_overrides_count_for_their_stage():
     tree = STUDENT | {"epochs": 9, "train": {"epochs": 5, "loss": {"kd_weight": 0}}, "distill": {"batch_size": 64}}
     overrides = recipes.parse_settings(["optimizer.lr=1e-3", "train.seed=7", "student.blocks=[7,7,7]"])
@@ -230,7 +267,8 @@ def test_a_written_recipe_is_the_same_recipe(tmp_path):
 
 def test_the_digest_knows_what_is_computed_and_not_where():
     recipe = resolve(STUDENT, "distill")
-    elsewhere = resolve(STUDENT, "distill", {"data.data_dir": "/tmp/x", "device": "cpu", "teacher.checkpoint": "a"})
+    elsewhere = resolve(STUDENT, "distill", {"data.data_dir": "/tmp/x", "device": "cpu", "teacher.checkpoint": "a",
+                                           "checkpoint_minutes": 1})  # fmt: skip
     assert elsewhere.digest() == recipe.digest()
     other = resolve(STUDENT, "distill", {"optimizer.lr": 0.2, "student.dropout": 0.1})
     assert recipe.differences(other) == ["optimizer.lr: 0.1 -> 0.2", "student.dropout: None -> 0.1"]
@@ -278,3 +316,18 @@ def test_yaml_of_shipped_recipes_has_no_unknown_section():
     for path in Path(RECIPES).glob("*.yaml"):
         tree = yaml.safe_load(path.read_text())
         assert set(tree) <= {*recipes.Recipe.model_fields, "train", "distill"}, path.name
+
+
+@pytest.mark.parametrize(
+    ("given", "claimed"),
+    [
+        ({"seed": 3, "data.data_dir": "elsewhere", "precision": "fp32", "epochs": 300}, True),
+        ({"data.val_size": 0, "select": "last"}, True),
+        ({"epochs": 299}, False),
+        ({"student.name": "resnet9"}, False),
+        ({"optimizer.lr": 0.05}, False),
+    ],
+)
+def test_another_run_than_the_reported_one_claims_nothing(given, claimed):
+    recipe = resolve("rao-tpsnet", "distill", given)
+    assert (recipe.reported_top1, recipe.source is not None) == ((0.9484, True) if claimed else (None, False))

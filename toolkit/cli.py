@@ -282,7 +282,7 @@ def train(
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
     _print_run(run)
-    given = same_options(run.recipe, recipe)
+    given = same_options(run.recipe, "distill", recipe)
     print(f"next: toolkit distill {given} --teacher {run.recipe.model.name} --student NAME")
 
 

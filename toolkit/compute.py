@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from toolkit import distributed
 from toolkit.errors import DeviceError
 from toolkit.files import write_text
+from toolkit.machine import available_cores, keep_freed_memory
 from toolkit.progress import say
-from toolkit.recipe import Recipe
+from toolkit.recipe import DEVICES, Recipe
 from toolkit.run import Run
 
 JUDGED_IMAGES = 64  # in the one step that a step's time is judged by
@@ -45,14 +47,29 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def pick_device(name: str) -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to a device that is there, or ``DeviceError``."""
+    if not re.fullmatch(DEVICES, name):
+        raise DeviceError(f"--device {name} is none: it should be auto, cpu, cuda or cuda:N")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it, before CUDA's first product
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, number = name.partition(":")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= found:
         raise DeviceError(f"--device {name} was asked for, but PyTorch finds {found} CUDA devices here")
-    return device
+    return torch.device(name)
+
+
+def settle(device: torch.device) -> None:
+    """Before a CPU computes: let this process keep the memory it frees, and have as many threads as its share of cores.
+
+    OMP_NUM_THREADS says otherwise, but for the 1 that torchrun gives each of several processes unasked.
+    """
+    if device.type != "cpu":
+        return
+    keep_freed_memory()
+    told = os.environ.get("OMP_NUM_THREADS")
+    if told is None or (told == "1" and distributed.LOCAL_SIZE > 1):
+        torch.set_num_threads(max(1, available_cores() // distributed.LOCAL_SIZE))
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

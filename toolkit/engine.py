@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,16 +17,17 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Plateau, Position
-from toolkit.compute import autocast, pick_device, without_tf32
+from toolkit.compute import autocast, pick_device, settle, without_tf32
 from toolkit.data import DataSet, Split, StoredImages, at_once
 from toolkit.errors import DivergedError, Interrupted
 from toolkit.learner import Learner
-from toolkit.machine import available_cores, keep_freed_memory, peak_memory
+from toolkit.machine import peak_memory
 from toolkit.progress import Display
 from toolkit.recipe import BatchGrowth, Recipe
 from toolkit.run import Run, save_tensors
 
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
+CHANCE_STEPS = 300  # and any net for the first few steps, which are many epochs where images are few
 MOSTLY = 0.5  # share of the commonest class beyond which top-1 does not tell a net that learns from a guess
 READ_SECONDS = 0.5  # the loss is read from the device this often: each reading waits for the device
 READ_STEPS = 10  # by several processes, which must agree on when, every so many steps
@@ -41,8 +40,7 @@ def predict(
     model: nn.Module, images: Tensor | StoredImages, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> np.ndarray:
     """Logits, float32 ``[N,K]``, of uint8 images ``[N,3,H,W]``. The model must be on ``device``; eval mode stays."""
-    if device.type == "cpu":
-        keep_freed_memory()
+    settle(device)
     model.eval()
     logits = []
     for batch in images.split(at_once(images.shape[-1])):
@@ -69,9 +67,9 @@ def fit(
     """Train the recipe's model in the run directory, from its last checkpoint where there is one.
 
     ``teacher`` maps images in [0,1] to logits and is not changed; without one this is plain training.
-    ``on_epoch`` gets each row of metrics.jsonl. Returns the summary that the run
-    directory then holds. Raises ``DivergedError`` where the loss is no longer finite and ``Interrupted`` where a
-    signal stopped it, both after the last good state was saved.
+    ``on_epoch`` gets each row of metrics.jsonl. Returns the summary that the run directory then holds. Raises
+    ``DivergedError`` where loss or weights are no longer finite and ``Interrupted`` where a signal stopped it, both
+    after the last good state was saved; ``Interrupted`` also where the signal came when nothing was left to stop.
     """
     if run.finished:
         return run.summary()
@@ -89,10 +87,7 @@ def _fit(
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
     first = distributed.RANK == 0
-    if device.type == "cpu":
-        keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(available_cores() // distributed.LOCAL_SIZE or 1)
+    settle(device)
     torch.manual_seed(recipe.seed)
     learner = Learner(recipe, data, run, device, teacher)
     header = describe(recipe, data)
@@ -109,6 +104,8 @@ def _fit(
                 with learner.rounding():
                     measured = evaluate(learner.kept, data.val, device, learner.dtype)
                 row["val_loss"], row["val_top1"] = distributed.of_first(measured, device)
+                if not math.isfinite(row["val_loss"]):
+                    raise DivergedError(diverged_message(run, "val loss is", row["epoch"], row["step"]))
                 value = row["val_loss"] if recipe.early_stop.metric == "val_loss" else -row["val_top1"]
                 at.early_stop.update(value, at.epoch + 1)
                 patience = recipe.early_stop.patience
@@ -121,10 +118,11 @@ def _fit(
                 at.best_top1, at.best_epoch = -1.0 if row["val_top1"] is None else row["val_top1"], at.epoch + 1
                 if first:
                     save_tensors(run.checkpoint("best"), learner.kept.state_dict(), header | {"epoch": at.epoch + 1})
-            if gives_up(recipe, row, data):
+            if gives_up(recipe, [*run.history(), row], data):
                 raise DivergedError(
-                    f"the training top-1 is {row['train_top1']:.1%} after {at.epoch + 1} epochs, no better than a "
-                    f"guess; the states are kept in {run.path / 'checkpoints'}."
+                    f"the training top-1 is {row['train_top1']:.1%} after {row['epoch']} epochs, and never was better "
+                    f"than a guess: the learning rate is too high, or {row['step']} steps are too few (a smaller "
+                    f"--batch-size makes more); the states are kept in {run.path / 'checkpoints'}."
                 )
             at.batch_size = min(next_batch(recipe.batch_growth, at, row), learner.augmenter.count)
             at.end_epoch(row["step"])
@@ -155,6 +153,8 @@ def _fit(
     if first:
         run.finish(summary)
     distributed.wait()
+    if distributed.any_of(stop.asked, device):  # while the last epoch was measured
+        raise Interrupted(f"{run.path} is finished; stopped before what comes after it")
     return summary
 
 
@@ -188,8 +188,11 @@ def _epoch(learner: Learner, state: Checkpoint, at: Position, stop: StopSignal, 
         at.step = step + 1
         at.loss_sum, at.correct = distributed.mean(sums).tolist()
         at.epoch_seconds = before + time.monotonic() - began
-        if not math.isfinite(at.loss_sum):
-            raise DivergedError(diverged_message(run, at))
+        broken = None if math.isfinite(at.loss_sum) else "loss is"
+        if broken is None and distributed.any_of(not learner.is_finite(), learner.device):  # by this step's update
+            broken = "weights are"
+        if broken is not None:
+            raise DivergedError(diverged_message(run, broken, at.epoch + 1, at.updates + at.step))
         rate = at.step * at.batch_size / at.epoch_seconds
         display.step(at.epoch + at.step / steps, at.loss_sum / at.step, at.correct / at.step, rate)
         stopping = distributed.any_of(stop.asked, learner.device)  # read once: a signal may come at any time
@@ -212,9 +215,15 @@ def _epoch(learner: Learner, state: Checkpoint, at: Position, stop: StopSignal, 
     }
 
 
-def gives_up(recipe: Recipe, row: dict[str, Any], data: DataSet) -> bool:
-    """Whether labels are still answered no better than by the commonest class, long after the warm-up."""
+def gives_up(recipe: Recipe, rows: Sequence[dict[str, Any]], data: DataSet) -> bool:
+    """Whether labels were never answered better than by the commonest class, long after the warm-up.
+
+    ``rows`` are those of metrics.jsonl.
+    """
+    row = rows[-1]
     if not recipe.loss.ce_weight or row["epoch"] < recipe.schedule.warmup_epochs + CHANCE_EPOCHS:
+        return False
+    if row["step"] < CHANCE_STEPS:
         return False
     count = len(data.train.labels)
     chance = data.train.labels.bincount().max().item() / count
@@ -222,7 +231,8 @@ def gives_up(recipe: Recipe, row: dict[str, Any], data: DataSet) -> bool:
         chance = 1 / len(data.classes)
     if chance > MOSTLY:
         return False
-    return row["train_top1"] < chance + 2 * math.sqrt(chance * (1 - chance) / count)
+    best = max(row["train_top1"] for row in rows)
+    return best < chance + 2 * math.sqrt(chance * (1 - chance) / count)
 
 
 def next_batch(config: BatchGrowth, at: Position, row: dict[str, Any]) -> int:
@@ -276,14 +286,11 @@ class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
 
 
 def stop_message(run: Run, at: Position, steps: int) -> str:
-    command = f"toolkit {'distill' if run.recipe.role == 'student' else 'train'}"
-    return (
-        f"stopped in epoch {at.epoch + 1} after step {at.step} of {steps}; all of it is saved. Go on with: "
-        f"{command} --run-dir {shlex.quote(str(run.path))} --resume"
-    )
+    where = f"epoch {at.epoch + 1} after step {at.step} of {steps}"
+    return f"stopped in {where}; all of it is saved. Go on with: {run.going_on}"
 
 
-def diverged_message(run: Run, at: Position) -> str:
+def diverged_message(run: Run, broken: str, epoch: int, step: int) -> str:
     path = run.checkpoint("last")
     kept = f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint had been written yet"
-    return f"the loss is not finite any more at step {at.updates + at.step} (epoch {at.epoch + 1}); {kept}."
+    return f"the {broken} not finite any more at step {step} (epoch {epoch}); {kept}."

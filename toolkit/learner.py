@@ -24,7 +24,7 @@ from toolkit.optim import StochasticAverage, ascended, estimate_norms, lr_factor
 from toolkit.progress import say
 from toolkit.recipe import Recipe
 from toolkit.rounding import Int8
-from toolkit.run import Run, load_tensors
+from toolkit.run import Run, load_tensors, weights_of
 from toolkit.teacher_cache import TeacherCache
 
 PREPARE_IMAGES = 5000
@@ -157,6 +157,12 @@ class Learner:
             sums += torch.stack([loss.detach().double(), correct / len(index)])
         return sums
 
+    def is_finite(self) -> bool:
+        """Whether all that is trained, and BN's statistics, are numbers still: waits for the device."""
+        parts = [parameter.detach() for group in self.optimizer.param_groups for parameter in group["params"]]
+        parts += [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        return bool(nn.utils.get_total_norm(parts).isfinite())  # infinite beyond 1e19 too
+
     def end_epoch(self, epoch: int) -> None:
         """Take an average over epochs, and measure its BN statistics anew."""
         if not isinstance(self.average, StochasticAverage):
@@ -213,14 +219,14 @@ def resized(images: Tensor, side: int) -> Tensor:
 
 
 def first_weights(recipe: Recipe) -> Path:
-    """The file that ``recipe.start_from`` names."""
+    """The file that ``recipe.start_from`` names. Raises ``RunError`` for a run that is not finished."""
     path = recipe.start_from
     if str(path) == PRETRAINED:
         return pretrained(recipe.model.name)[0]
     if recipe.starts_from_teacher:
         path = recipe.teacher.checkpoint if recipe.teacher else None
     assert path is not None
-    return Run(path).checkpoint("best") if path.is_dir() else path
+    return weights_of(path)
 
 
 def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> None:

@@ -50,13 +50,20 @@ PLACES = (
     "teacher.also",
     "teacher.classes",
     "keep_checkpoints",
+    "checkpoint_minutes",
 )
 TITLES = ("name", "source", "reported_top1")  # nor what is only said about it
+# Nor is a run with another one of these another system than the one that a report speaks of.
+INCIDENTAL = (
+    *PLACES, *TITLES, "seed", "precision", "channels_last", "probe", "compile", "deterministic", "micro_batch",
+    "sync_norm", "eval_epochs", "budget", "data.val_size", "select",
+)  # fmt: skip
 SPLIT = ("val_size", "split_seed", "group_by", "skip_broken", "skip_leaks")
+DEVICES = r"^(auto|cpu|cuda|cuda:\d+)$"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -187,7 +194,19 @@ def _three(value: Any) -> Any:
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
-Channels = Annotated[tuple[float, float, float], BeforeValidator(_three)]
+def _in_range(channels: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(0 <= value <= 1 for value in channels):
+        raise ValueError(f"{channels} must lie in 0..1, as the images do: of images in 0..255, divide by 255")
+    return channels
+
+
+def _above_zero(channels: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(channels):
+        raise ValueError(f"{channels} must be greater than 0")
+    return channels
+
+
+Channels = Annotated[tuple[float, float, float], BeforeValidator(_three), AfterValidator(_in_range)]
 
 
 class TeacherInput(Section):
@@ -197,7 +216,9 @@ class TeacherInput(Section):
     layout: Literal["nchw", "nhwc"] | None = Field(None, description="order of its input's axes; null: by its shape")
     scale: float | None = Field(None, gt=0, description="what white is before normalisation: 1 or 255; null: 1")
     mean: Channels | None = Field(None, description="of each channel, in 0..1; null: 0")
-    std: Channels | None = Field(None, description="of each channel, in 0..1; null: 1")
+    std: Annotated[Channels, AfterValidator(_above_zero)] | None = Field(
+        None, description="of each channel, in 0..1; null: 1"
+    )
 
 
 class Teacher(Model):
@@ -355,7 +376,9 @@ class Loss(Section):
     @model_validator(mode="after")
     def _some_weight(self) -> Loss:
         if peak(self.ce_weight) + peak(self.kd_weight) == 0:
-            raise ValueError("ce_weight and kd_weight are both 0: one must be positive")
+            raise ValueError(
+                "ce_weight and kd_weight are both 0: one must be positive, for images without labels kd_weight"
+            )
         if self.methods and not any(peak(method.weight) for method in self.methods.values()):
             raise ValueError(f"the weights of all methods ({', '.join(self.methods)}) are 0: one must be positive")
         return self
@@ -499,8 +522,8 @@ class Recipe(Section):
     probe: bool = Field(True, description="on a CPU, time a few steps for what precision and channels_last leave open")
     checkpoint_minutes: float = Field(10, gt=0, description="most minutes of work that a kill can lose")
     keep_checkpoints: int = Field(2, ge=1, description="newest training states that are kept")
-    seed: int = 0
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$", description="auto, cpu, cuda or cuda:N")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and augmentation")
+    device: str = Field("auto", pattern=DEVICES, description="auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -528,6 +551,9 @@ class Recipe(Section):
                 yield f"{needs}, teacher.also makes it an ensemble that gives logits alone: leave it out"
             if self.teacher is not None and self.teacher.views:
                 yield f"{needs}, teacher.views (={self.teacher.views}) averages its logits: leave it out"
+            within = [name for name, m in self.loss.methods.items() if isinstance(m, FeatureMethod) and m.maps]
+            if self.teacher is not None and self.teacher.name == "onnx" and within:
+                yield f"loss.methods.{within[0]} needs the teacher's features, an ONNX file gives logits alone"
         if self.data.unlabelled and (not self.distils or peak(self.loss.ce_weight) or self.balance == "weights"):
             yield (
                 "data.unlabelled leaves no labels to learn from: it needs a teacher, loss.ce_weight=0 and a "
@@ -614,7 +640,8 @@ def read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
 
     A stage may be another recipe's name: it is then that recipe's own run of this stage.
     """
-    tree, readers = read_tree(source, RECIPES, "recipe", RecipeError), (*readers, str(source))
+    tree, readers = _mapping(source, RECIPES, "recipe", RecipeError), (*readers, str(source))
+    tree.setdefault("name", str(source))  # by which a later command finds it again
     for stage in STAGES:
         if isinstance(tree.get(stage), str):
             if tree[stage] in readers:
@@ -629,6 +656,12 @@ def read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def read_tree(source: str | Path, folder: Path, what: str, wrong: type[UserError]) -> dict[str, Any]:
     """The mapping in a YAML file, by path or by its name in ``folder``; it knows its ``name``. Raises ``wrong``."""
+    tree = _mapping(source, folder, what, wrong)
+    tree.setdefault("name", Path(source).stem)
+    return tree
+
+
+def _mapping(source: str | Path, folder: Path, what: str, wrong: type[UserError]) -> dict[str, Any]:
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         path = folder / f"{source}.yaml"
@@ -644,7 +677,6 @@ def read_tree(source: str | Path, folder: Path, what: str, wrong: type[UserError
         raise wrong(f"{path} is not valid YAML: {in_line(error)}") from error
     if not isinstance(tree, dict):
         raise wrong(f"{path} must hold a mapping of {what} fields, not {type(tree).__name__}")
-    tree.setdefault("name", path.stem)
     return tree
 
 
@@ -685,6 +717,13 @@ def as_number(value: Any) -> Any:
     return value
 
 
+def of_stage(tree: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    """A copy of a recipe file's tree with what its section for this stage says, and without the sections."""
+    merged = copy.deepcopy({key: value for key, value in tree.items() if key not in STAGES})
+    _merge(merged, tree.get(stage) or {})
+    return merged
+
+
 def resolve(
     source: str | Path | Mapping[str, Any],
     stage: Stage,
@@ -696,9 +735,7 @@ def resolve(
     values; a path that starts with ``train.`` or ``distill.`` counts for that stage alone. Raises
     ``RecipeError`` with one line for each wrong field.
     """
-    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read(source)
-    sections = {name: tree.pop(name, None) or {} for name in STAGES}
-    _merge(tree, sections[stage])
+    tree = of_stage(source if isinstance(source, Mapping) else read(source), stage)
     given: dict[str, Any] = {}
     for path, value in (overrides or {}).items():
         head, _, rest = path.partition(".")
@@ -706,6 +743,8 @@ def resolve(
             given[path] = value
         elif head == stage:
             given[rest] = value
+    if any(path not in INCIDENTAL and value != _at(tree, path) for path, value in given.items()):
+        tree |= {"source": None, "reported_top1": None}  # those of another run
     for key in ("teacher", "student"):
         node, name = tree.get(key), given.get(f"{key}.name")
         if isinstance(node, dict) and name not in (None, node.get("name")):
@@ -714,21 +753,25 @@ def resolve(
         tree.pop("minutes", None)
     for path, value in given.items():
         _set(tree, path, value)
+    missing = None
     if stage == "train":  # a file for both stages names the student too
         tree.pop("student", None)
         if tree.get("teacher") is None:
-            raise RecipeError("the recipe names no teacher to train: give one by --teacher NAME")
-        if isinstance(tree["teacher"], Mapping) and is_external(str(tree["teacher"].get("name"))):
-            raise RecipeError(f"{tree['teacher']['name']} is not trained here: toolkit distill takes it as a teacher")
-        if isinstance(tree["teacher"], Mapping):  # how it is looked at later is nothing of its own
+            missing = "it names no teacher to train: give one by --teacher NAME"
+        elif isinstance(tree["teacher"], Mapping):
+            if is_external(str(tree["teacher"].get("name"))):
+                raise RecipeError(
+                    f"{tree['teacher']['name']} is not trained here: toolkit distill takes it as a teacher"
+                )
+            # How it is looked at later is nothing of its own.
             tree["teacher"] = {key: value for key, value in tree["teacher"].items() if key not in ("views", "also")}
     elif tree.get("student") is None:
-        raise RecipeError("the recipe names no student to distil: give one by --student NAME")
+        missing = "it names no student to distil: give one by --student NAME"
     elif tree.get("start_from") == PRETRAINED and isinstance(tree["student"], Mapping):
         data = tree.get("data")
         side = data.get("image_size", Data().image_size) if isinstance(data, Mapping) else None
         tree["student"] = {**pretrained(str(tree["student"].get("name")), side)[1], **tree["student"]}
-    return validate(tree)
+    return validate(tree, missing)
 
 
 def check_length(recipe: Recipe) -> None:
@@ -737,14 +780,18 @@ def check_length(recipe: Recipe) -> None:
         raise RecipeError(f"minutes (={recipe.minutes:g}) gives each run a length of its own: give --epochs N instead")
 
 
-def validate(tree: Mapping[str, Any]) -> Recipe:
-    """A ``Recipe`` from a tree, or a ``RecipeError`` that lists everything that is wrong with it."""
-    problems: list[str] = []
+def validate(tree: Mapping[str, Any], missing: str | None = None) -> Recipe:
+    """A ``Recipe`` from a tree, or a ``RecipeError`` that lists everything that is wrong with it.
+
+    ``missing`` says that nothing is named that could be trained; what contradicts that is left out.
+    """
+    problems = [missing] if missing else []
     recipe = None
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [line for item in error.errors() for line in _explain(item).splitlines()]
+        items = [item for item in error.errors() if item["loc"] or not missing]
+        problems += [line for item in items for line in _explain(item).splitlines()]
     for key, known in (("teacher", names("teacher")), ("student", names("student"))):
         node = tree.get(key)
         name = node.get("name") if isinstance(node, Mapping) else None
@@ -769,7 +816,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         leaf, everywhere = str(item["loc"][-1]), [f"{s}.{f}" for s in _fields(()) for f in _fields((s,))]
         elsewhere = next((repr(other) for other in everywhere if other.endswith(f".{leaf}")), None)
-        nearest = f"; did you mean {elsewhere}?" if elsewhere else closest(leaf, _fields(item["loc"][:-1]))
+        known = _fields(item["loc"][:-1]) if item["loc"][1:] else [*_fields(()), *(s for s in STAGES if s != leaf)]
+        nearest = f"; did you mean {elsewhere}?" if elsewhere else closest(leaf, known)
         return f"{path}: there is no such field{nearest}"
     message = item["msg"].removeprefix("Value error, ")
     if not path:
@@ -823,6 +871,12 @@ def with_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
     for path, value in settings.items():
         _set(changed, path, value)
     return changed
+
+
+def _at(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _set(tree: dict[str, Any], path: str, value: Any) -> None:

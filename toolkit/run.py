@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -47,8 +48,8 @@ class Run:
             raise RunError(f"{path} is not a run directory: it has no recipe.yaml")
         try:
             self.recipe: Recipe = validate(yaml.safe_load(source.read_text()))
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-            raise RunError(f"{source} is damaged: {in_line(error)}") from error
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecipeError) as error:
+            raise RunError(f"{source} is damaged, or of another version of the toolkit: {in_line(error)}") from error
 
     @classmethod
     def start(cls, path: Path, recipe: Recipe, resume: bool, extend: bool = False) -> Run:
@@ -134,10 +135,16 @@ class Run:
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
 
+    @property
+    def going_on(self) -> str:
+        """The command that goes on with it, where it is not finished."""
+        command = "distill" if self.recipe.role == "student" else "train"
+        return f"toolkit {command} --run-dir {shlex.quote(str(self.path))} --resume"
+
     def summary(self) -> dict[str, Any]:
         """What the finished run reached."""
         if not self.finished:
-            raise RunError(f"{self.path} is not finished; go on with it by --run-dir {self.path} --resume")
+            raise RunError(f"{self.path} is not finished; go on with it by `{self.going_on}`")
         return _read_json(self.path / "summary.json")
 
     @staticmethod
@@ -151,7 +158,7 @@ class Run:
         write_text(self.path / "environment.json", json.dumps(self.facts(self.path) | facts, indent=2))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        write_text(self.path / "summary.json", json.dumps(summary, indent=2))
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False))
 
     def history(self) -> list[dict[str, Any]]:
         """One row an epoch; a line that a kill cut short is left out."""
@@ -166,7 +173,7 @@ class Run:
 
     def append(self, row: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rewind(self, epochs: int) -> None:
         """Forget the rows of epochs that the checkpoint does not know."""
@@ -189,9 +196,21 @@ def runs(root: Path = RUNS) -> list[Run]:
     for path in root.glob("*/recipe.yaml"):
         try:
             found.append((path.stat().st_mtime, Run(path.parent)))
-        except (RecipeError, RunError, OSError, ValueError):
+        except (RunError, OSError, ValueError):
             continue
     return [run for _, run in sorted(found, key=lambda item: (-item[0], str(item[1].path)))]
+
+
+def weights_of(path: Path) -> Path:
+    """The weights of a finished run directory, or the file itself. Raises ``RunError``."""
+    if not path.is_dir():
+        return path
+    run = Run(path)
+    weights = run.checkpoint("best")
+    if not run.finished:
+        so_far = f", or name the best weights so far: {weights}" if weights.is_file() else ""
+        raise RunError(f"{path} is not finished: go on with it by `{run.going_on}`{so_far}")
+    return weights
 
 
 # The student that comes with the toolkit, for a user without a run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 from toolkit import compute, distributed, engine, external, recipe
+from toolkit.choices import Stage
 from toolkit.classifier import Ensemble, members, with_views
 from toolkit.data import DataSet, Split
 from toolkit.errors import TeacherError, UserError
 from toolkit.progress import say
 from toolkit.recipe import SPLIT, Data, Recipe, Teacher, TeacherInput
-from toolkit.run import RUNS, Run, load_header, load_model, runs
+from toolkit.run import RUNS, load_header, load_model, runs, weights_of
 
 LOOKED_AT = 1000  # images on which a teacher is measured before it teaches
 TOO_FEW = 100  # val images to tell its top-1 from a guess by
@@ -43,25 +45,30 @@ def find(wanted: Recipe) -> Path | None:
         same = run.recipe.model.name == teacher.name and run.recipe.model.arguments == teacher.arguments
         if run.finished and run.recipe.role == "teacher" and same and same_images(run.recipe.data, wanted.data):
             return run.checkpoint("best")
+    built = " and ".join(f"{key}={value}" for key, value in teacher.arguments.items())
     raise TeacherError(
-        f"there is no trained {teacher.name} for {wanted.data.dataset} under {RUNS}/. Train one with `toolkit train "
-        f"{options(wanted)} --teacher {teacher.name}`, add --train-teacher, or name one by --teacher-checkpoint."
+        f"there is no trained {teacher.name} for {wanted.data.dataset} under {RUNS}/"
+        f"{' with ' if built else ''}{built}. Train one with `toolkit train {options(wanted, 'train')} "
+        f"--teacher {teacher.name}`, add --train-teacher, or name one by --teacher-checkpoint."
     )
 
 
 def _weights(path: Path) -> Path:
-    """The weights in a run directory, or the file itself. Raises ``TeacherError``."""
-    weights = Run(path).checkpoint("best") if path.is_dir() else path
+    """The weights in a finished run directory, or the file itself. Raises ``TeacherError`` or ``RunError``."""
+    weights = weights_of(path)
     if not weights.is_file():
         raise TeacherError(f"there are no weights of a teacher at {weights}")
     return weights
 
 
-def options(wanted: Recipe, file: str | None = None) -> str:
-    """The options that name the recipe (by its ``file``, where that is known) and its data again, for a shell."""
-    name = wanted.name if wanted.name in recipe.shipped() else f"{wanted.name}.yaml"
-    given = ["--recipe", file or name, "--dataset", wanted.data.dataset]
-    data = wanted.data
+def options(wanted: Recipe, stage: Stage, file: str | None = None) -> str:
+    """The options that name the recipe (by its ``file``, where that is known), its data and teacher again to a stage.
+
+    They are quoted for a shell. The teacher's name is not among them.
+    """
+    file = file or wanted.name
+    given = ["--recipe", file, "--dataset", wanted.data.dataset]
+    data, teacher = wanted.data, wanted.teacher
     if data.dataset.startswith("folder") or data.image_size != Data().image_size:
         given += ["--image-size", str(data.image_size)]
     given += ["--group-by", data.group_by] if data.group_by else []
@@ -69,12 +76,19 @@ def options(wanted: Recipe, file: str | None = None) -> str:
     if data.data_dir is not None and data.dataset.startswith("cifar"):
         given += ["--data-dir", str(data.data_dir)]
     try:
-        named = Data.model_validate(recipe.read(file or name).get("data") or {})
+        tree = recipe.of_stage(recipe.read(file), stage)
     except UserError:  # of a file that is elsewhere
-        named = Data()
+        tree = {}
+    named = Data.model_validate(tree.get("data") or {})
     for key in ("val_size", "split_seed"):
         if getattr(data, key) != getattr(named, key):
             given += ["--set", f"data.{key}={getattr(data, key)}"]
+    if teacher is not None:
+        own = tree.get("teacher") or {}
+        own = own if own.get("name") == teacher.name else {}  # --teacher drops the arguments of another one
+        differing = {key: value for key, value in teacher.arguments.items() if own.get(key) != value}
+        for key, value in differing.items():
+            given += ["--set", f"teacher.{key}={json.dumps(value)}"]
     return shlex.join(given)
 
 
