@@ -3,8 +3,8 @@
 Ours is ``engine.fit`` itself, with augmentation, metrics, progress and whatever precision it picks. The stock
 loop is that of kuangliu/pytorch-cifar (``main.py``): torchvision's transforms in a DataLoader with 2 workers,
 fp32, NCHW. The bare loop does forward, backward and step alone, on one resident batch, in our precision and
-layout: what data, augmentation, metrics and progress cost is its distance to ours. None counts start-up:
-building the model and starting workers are before the clock.
+layout, compiled on CUDA as ours is: what data, augmentation, metrics and progress cost is its distance to ours. None
+counts start-up: building and compiling the model and starting workers are before the clock.
 """
 
 from __future__ import annotations
@@ -26,20 +26,26 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from toolkit import compute, data, engine, recipe
+from toolkit import compute, data, engine, learner, recipe
 from toolkit.catalogue import builder
 from toolkit.machine import available_cores, keep_freed_memory
 from toolkit.run import Run
 
 BATCH = 128
-# The students that are measured; resnet18 is pytorch-cifar's, of 11,173,962 parameters.
-NETS: dict[str, dict[str, Any]] = {
+# What is measured; resnet18 is pytorch-cifar's, of 11,173,962 parameters.
+STUDENTS: dict[str, dict[str, Any]] = {
     "tpsnet": {"name": "tpsnet"},
     "resnet18_42": {"name": "resnet18_42"},
     "resnet_large": {"name": "resnet_large"},
     "resnet18": {"name": "resnet18_42", "stem": 64, "widths": [64, 128, 256, 512], "dropout": 0.0},
     "resnet9": {"name": "resnet9"},
 }
+TEACHERS: dict[str, dict[str, Any]] = {"wrn28": {"name": "wrn28"}}  # on CUDA: a CPU takes minutes for a step of it
+
+
+def network(net: str, device: torch.device) -> nn.Module:
+    arguments, role = dict((STUDENTS | TEACHERS)[net]), "teacher" if net in TEACHERS else "student"
+    return builder(arguments.pop("name"), role)(10, **arguments).to(device)
 
 
 def stock(net: str, images: int, data_dir: Path) -> float:
@@ -56,8 +62,7 @@ def stock(net: str, images: int, data_dir: Path) -> float:
     )
     subset = Subset(CIFAR10(data_dir, train=True, transform=transform), range(images))
     loader = DataLoader(subset, batch_size=BATCH, shuffle=True, num_workers=2)
-    arguments = dict(NETS[net])
-    model = builder(arguments.pop("name"), "student")(10, **arguments).to(device)
+    model = network(net, device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
@@ -79,17 +84,18 @@ def stock(net: str, images: int, data_dir: Path) -> float:
 
 def ours(net: str, images: int, data_dir: Path) -> tuple[float, str]:
     """Images a second of one epoch, and what it ran on."""
+    taught = {"teacher": TEACHERS[net]} if net in TEACHERS else {"student": STUDENTS[net]}
     wanted = recipe.resolve(
-        {
+        taught
+        | {
             "data": {"dataset": "cifar10", "data_dir": str(data_dir), "val_size": 0},
             "augment": {"flip": "random", "crop_padding": 4, "padding_mode": "zero"},
-            "student": NETS[net],
             "budget": 12_000_000,
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4},
             "batch_size": BATCH,
             "epochs": 1,
         },
-        "distill",
+        "train" if net in TEACHERS else "distill",
     )
     whole = load(wanted.data)
     subset = data.Split(whole.train.images[:images], whole.train.labels[:images])
@@ -106,39 +112,48 @@ def bare(net: str, images: int, data_dir: Path) -> float:
     dtype = compute.pick_dtype("auto", device)
     if device.type == "cpu":
         keep_freed_memory()
-    arguments = dict(NETS[net])
-    model = builder(arguments.pop("name"), "student")(10, **arguments).to(device)
-    model = model.to(memory_format=torch.channels_last)
+    model = network(net, device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
     pixels = torch.rand(BATCH, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.eye(10, device=device)[torch.randint(0, 10, (BATCH,), device=device)]
     model.train()
-    began = time.perf_counter()
-    for _ in range(images // BATCH):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(pixels)
+    fast = learner.compiled(model, pixels, dtype) if device.type == "cuda" else model
+    for step in range(images // BATCH + 1):
+        if step == 1:  # the first one warms up
+            began = now(device)
+        with compute.autocast(device, dtype):
+            logits = fast(pixels)
         nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
+    return images / (now(device) - began)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return images / (time.perf_counter() - began)
+    return time.perf_counter()
 
 
 load = cache(data.load)
 
 
 def main(
-    images: Annotated[int, typer.Option(min=BATCH, help="Images a round, cut to whole batches of 128.")] = 1280,
+    images: Annotated[
+        int | None,
+        typer.Option(min=BATCH, help="Images a round, cut to whole batches of 128; else 1,280, on CUDA 25,600."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted, after one short warm-up.")] = 5,
     data_dir: Annotated[Path, typer.Option(envvar="TOOLKIT_DATA", help="Folder that holds CIFAR-10.")] = Path("data"),
 ) -> None:
     """Print images a second of the three loops and their ratios for each net, and the geometric means."""
-    images -= images % BATCH
+    cuda = torch.cuda.is_available()
+    images = (images or (25_600 if cuda else 1_280)) // BATCH * BATCH
     threads = {"initializer": torch.set_num_threads, "initargs": (available_cores(),)}  # as many for all
     process = partial(ProcessPoolExecutor, 1, get_context("spawn"), **threads)
     gains, shares = [], []
-    for net in NETS:
+    for net in STUDENTS | (TEACHERS if cuda else {}):
         # A process for ours and one for the stock loop, as each sets the allocator and cuDNN for itself; they take
         # turns, so that what else the machine does meets all of them.
         with process() as left, process() as right:
@@ -156,7 +171,7 @@ def main(
         rates = "{:>7,.0f} {:>7,.0f} {:>8,.0f}".format(*map(statistics.median, (slow, limits, fast)))
         print(f"{net:<13} {rates} {gains[-1]:>9.2f} {shares[-1]:>8.3f}", flush=True)
     print(f"{'geometric mean':<38} {statistics.geometric_mean(gains):>9.2f} {statistics.geometric_mean(shares):>8.3f}")
-    print("bars: 1.9 and 0.95")
+    print(f"bars: {'8 (resnet18)' if cuda else 1.9} and 0.95")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from toolkit.adjust import JITTER, affine, inverse_affine
-from toolkit.augment import EDIT_OF, OPERATIONS, STRENGTHS, Augmenter, cutmix_boxes, edit_values, erased_boxes
+from toolkit.augment import (
+    EDIT_OF,
+    OPERATIONS,
+    STRENGTHS,
+    VIEWS,
+    Augmenter,
+    cutmix_boxes,
+    edit_values,
+    erased_boxes,
+)
 from toolkit.errors import RecipeError
 from toolkit.recipe import Augment
 
@@ -45,6 +54,20 @@ def drawn(n: int, **config: object) -> dict[str, np.ndarray]:
     images = torch.zeros(n, 3, SIDE, SIDE, dtype=torch.uint8)
     made = Augmenter(images, torch.zeros(n, dtype=torch.int64), 2, Augment.model_validate(OFF | config), 3)
     return {name: rows.numpy() for name, rows in made.table.items()}
+
+
+@pytest.mark.parametrize(
+    ("policy", "means"),
+    [
+        ("rand", [0.5099, 0.3798, 0.3344, 0.2342, 0.4515, 0.1722]),
+        ("trivial", [0.3806, 0.3685, 0.371, 0.2241, 0.4359, 0.3262]),
+    ],
+)
+def test_views_that_change_raise_their_version(policy: str, means: list[float]) -> None:
+    """Else a new version would take logits that are cached of the old views: after a raise, pin what is shown now."""
+    images, labels = augmenter(epoch=1, **EVERYTHING | {"policy": policy}).batch(ALL)
+    shown = images.mean((1, 2, 3))[:6].tolist(), labels.amax(1)[:4].tolist()
+    assert (VIEWS, *shown) == (1, pytest.approx(means, abs=2e-3), pytest.approx([0.86, 0.52, 0.7298, 1], abs=1e-4))
 
 
 # --- each augmentation against torchvision's ---------------------------------------------------------------

@@ -142,6 +142,15 @@ def test_json_of_validate_is_the_same_for_run_and_artifact(toolkit: Toolkit, cha
     assert artifacts["report"] != torches["report"]  # one does not write over the other
 
 
+def test_validate_refuses_what_its_target_has_no_use_for(toolkit: Toolkit, chain: Chain) -> None:
+    result = toolkit("validate", chain.artifact, "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "--device is PyTorch's; " in result.stderr
+    result = toolkit("validate", chain.student, "--provider", "cpu")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "--provider is ONNX Runtime's; " in result.stderr
+
+
 def test_the_artifact_answers_as_pytorch_for_each_test_image(chain: Chain) -> None:
     run = Run(chain.student)
     model, header = load_run(run)

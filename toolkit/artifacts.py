@@ -34,7 +34,7 @@ from toolkit.catalogue import check_budget, mac_count, parameter_count
 from toolkit.choices import Precision, Provider, Views
 from toolkit.classifier import Classifier, TestTimeAugmentation, with_views
 from toolkit.errors import DataError, ParityError, UserError
-from toolkit.files import check_free, write_bytes, write_text
+from toolkit.files import check_free, check_writable, write_bytes, write_text
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
 from toolkit.run import Run, environment, load_run
@@ -72,6 +72,14 @@ class Options:
     budget: int | None = None
     triton: Path | None = None
     force: bool = False
+
+
+# What only some precisions take: the field of ``Options``, its flag, the precisions.
+ONLY_FOR: tuple[tuple[str, str, tuple[Precision, ...]], ...] = (
+    ("tuning_epochs", "--fine-tune", ("int8",)),
+    ("calibration_images", "--calibration-images", ("int8",)),
+    ("even_if_slower", "--even-if-slower", ("fp16", "int8")),
+)
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,7 @@ def export(
         run = Run(target)
     onnx_export.check_opset(options.opset)
     check_provider(provider)
+    check_options(options)
     path, card, parity_report, examples = _files(run, output, options)
     model, header = load_run(run)
     if header["role"] == "student":
@@ -203,11 +212,23 @@ def _files(run: Run, output: Path | None, options: Options) -> tuple[Path, Path,
         check_free(file, options.force)
     if options.triton is not None:
         check_free(options.triton / path.stem, options.force)
+        check_writable(options.triton / path.stem)
+    check_writable(path)
     return path, card, parity_report, examples
 
 
 def wants(options: Options, precision: Precision) -> bool:
     return options.precision in (precision, "auto")
+
+
+def check_options(options: Options) -> None:
+    """Raise ``UserError`` for an option that the chosen precision has no use for."""
+    for field, flag, precisions in ONLY_FOR:
+        if options.precision not in (*precisions, "auto") and getattr(options, field) != getattr(Options(), field):
+            raise UserError(
+                f"{flag} has no use for {options.precision}: leave it out, or add --precision "
+                f"{' or '.join((*precisions, 'auto'))}"
+            )
 
 
 def describe(header: Mapping[str, Any], model: Classifier, options: Options, temperature: float | None) -> Metadata:

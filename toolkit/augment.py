@@ -5,8 +5,9 @@ happens to a sample therefore depends neither on the batch it is in nor on what 
 devices and a cache of the teacher's logits see the same images.
 
 To add an augmentation: a field in ``recipe.Augment``, its draws in ``Augmenter._draw`` under a stream name of
-its own (the draws of the others stay as they are), its effect in ``Augmenter._view`` (what it
-does to pixels is in ``adjust.py``), and in ``Augmenter._with_plain_rows`` the value that leaves an image as it is.
+its own (the draws of the others stay as they are), its effect in ``Augmenter._view`` (what it does to pixels is in
+``adjust.py``), and in ``Augmenter._with_plain_rows`` the value that leaves an image as it is. Where what others show
+changes, ``VIEWS`` is raised.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ OPERATIONS = (
 )  # fmt: skip
 EDIT_OF = np.array([0, 1, 1, 1, 1, 1, *range(2, len(EDITS) + 1)])  # its number from 1; Identity has none
 FILLED = {"zero": 0, "white": 255}  # what padding holds where it reflects nothing
+VIEWS = 1  # raised where the same fields come to show other images: cached logits of the old ones do not count then
 STRENGTHS = 31  # of each operation, from no effect to the strongest
 
 

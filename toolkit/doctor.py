@@ -81,7 +81,10 @@ def _providers() -> tuple[list[str], str]:
 def _cifar10(data_dir: Path | None) -> str:
     from toolkit.cifar import CIFARS, places
 
+    kind = CIFARS["cifar10"]
     for place in places(data_dir):
-        if (place / CIFARS["cifar10"].folder).is_dir():
+        if (place / kind.folder).is_dir():
             return f"in {place}"
+        if (place / kind.archive[0]).is_file():
+            return f"in {place}, still packed: it is unpacked when first used"
     return "not here yet: it is downloaded when first used, or give --data-dir"

@@ -107,6 +107,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
+def check_writable(path: Path) -> None:
+    """Raise ``UserError`` where no file can be written at ``path``: before the long work whose result it will hold."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def check_free(path: Path, force: bool) -> None:
     """Raise ``UserError`` where ``path`` exists, unless ``force``."""
     if path.exists() and not force:

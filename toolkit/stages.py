@@ -284,9 +284,9 @@ def validate(
     """Measure a run directory, a file of weights or an artifact on the test set.
 
     Without a target ``newest_run`` is taken, else the student that comes with the toolkit. Returns the
-    metrics (see ``report.measure``) and the folder of the report. A model of PyTorch is measured in fp32. ``tta`` adds
-    ``tta_top1``, its accuracy over these views; all other figures are of the plain images. Raises ``UserError`` for
-    ``tta`` with an artifact, which is measured as it is.
+    metrics (see ``report.measure``) and the folder of the report. A model of PyTorch is measured on ``device``, in
+    fp32; an artifact by ``provider``, as it is. ``tta`` adds ``tta_top1``, a model's accuracy over these views; all
+    other figures are of the plain images. Raises ``UserError`` for what the target has no use for.
     """
     if target is None:
         try:
@@ -299,7 +299,11 @@ def validate(
     if target.suffix == ".onnx":
         if tta:
             raise UserError(f"--tta augments models of PyTorch; {target} is an artifact and measured as it is")
+        if device != "auto":
+            raise UserError(f"--device is PyTorch's; {target} is an artifact: give --provider")
         return _validate_artifact(target, dataset, data_dir, provider)
+    if provider != "auto":
+        raise UserError(f"--provider is ONNX Runtime's; {target} is measured by PyTorch: give --device")
     run = Run(target) if target.is_dir() else None
     weights = run.checkpoint("best") if run else target
     model, header = load_run(run) if run else load_model(weights)

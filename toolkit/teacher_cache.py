@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from torch import Tensor, nn
 
 from toolkit import distributed
-from toolkit.augment import Augmenter
+from toolkit.augment import VIEWS, Augmenter
 from toolkit.compute import autocast
 from toolkit.data import DataSet, at_once
 from toolkit.files import write_atomic
@@ -35,7 +35,7 @@ class TeacherCache:
             "teacher": weights_digest(teacher),
             "data": data.digest,
             "split": [recipe.data.val_size, recipe.data.split_seed, recipe.data.group_by],
-            "augment": recipe.augment.model_dump(mode="json"),
+            "augment": [VIEWS, recipe.augment.model_dump(mode="json")],
             "seed": recipe.seed,
             "dtype": str(dtype),
         }
