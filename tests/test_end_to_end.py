@@ -55,9 +55,11 @@ def test_each_command_takes_the_newest_and_says_which(toolkit: Toolkit, nowhere:
     assert "--train-teacher" in missing.stderr
     assert not any(nowhere.iterdir())
     command = missing.stderr.partition("`toolkit ")[2].partition("`")[0]
-    assert command == "train --recipe digits --dataset digits --teacher resnet9_wide"
+    assert command == (
+        "train --recipe digits --dataset digits --set 'teacher.widths=[8, 16, 32]' --teacher resnet9_wide"
+    )
 
-    trained = toolkit(*command.split(), "--epochs", 2, *TINY)
+    trained = toolkit(*shlex.split(command), "--epochs", 2)
     assert trained.exit_code == 0, trained.output
     (teacher,) = Path("runs").iterdir()
     assert str(teacher) in trained.stdout

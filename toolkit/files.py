@@ -109,9 +109,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise ``UserError`` where no file can be written at ``path``: before the long work whose result it will hold."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())  # the others can be made in it
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
