@@ -551,9 +551,11 @@ class Recipe(Section):
                 yield f"{needs}, teacher.also makes it an ensemble that gives logits alone: leave it out"
             if self.teacher is not None and self.teacher.views:
                 yield f"{needs}, teacher.views (={self.teacher.views}) averages its logits: leave it out"
-            within = [name for name, m in self.loss.methods.items() if isinstance(m, FeatureMethod) and m.maps]
-            if self.teacher is not None and self.teacher.name == "onnx" and within:
-                yield f"loss.methods.{within[0]} needs the teacher's features, an ONNX file gives logits alone"
+            if self.teacher is not None and self.teacher.name == "onnx" and (maps := self._by_maps()):
+                yield (
+                    f"loss.methods.{maps[0]} needs the teacher's features, an ONNX file gives logits alone: take "
+                    "another teacher, or another method"
+                )
         if self.data.unlabelled and (not self.distils or peak(self.loss.ce_weight) or self.balance == "weights"):
             yield (
                 "data.unlabelled leaves no labels to learn from: it needs a teacher, loss.ce_weight=0 and a "
@@ -575,11 +577,14 @@ class Recipe(Section):
                 f"progressive.start (={self.progressive.start}) must be less than data.image_size "
                 f"(={self.data.image_size})"
             )
-        maps = [name for name, method in self.loss.methods.items() if isinstance(method, FeatureMethod) and method.maps]
-        if self.progressive.start is not None and maps:
+        if self.progressive.start is not None and (maps := self._by_maps()):
             yield f"progressive.start and {maps[0]} exclude each other: the teacher's maps would be larger"
         if self.schedule.warmup_epochs > self.epochs:
             yield f"schedule.warmup_epochs (={self.schedule.warmup_epochs:g}) must be at most epochs (={self.epochs})"
+
+    def _by_maps(self) -> list[str]:
+        """The methods that compare feature maps."""
+        return [name for name, method in self.loss.methods.items() if isinstance(method, FeatureMethod) and method.maps]
 
     @property
     def distils(self) -> bool:
