@@ -1,4 +1,4 @@
-"""The whole chain on the embedded data, as a new user runs it: seconds and peak memory of ``toolkit pipeline``."""
+"""The whole chain on the built-in digits, as a new user runs it: seconds and peak memory of ``toolkit pipeline``."""
 
 from __future__ import annotations
 

@@ -361,7 +361,7 @@ async def _files(request: Request) -> list[bytes]:
     finally:
         await form.close()
     if not images:
-        raise HTTPException(400, "the form holds no file")
+        raise HTTPException(400, "the form holds no file: send each image as one (curl -F images=@FILE)")
     return images
 
 

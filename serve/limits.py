@@ -113,9 +113,15 @@ class Limits:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._may(headers):
             scheme = "Bearer" if scope["path"].startswith("/v1/") else 'Basic realm="key as password"'
-            return refusal(scope, 401, "unauthorized", "this server wants its key", {"WWW-Authenticate": scheme})
+            return refusal(
+                scope,
+                401,
+                "unauthorized",
+                "a key is required: send it as Authorization: Bearer KEY",
+                {"WWW-Authenticate": scheme},
+            )
         if not _is_ours(scope["path"], scope["query_string"]):
-            return refusal(scope, 404, "not_found", "the page does not use this of Gradio's: ask /v1/predict")
+            return refusal(scope, 404, "not_found", "this endpoint of Gradio's is not offered: use POST /v1/predict")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return refusal(scope, 413, "too_large", _too_large(limit))

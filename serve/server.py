@@ -157,7 +157,7 @@ def _run_workers(settings: Settings, listener: socket.socket, started: Callable[
         supervisor.run()
         del os.environ[metrics.SHARED], os.environ["PYTHONWARNINGS"]
     if supervisor.failed:
-        raise UserError("a worker could not start")
+        raise UserError("a worker could not start: see the error above")
 
 
 class _Supervisor(Multiprocess):

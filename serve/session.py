@@ -191,7 +191,7 @@ class Session:
                 return self._open(data, {TENSORRT: rt, CUDA: options | {"enable_cuda_graph": "0"}})
             except Exception as error:
                 reason = next(iter(said.getvalue().splitlines()), "") or in_line(error)
-                raise DeviceError(f"the provider {provider} cannot be had: {reason}") from error
+                raise DeviceError(f"the provider {provider} is not available: {reason}") from error
 
     def _open(self, data: bytes, providers: dict[str, dict[str, str]]) -> ort.InferenceSession:
         provider = next(iter(providers))
@@ -241,7 +241,7 @@ def check_provider(provider: Provider) -> None:
             try:
                 need_cuda()
             except NoCudaError as error:
-                raise DeviceError(f"the provider {provider} cannot be had: {error}") from error
+                raise DeviceError(f"the provider {provider} is not available: {error}") from error
 
 
 class NoCudaError(RuntimeError):

@@ -1,11 +1,14 @@
 """`toolkit export` and `toolkit inspect` on a small finished run."""
 
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,15 +16,18 @@ import pytest
 import torch
 from conftest import Chain, Toolkit
 from google.protobuf import text_format
+from onnx import numpy_helper
 from PIL import Image
+from small_net import LABELS, small_images, small_metadata, small_net
 from test_bad_input import files, refused
 
-from export import parity, quantise
+from export import onnx_export, parity, quantise
 from export.artifact import read
 from export.preprocess import fit, nhwc
 from serve.session import Session
 from toolkit import artifacts, bench, stages
 from toolkit import data as datasets
+from toolkit.errors import ParityError
 from toolkit.run import Run, load_run
 
 SHIP = ("--even-if-slower", "--max-drop", 100, "--calibration-images", 64)  # a small net is no faster in INT8
@@ -189,7 +195,107 @@ def test_fine_tuning_starts_from_the_run_and_is_found_again(toolkit: Toolkit, ch
     assert Path("tuned.onnx").read_bytes() == before
 
 
+def test_a_teacher_is_exported_without_a_budget(toolkit: Toolkit, chain: Chain) -> None:
+    recipe = chain.teacher / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("budget: 5000000", "budget: 1000"))
+    result = toolkit("export", chain.teacher, "--provider", "cpu")
+    assert result.exit_code == 0, result.output
+    about = read(chain.teacher / "export/teacher.onnx")
+    assert (about.model, about.teacher) == ("resnet9_wide", None)
+    assert about.parameters > 1000
+
+
+def test_the_flags_are_the_options(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[object, ...]] = []
+    monkeypatch.setattr(artifacts, "export", lambda *given: taken.append(given) or 1 / 0)
+    flags = (
+        "--precision", "int8", "--max-drop", 0.5, "--opset", 19, "--accept-any-size", "--calibrate", "--tta", "flip",
+        "--calibration-images", 99, "--fine-tune", 2, "--even-if-slower", "--tf32", "--license", "MIT", "--budget", 7,
+        "--triton", "models", "--force",
+    )  # fmt: skip
+    for arguments in ((), ("run", "-o", "a.onnx", "--data-dir", "data", "--provider", "cpu", *flags)):
+        with pytest.raises(ZeroDivisionError):
+            toolkit("export", *arguments)
+    options = artifacts.Options(
+        precision="int8", max_drop=0.005, opset=19, any_size=True, calibrated=True, views="flip",
+        calibration_images=99, tuning_epochs=2, even_if_slower=True, tf32=True, licence="MIT", budget=7,
+        triton=Path("models"), force=True,
+    )  # fmt: skip
+    assert taken[0] == (None, None, None, "auto", artifacts.Options())
+    assert taken[1] == (Path("run"), Path("a.onnx"), Path("data"), "cpu", options)
+
+
+def _edited(graph: onnx.ModelProto, length: int, edit: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:
+    """A copy of the graph, with other values in the weights of so many rows."""
+    edited = onnx.ModelProto()
+    edited.CopyFrom(graph)
+    for tensor in edited.graph.initializer:
+        if list(tensor.dims[:1]) == [length]:
+            tensor.CopyFrom(numpy_helper.from_array(edit(numpy_helper.to_array(tensor)), tensor.name))
+    return edited
+
+
+def test_int8_is_calibrated_by_the_method_that_answers_val_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here each method names the classes in another order, and the first is right on the training images."""
+    images = small_images(80)
+    with torch.inference_mode():
+        answers = small_net().eval()(images / 255).argmax(1)
+
+    def quantised(graph: onnx.ModelProto, _: object, method: str, *__: object) -> onnx.ModelProto:
+        return _edited(graph, len(LABELS), lambda rows: np.roll(rows, quantise.METHODS.index(method), axis=0))
+
+    monkeypatch.setattr(quantise, "int8", quantised)
+    graph = onnx_export.build(small_net(), small_metadata())
+    for shift, method in enumerate(quantise.METHODS):
+        train, val = datasets.Split(images, answers), datasets.Split(images, (answers + shift) % len(LABELS))
+        data = datasets.DataSet("ramps", LABELS, train, val, train, (0.5,) * 3, (0.2,) * 3, "0")
+        options = artifacts.Options(precision="int8", calibration_images=64)
+        _, about = artifacts.best_int8(graph, small_metadata(), data, quantise.X86, "cpu", options)
+        assert about.quantisation == f"{quantise.X86.name} QDQ, per channel, {method} on 64 training images"
+
+
 # --- what is not shipped -----------------------------------------------------------------------------------
+
+
+def test_a_graph_that_computes_something_else_is_not_written(
+    toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, folder = onnx_export.build, chain.student / "export"
+
+    def damaged(*arguments: Any) -> onnx.ModelProto:
+        return _edited(build(*arguments), 10, lambda rows: rows + 0.001 * (rows == rows.max()))  # one weight
+
+    def others() -> dict[Path, bytes]:
+        return {path: content for path, content in files(folder).items() if path.name != "parity.json"}
+
+    monkeypatch.setattr(onnx_export, "build", damaged)
+    before = others()
+    assert chain.artifact in before
+    for _ in range(2):  # with an artifact there, and without
+        refused(toolkit("export", "--provider", "cpu"), "does not compute what PyTorch computes", "logits differ by")
+        assert json.loads((folder / "parity.json").read_text())["ok"] is False
+        assert others() == before
+        shutil.rmtree(folder)
+        before = {}
+    with pytest.raises(ParityError):
+        artifacts.export(provider="cpu")
+
+
+def test_a_lower_precision_may_lose_so_much_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "MIN_AGREEMENT", 0)
+    images, about = small_images(300), small_metadata().model_copy(update={"precision": "int8"})
+    with torch.inference_mode():
+        labels = small_net().eval()(images / 255).argmax(1)
+    reference = parity.Reference(onnx_export.deployed(small_net(), about), images, labels, (1,))
+    graph = _edited(onnx_export.build(small_net(), about), len(LABELS), lambda rows: rows * 1.01)
+
+    def measured(most: float) -> parity.ParityReport:
+        return artifacts.measured(graph, about, reference, "cpu", artifacts.Options(max_drop=most)).parity
+
+    lost = measured(1).drop
+    assert 0 < lost < 1
+    assert measured(lost).ok
+    assert "test top-1" in measured(lost - 1e-6).failures[0]
 
 
 def test_a_precision_that_changes_answers_is_not_shipped(
@@ -246,7 +352,7 @@ def test_what_cannot_be(toolkit: Toolkit, chain: Chain, options: list[object], w
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_tensorrt_that_is_not_there(toolkit: Toolkit, chain: Chain) -> None:
-    refused(toolkit("export", "--provider", "tensorrt"), "tensorrt cannot be had", "doctor")
+    refused(toolkit("export", "--provider", "tensorrt"), "tensorrt is not available", "doctor")
 
 
 def test_a_date_that_is_none(toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:

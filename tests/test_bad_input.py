@@ -129,7 +129,7 @@ def test_cuda_that_is_not_there(toolkit: Toolkit, nowhere: Path, command: str) -
 def test_a_cuda_provider_that_cannot_be_had(toolkit: Toolkit, chain: Chain, command: str) -> None:
     before = files(chain.folder)
     arguments = command.format(artifact=chain.artifact, example=chain.example).split()
-    refused(toolkit(*arguments, "--provider", "cuda"), "cuda cannot be had", "doctor")
+    refused(toolkit(*arguments, "--provider", "cuda"), "cuda is not available", "doctor")
     assert files(chain.folder) == before
 
 
@@ -232,6 +232,8 @@ def test_a_folder_whose_images_changed_is_not_the_same_run(toolkit: Toolkit, pho
     assert result.exit_code == 0
     assert "warning: " in result.stderr
     assert "measured too high" in result.stderr
+    (run / "summary.json").unlink()
+    refused(toolkit(*arguments, "--resume"), f"the images of folder:photos have changed since {run} was begun")
     (photos / "night").rename(photos / "evening")
     refused(toolkit("export", run), "photos have changed since", "13 are gone: day/3.png, night/0.png")
     of_weights = toolkit("validate", run, "--dataset", "folder:photos")

@@ -267,7 +267,7 @@ def test_workers_that_cannot_start(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "ONNX Runtime cannot run" in done.stderr
-    assert done.stderr.endswith("error: a worker could not start\n")
+    assert done.stderr.endswith("error: a worker could not start: see the error above\n")
 
 
 def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path, mon
         ([path, "--api-key-file", tmp_path / "empty"], "holds no key"),
         ([path, path], "two artifacts have the name 'student'"),
         ([tmp_path / "junk.onnx", "--workers", 2], "is not an ONNX file"),
-        ([path, "--provider", "cuda", "--workers", 2], "the provider cuda cannot be had: none"),
+        ([path, "--provider", "cuda", "--workers", 2], "the provider cuda is not available: none"),
         ([path, "--host", "no.such.host.invalid"], "cannot serve on no.such.host.invalid, port 7860"),
     ):
         result = toolkit("serve", "--provider", "cpu", *arguments)

@@ -118,7 +118,7 @@ def test_cuda_without_a_driver_is_an_error_and_auto_says_what_it_took(
     path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module.ctypes, "CDLL", _no_library)
-    with pytest.raises(DeviceError, match=r"the provider cuda cannot be had: .*(no NVIDIA driver|without CUDA)"):
+    with pytest.raises(DeviceError, match=r"the provider cuda is not available: .*(no NVIDIA driver|without CUDA)"):
         Session(path, "cuda")
     assert Session(path, "auto").provider == "CPUExecutionProvider"
     assert capfd.readouterr() == ("", "")
@@ -135,7 +135,7 @@ def test_tensorrt_does_not_round_unasked(path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "need_cuda", no_cuda)
     for provider, tf32 in (("cuda", False), ("tensorrt", True), ("tensorrt", False)):
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-        with pytest.raises(DeviceError, match=f"the provider {provider} cannot be had: none"):
+        with pytest.raises(DeviceError, match=f"the provider {provider} is not available: none"):
             Session(path, provider, tf32=tf32)
     assert seen == ["1", "1", "0"]
 
@@ -170,7 +170,7 @@ def test_a_session_that_slides_to_the_cpu_is_refused(
     monkeypatch.setattr(module, "need_cuda", lambda: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(module, "CUDA", "DmlExecutionProvider")  # in no build for Linux or macOS
-    with pytest.raises(DeviceError, match="cannot be had"), pytest.warns(UserWarning, match="Dml"):
+    with pytest.raises(DeviceError, match="is not available"), pytest.warns(UserWarning, match="Dml"):
         Session(path, "cuda")
     assert capfd.readouterr().out == ""
     with pytest.warns(UserWarning, match="Dml"):  # where there is a GPU the reason is told

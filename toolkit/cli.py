@@ -58,24 +58,28 @@ app = typer.Typer(
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME|FILE", help="own-images or another of toolkit/recipes/, or a YAML file; else cifar10."
+        "--recipe",
+        metavar="NAME|FILE",
+        help="A name from toolkit/recipes/, such as own-images, or a YAML file; else cifar10.",
     ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY.PATH=VALUE", help="Set any field of the recipe; all of them stand in a run's recipe.yaml."
+        "--set", metavar="KEY.PATH=VALUE", help="Set any field of the recipe; toolkit/recipe.py describes them."
     ),
 ]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", help="Peak learning rate; with muon, of all but the conv filters.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")]
 Dataset = Annotated[
     str | None, typer.Option(metavar="NAME", help="cifar10, cifar100, digits or folder:PATH.", show_default=False)
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of the data set; else $TOOLKIT_DATA, else ./data.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images, 16 to 512 pixels; else 32.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable images of a folder out.")]
 SkipLeaks = Annotated[bool, typer.Option("--skip-leaks", help="Leave training images out that are in val or test too.")]
@@ -92,7 +96,10 @@ Device = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; else runs/NAME-DIGEST.")]
 DataMemory = Annotated[
-    float | None, typer.Option(help="GiB for a folder's images and a padded copy; beyond it they stay on disk.")
+    float | None,
+    typer.Option(
+        help="GiB for a folder's images and a padded copy, else half of the memory; beyond it they stay on disk."
+    ),
 ]
 Budget = Annotated[int | None, typer.Option(help="A student has fewer parameters than this; else 5,000,000.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
@@ -105,7 +112,7 @@ NoProbe = Annotated[
 Extend = Annotated[
     bool, typer.Option("--extend", help="Go on with the run in --run-dir, for more --epochs than it began with.")
 ]
-Keep = Annotated[int | None, typer.Option("--keep", help="Newest training states that are kept.")]
+Keep = Annotated[int | None, typer.Option("--keep", help="Newest training states that are kept; else 2.")]
 Log = Annotated[Literal["tensorboard"] | None, typer.Option("--log", help="Also write the metrics for TensorBoard.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train the student without a teacher too, and compare.")]
 TeacherName = Annotated[
@@ -125,13 +132,20 @@ TeacherCheckpoint = Annotated[
         "--teacher-checkpoint", "--teacher-weights", help="Run directory or weights of a teacher; else the newest run."
     ),
 ]
-TeacherSize = Annotated[int | None, typer.Option(help="Side of the images that a teacher from elsewhere takes.")]
+TeacherSize = Annotated[
+    int | None,
+    typer.Option(help="Side of the images in pixels that a teacher from elsewhere takes; else by its input."),
+]
 TeacherLayout = Annotated[
     str | None, typer.Option(metavar="nchw|nhwc", help="Axes of its input; else by the input's shape.")
 ]
-TeacherScale = Annotated[float | None, typer.Option(help="What it takes for white: 1 or 255.")]
-TeacherMean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its mean, of images in 0..1.")]
-TeacherStd = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its standard deviation, of images in 0..1.")]
+TeacherScale = Annotated[
+    float | None, typer.Option(help="What it takes for white: 1 or 255; else 1, for a uint8 input 255.")
+]
+TeacherMean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its mean, of images in 0..1; else 0.")]
+TeacherStd = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Its standard deviation, of images in 0..1; else 1.")
+]
 TeacherClasses = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="YAML: names of its outputs in order, or a mapping from outputs to classes."),
@@ -143,16 +157,26 @@ Init = Annotated[
 Unlabelled = Annotated[
     bool, typer.Option("--unlabelled", help="A folder without classes: the teacher's answers are all there is.")
 ]
-TrainTeacher = Annotated[bool, typer.Option("--train-teacher", help="Train the teacher first.")]
+TrainTeacher = Annotated[
+    bool,
+    typer.Option(
+        "--train-teacher", help="Train the teacher first, for as long as the recipe says (--set train.epochs=N)."
+    ),
+]
 StudentName = Annotated[
     str | None, typer.Option("--student", metavar="NAME", help="Architecture of the student (`toolkit models`).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 TtaOption = Annotated[
-    Views | None, typer.Option("--tta", help="Also average over these views of each image: a figure of its own.")
+    Views | None,
+    typer.Option(
+        "--tta", help="Also average over flip (2 views) or flip_and_shift (6 views) of each image: a figure of its own."
+    ),
 ]
 Tf32 = Annotated[bool, typer.Option("--tf32", help="Let CUDA round to 10 bits of mantissa.")]
-ProviderOption = Annotated[Provider, typer.Option("--provider", help="ONNX Runtime's provider.")]
+ProviderOption = Annotated[
+    Provider, typer.Option("--provider", help="ONNX Runtime's provider; auto takes CUDA where it works, else the CPU.")
+]
 
 # Each flag that sets a field of the recipe: the field, and the option.
 FIELDS: dict[str, tuple[str, Any]] = {
@@ -398,7 +422,7 @@ def pipeline(
     run_dir: Annotated[Path | None, typer.Option(help="Folder for the run directories; else runs/.")] = None,
     resume: Resume = False,
 ) -> None:
-    """The whole chain: teacher, student, report, ONNX artifact, parity. By default on embedded digits, offline.
+    """The whole chain: teacher, student, report, ONNX artifact, parity. By default on built-in digits, offline.
 
     --set train.KEY=VALUE and --set distill.KEY=VALUE set a field of one of the two stages.
     """
@@ -439,7 +463,8 @@ def tune(
     ] = None,
     cpus_per_trial: Annotated[int, typer.Option(min=1, help="CPU cores of a trial.")] = 1,
     address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT|auto", help="Ray cluster; else one on this machine, for itself.")
+        str | None,
+        typer.Option(metavar="HOST:PORT|auto", help="Address of a Ray cluster; else one on this machine, for itself."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the search; else runs/tune-SPACE-DIGEST.")
@@ -555,12 +580,14 @@ def export(
         Literal[Precision, "auto"], typer.Option(help="auto makes all, and ships the fastest that loses too little.")
     ] = "fp32",
     max_drop: Annotated[
-        float, typer.Option(min=0, max=100, help="Points of test top-1 that a lower precision may lose.")
+        float, typer.Option(min=0, max=100, help="Percentage points of test top-1 that a lower precision may lose.")
     ] = 0.2,
     even_if_slower: Annotated[
         bool, typer.Option("--even-if-slower", help="Ship the precision for another machine, where it is slower here.")
     ] = False,
-    calibration_images: Annotated[int, typer.Option(help="Training images that INT8's ranges are taken from.")] = 512,
+    calibration_images: Annotated[
+        int, typer.Option(help="Training images that INT8's ranges are taken from, at least 64.")
+    ] = 512,
     fine_tune: Annotated[int, typer.Option(min=0, help="Epochs of quantisation-aware fine-tuning before INT8.")] = 0,
     tta: Annotated[
         Views | None, typer.Option("--tta", help="Average over these views of each image, in the graph.")
@@ -627,7 +654,7 @@ def inspect(
     card: Annotated[bool, typer.Option("--card", help="A model card, in Markdown.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What an artifact says of itself, and what can be said of any other ONNX file."""
+    """What an artifact states about itself, and what can be said of any other ONNX file."""
     from export.inspection import describe, facts_of, file_facts, model_card
 
     description = describe(file)
@@ -677,7 +704,7 @@ def bench(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Latency and images a second of artifacts, beside PyTorch where they lie in their run directories."""
+    """Latency and images per second of artifacts, beside PyTorch where they lie in their run directories."""
     from toolkit import bench as timing
     from toolkit.files import write_bytes, write_text
 
@@ -707,7 +734,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     provider: ProviderOption = "auto",
-    max_batch: Annotated[int, typer.Option(min=1, help="Images that run together.")] = 32,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images that run together.")] = 32,
     max_queue: Annotated[int, typer.Option(min=64, help="Images that may wait; more are refused.")] = 256,
     deadline: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 10,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM.")] = 10,
@@ -823,13 +850,15 @@ def models(
     budget: Annotated[int, typer.Option(help="Parameters that a student must stay under.")] = BUDGET,
     image_size: Annotated[
         int | None,
-        typer.Option(min=16, max=512, help="Side of the images; then images a second and memory are measured here."),
+        typer.Option(
+            min=16, max=512, help="Side of the images in pixels; then images per second and memory are measured here."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The catalogue: parameters and multiply-accumulates at 32x32 with 10 classes, and who fits the budget.
+    """The catalogue: parameters and multiply-accumulates at 32x32 with 10 classes, and which models fit the budget.
 
-    With --image-size at that size; each model is run too: images a second in training and in inference, and the
+    With --image-size at that size; each model is run too: images per second in training and in inference, and the
     memory that training takes for each image.
     """
     from dataclasses import asdict

@@ -48,7 +48,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def pick_device(name: str) -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to a device that is there, or ``DeviceError``."""
     if not re.fullmatch(DEVICES, name):
-        raise DeviceError(f"--device {name} is none: it should be auto, cpu, cuda or cuda:N")
+        raise DeviceError(f"--device {name} is no device: give auto, cpu, cuda or cuda:N")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it, before CUDA's first product
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -118,7 +118,7 @@ def load(config: recipe.Data) -> DataSet:
     return DataSet(name, classes, train, val, test, mean, std, digest, broken, files)
 
 
-# --- the embedded data set ---------------------------------------------------------------------------------
+# --- the built-in data set ---------------------------------------------------------------------------------
 
 
 def _digits(config: recipe.Data) -> tuple[tuple[str, ...], dict[str, Split]]:

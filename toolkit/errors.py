@@ -82,7 +82,8 @@ class Interrupted(UserError):
 # What to try next, by type; printed after the message where the message does not already say it.
 NEXT: dict[type[UserError], str] = {
     UnknownNameError: "`toolkit models` lists the models.",
-    DivergedError: "Try a lower learning rate (--lr), --set optimizer.grad_clip=1, or --set precision=fp32.",
+    DivergedError: "Try a lower learning rate (--lr; muon: --set optimizer.filter_lr), --set optimizer.grad_clip=1, "
+    "or --set precision=fp32.",
     DeviceError: "`toolkit doctor` shows what this machine can do.",
     ArtifactError: "`toolkit export` makes an artifact from a finished run.",
     CheckpointError: "Train again with another --run-dir, or give another checkpoint.",

@@ -84,7 +84,8 @@ class Data(Section):
     memory: float | None = Field(
         None,
         gt=0,
-        description="GiB for a folder's images and a padded copy; beyond it they stay on disk. null: half",
+        description="GiB for a folder's images and a padded copy; beyond it they stay on disk. null: half of the "
+        "memory",
     )
     skip_broken: bool = Field(False, description="leave unreadable images of a folder out")
     skip_leaks: bool = Field(False, description="leave training images out that are in val or test too")
@@ -153,7 +154,9 @@ class Augment(Section):
     brightness: float = Field(0, ge=0, description="colour jitter: factor uniform in 1 plus or minus this")
     contrast: float = Field(0, ge=0, description="colour jitter: factor uniform in 1 plus or minus this")
     saturation: float = Field(0, ge=0, description="colour jitter: factor uniform in 1 plus or minus this")
-    hue: float = Field(0, ge=0, le=0.5, description="colour jitter: turn of the colour circle, plus or minus this")
+    hue: float = Field(
+        0, ge=0, le=0.5, description="colour jitter: fraction of a full turn of the colour circle, plus or minus"
+    )
     cutout: int = Field(0, ge=0, description="side of a black square in pixels, at a random place; 0: off")
     erasing: float = Field(
         0, ge=0, le=1, description="fraction of the images of which a random box is painted over (arXiv 1708.04896)"
@@ -365,7 +368,7 @@ class Loss(Section):
 
     ce_weight: Weight = Field(1, description="weight of the cross entropy with the labels")
     kd_weight: Weight = Field(0, description="weight of the distillation term: of the sum of the methods")
-    temperature: Temperature = Field(4, description="what logits are divided by to make soft targets, by every method")
+    temperature: Temperature = Field(4, description="what soft_targets, dkd and dist divide the logits by")
     label_smoothing: float = Field(0, ge=0, lt=1, description="mass spread over all classes, in the cross entropy")
     methods: Annotated[dict[str, SerializeAsAny[Method]], BeforeValidator(_methods)] = Field(
         {},

@@ -87,7 +87,8 @@ def distill(
     wanted = _resolved(wanted, "distill", settings)
     if not wanted.distils:
         if wanted.teacher is not None:
-            say(f"the teacher {wanted.teacher.name} is not asked: loss.kd_weight is 0")
+            named = wanted.teacher.checkpoint or wanted.teacher.name
+            say(f"the teacher {named} is not asked, as loss.kd_weight is 0: --set loss.kd_weight=0.9 asks it")
         return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
     data = None if wanted.data.unlabelled else check(wanted)

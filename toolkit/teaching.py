@@ -57,7 +57,7 @@ def _weights(path: Path) -> Path:
     """The weights in a finished run directory, or the file itself. Raises ``TeacherError`` or ``RunError``."""
     weights = weights_of(path)
     if not weights.is_file():
-        raise TeacherError(f"there are no weights of a teacher at {weights}")
+        raise TeacherError(f"there are no weights of a teacher at {weights}: give another --teacher-checkpoint")
     return weights
 
 
