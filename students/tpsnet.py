@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -32,61 +33,42 @@ def tpsnet(
     return ResNet(num_classes, base, widths, blocks, dropout, stochastic_depth=stochastic_depth, image_size=image_size)
 
 
-def tpsnet_333(
-    num_classes: int,
-    blocks: Sequence[int] = (3, 3, 3),
-    base: int = 34,
-    width: int = 2,
-    dropout: float = 0.0,
-    image_size: int = 32,
-) -> nn.Module:
+def _sibling(blocks: int, base: int, doc: str) -> Callable[..., nn.Module]:
+    """``tpsnet`` with other defaults: as many ``blocks`` in each of three stages."""
+    builder = partial(tpsnet, blocks=(blocks,) * 3, base=base)
+    builder.__doc__ = doc
+    return builder
+
+
+tpsnet_333 = _sibling(
+    3,
+    34,
     """``tpsnet`` with 3 blocks a stage, wider: 4,865,580 parameters, 0.71 G MACs at 32x32.
 
     Source: Rao, Pan, Ananth: TPSNet, model 1 (94.02% on CIFAR-10)
-    """
-    return tpsnet(num_classes, blocks, base, width, dropout, image_size=image_size)
-
-
-def tpsnet_777(
-    num_classes: int,
-    blocks: Sequence[int] = (7, 7, 7),
-    base: int = 22,
-    width: int = 2,
-    dropout: float = 0.0,
-    image_size: int = 32,
-) -> nn.Module:
+    """,
+)
+tpsnet_777 = _sibling(
+    7,
+    22,
     """``tpsnet`` with 7 blocks a stage: 4,971,680 parameters, 0.73 G MACs at 32x32.
 
     Source: Rao, Pan, Ananth: TPSNet, model 2 (94.24% on CIFAR-10)
-    """
-    return tpsnet(num_classes, blocks, base, width, dropout, image_size=image_size)
-
-
-def tpsnet_17(
-    num_classes: int,
-    blocks: Sequence[int] = (17, 17, 17),
-    base: int = 14,
-    width: int = 2,
-    dropout: float = 0.0,
-    image_size: int = 32,
-) -> nn.Module:
+    """,
+)
+tpsnet_17 = _sibling(
+    17,
+    14,
     """``tpsnet`` with 17 blocks a stage, thinner: 4,987,384 parameters, 0.73 G MACs at 32x32.
 
     Source: Rao, Pan, Ananth: TPSNet, table 1 (84.09% on CIFAR-10 after 30 epochs)
-    """
-    return tpsnet(num_classes, blocks, base, width, dropout, image_size=image_size)
-
-
-def tpsnet_23(
-    num_classes: int,
-    blocks: Sequence[int] = (23, 23, 23),
-    base: int = 12,
-    width: int = 2,
-    dropout: float = 0.0,
-    image_size: int = 32,
-) -> nn.Module:
+    """,
+)
+tpsnet_23 = _sibling(
+    23,
+    12,
     """``tpsnet`` with 23 blocks a stage, thinner still: 4,976,470 parameters, 0.73 G MACs at 32x32.
 
     Source: Rao, Pan, Ananth: TPSNet, table 1 (81.32% on CIFAR-10 after 30 epochs)
-    """
-    return tpsnet(num_classes, blocks, base, width, dropout, image_size=image_size)
+    """,
+)

@@ -384,6 +384,12 @@ def test_a_teacher_that_is_damaged_or_another(toolkit: Toolkit, chain: Chain) ->
         "distill", "--recipe", chain.student / "recipe.yaml", "--run-dir", "new", "--teacher-checkpoint", student
     )
     refused(again, student, "another teacher", "--teacher-checkpoint")
+    misspelt = toolkit(*distil, chain.teacher, "--set", "teacher.veiws=flip")
+    refused(misspelt, "teacher.veiws: resnet9_wide takes no such setting; did you mean 'views'?")
+    Path("file.onnx").write_bytes(b"")
+    refused(
+        toolkit(*distil, "file.onnx", "--teacher", "onnx", "--set", "teacher.widths=[8]"), "teacher.widths", "file.onnx"
+    )
     cut(weights)
     refused(toolkit(*distil, weights), weights, "not a whole safetensors file")
     assert not Path("new").exists()

@@ -84,6 +84,11 @@ def builder(name: str, role: Role) -> Callable[..., Any]:
     return getattr(importlib.import_module(_modules(role)[name]), name)
 
 
+def parameters(name: str, role: Role) -> list[str]:
+    """The arguments that a recipe may give to the builder."""
+    return [key for key in list(inspect.signature(builder(name, role)).parameters)[1:] if key != "image_size"]
+
+
 def build(
     name: str,
     role: Role,
@@ -101,13 +106,12 @@ def build(
     """
     from toolkit.classifier import Classifier
 
-    make = builder(name, role)
-    known = [key for key in list(inspect.signature(make).parameters)[1:] if key != "image_size"]
+    known = parameters(name, role)
     for key in arguments:
         if key not in known:
             raise RecipeError(f"{role}.{key}: {name} takes no such argument{closest(key, known)}")
     try:
-        network = make(num_classes, **arguments, image_size=image_size)
+        network = builder(name, role)(num_classes, **arguments, image_size=image_size)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise RecipeError(f"{role}: {name} cannot be built from {arguments}: {error}") from error
     return Classifier(network, mean, std)

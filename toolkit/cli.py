@@ -338,6 +338,8 @@ def distill(
     wanted = resolve(source, "distill", overrides)
     if baseline and wanted.data.unlabelled:
         raise typer.BadParameter("images without labels have no baseline without a teacher", param_hint="--baseline")
+    if baseline and not wanted.distils:
+        raise typer.BadParameter("the recipe has no teacher: this run is the baseline", param_hint="--baseline")
     from toolkit import stages  # imports torch: a misspelt name is told before that
 
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:

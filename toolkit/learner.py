@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -128,7 +129,8 @@ class Learner:
             self.optimizer.zero_grad()
             self.micro_batch = smaller(min(self.micro_batch, len(index)))
         if config.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            trained = itertools.chain(self.model.parameters(), self.objective.parameters())
+            nn.utils.clip_grad_norm_(trained, config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:

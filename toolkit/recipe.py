@@ -326,7 +326,15 @@ Temperature = Annotated[
 class Method(Section):
     """What the ``Params`` of all distillation methods share; each adds its own in ``toolkit/losses/``."""
 
+    terms: ClassVar[tuple[str, ...]] = ()  # the fields that weigh its terms: with all at 0 it would teach nothing
+
     weight: Weight = Field(1, description="weight of this method among the methods")
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Method:
+        if self.terms and not any(getattr(self, term) for term in self.terms):
+            raise ValueError(f"{' and '.join(self.terms)} are both 0: one must be positive")
+        return self
 
 
 class FeatureMethod(Method):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from toolkit import compute, distributed, engine, external, recipe
+from toolkit.catalogue import closest, parameters
 from toolkit.choices import Stage
 from toolkit.classifier import Ensemble, members, with_views
 from toolkit.data import DataSet, Split
@@ -136,12 +137,16 @@ def _load_member(
     teacher: Teacher, classes: Sequence[str] | None, wanted: Recipe
 ) -> tuple[nn.Module, Teacher, list[str]]:
     if teacher.external:
+        if teacher.name == "onnx":
+            _check_arguments(teacher, str(teacher.checkpoint), [])
         other, names = external.load(teacher, classes, wanted.device, wanted.data.offline)
         external_known = teacher.model_copy(update={"weights": other.hex_digest, "also": ()})
         return with_views(other, teacher.views), external_known, names
     assert teacher.checkpoint is not None
     model, header = load_model(teacher.checkpoint)
     where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
+    if teacher.name in ("", header["model"]):  # else it is another teacher, which `load` says
+        _check_arguments(teacher, header["model"], parameters(header["model"], header["role"]))
     digest = hashlib.sha256(teacher.checkpoint.read_bytes()).hexdigest()
     if classes is not None and theirs != list(classes) and teacher.classes is None and set(theirs) != set(classes):
         kind, _, folder = wanted.data.dataset.partition(":")
@@ -170,6 +175,14 @@ def _load_member(
         **header["arguments"],
     )
     return with_views(module, teacher.views), known, names
+
+
+def _check_arguments(teacher: Teacher, title: str, known: Sequence[str]) -> None:
+    """Raise ``TeacherError`` for a setting that neither a teacher nor its builder has: it is misspelt."""
+    for key in teacher.arguments:
+        if key not in known:
+            settings = [*(field for field in Teacher.model_fields if field != "weights"), *known]
+            raise TeacherError(f"teacher.{key}: {title} takes no such setting{closest(key, settings)}")
 
 
 # --- looking at it before it teaches -----------------------------------------------------------------------

@@ -24,12 +24,6 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
-def some_weight(**weights: float) -> None:
-    """Raise ``ValueError`` where all weights of the terms of a method are 0: it would teach nothing."""
-    if not any(weights.values()):
-        raise ValueError(f"{' and '.join(weights)} are both 0: one must be positive")
-
-
 def load(name: str) -> ModuleType:
     """The file of a method."""
     return importlib.import_module(f"toolkit.losses.{name}")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from toolkit.errors import RecipeError
-from toolkit.losses import some_weight
 from toolkit.recipe import Method
 
 
 class Params(Method):
+    terms: ClassVar[tuple[str, ...]] = ("beta", "gamma")
+
     beta: float = Field(2, ge=0, description="weight of the relations between the classes of an image")
     gamma: float = Field(2, ge=0, description="weight of the relations between the images, for each class")
-
-    @model_validator(mode="after")
-    def _teaches(self) -> Params:
-        some_weight(beta=self.beta, gamma=self.gamma)
-        return self
 
 
 class Term(nn.Module):

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from toolkit.errors import RecipeError
-from toolkit.losses import some_weight
 from toolkit.recipe import Method, Ramp, Weight
 
 
 class Params(Method):
+    terms: ClassVar[tuple[str, ...]] = ("alpha", "beta")
+
     weight: Weight = Field(
         Ramp(start=0, end=1, over=20 / 240),
         description="weight of this method among the methods; the paper warms it up over 20 of 240 epochs",
     )
     alpha: float = Field(1, ge=0, description="weight of how sure the teacher is of the target class")
     beta: float = Field(8, ge=0, description="weight of how the teacher ranks the other classes")
-
-    @model_validator(mode="after")
-    def _teaches(self) -> Params:
-        some_weight(alpha=self.alpha, beta=self.beta)
-        return self
 
 
 class Term(nn.Module):

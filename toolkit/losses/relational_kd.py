@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from toolkit.losses import some_weight
 from toolkit.recipe import FeatureMethod
 
 
 class Params(FeatureMethod):
     maps: ClassVar[bool] = False
+    terms: ClassVar[tuple[str, ...]] = ("distance", "angle")
 
     distance: float = Field(25, ge=0, description="weight of the distances between two images")
     angle: float = Field(50, ge=0, description="weight of the angles between three images")
@@ -24,11 +24,6 @@ class Params(FeatureMethod):
         description="images that are related to each other: a batch is taken in groups of so many (two are always "
         "alike: distances are relative)",
     )
-
-    @model_validator(mode="after")
-    def _teaches(self) -> Params:
-        some_weight(distance=self.distance, angle=self.angle)
-        return self
 
 
 class Term(nn.Module):
