@@ -118,9 +118,9 @@ class Exported:
 
 
 def export(
-    target: Path | None = None,
-    output: Path | None = None,
-    data_dir: Path | None = None,
+    target: str | Path | None = None,
+    output: str | Path | None = None,
+    data_dir: str | Path | None = None,
     provider: Provider = "auto",
     options: Options = Options(),
 ) -> Exported:
@@ -134,7 +134,8 @@ def export(
         run = stages.newest_run()
         say(f"exporting the newest {run.recipe.role}, {run.path}")
     else:
-        run = Run(target)
+        run = Run(Path(target))
+    output, data_dir = (None if path is None else Path(path) for path in (output, data_dir))
     onnx_export.check_opset(options.opset)
     check_provider(provider)
     check_options(options)

@@ -206,7 +206,7 @@ def _only(listing: folders.Listing, source: Path) -> folders.Listing:
             f"{listed(gone)}; bring them back"
         )
     if later := len(there - names):
-        say(f"{later} images in {listing.root} are not in {source}: they came later, or were left out before")
+        say(f"images in {listing.root} that are not in {source}: {later} (they came later, or were left out before)")
     return folders.only(listing, names)
 
 

@@ -290,8 +290,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
+def load_model(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
     """The model of a file of weights, and the file's header (see ``engine.describe``). ``CheckpointError``."""
+    path = Path(path)
     tensors, header = load_tensors(path)
     if "position" in header:
         raise CheckpointError(f"{path} is the state of an unfinished run; its weights are in best.safetensors")

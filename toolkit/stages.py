@@ -31,7 +31,7 @@ from toolkit.classifier import TestTimeAugmentation
 from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
 from toolkit.files import write_text
-from toolkit.folders import nfc
+from toolkit.folders import listed, nfc
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
 from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_model, load_run, runs
@@ -49,7 +49,7 @@ OnEpoch = Callable[[dict[str, Any]], None]
 
 def train(
     wanted: Recipe | str | Path,
-    run_dir: Path | None = None,
+    run_dir: str | Path | None = None,
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     extend: bool = False,
@@ -66,12 +66,13 @@ def train(
     ``log="tensorboard"`` writes the rows for TensorBoard too.
     """
     wanted = _resolved(wanted, "train", settings)
-    return _fit(wanted, check(wanted), None, run_dir, resume, on_epoch, extend, log)
+    path = None if run_dir is None else Path(run_dir)
+    return _fit(wanted, check(wanted), None, path, resume, on_epoch, extend, log)
 
 
 def distill(
     wanted: Recipe | str | Path,
-    run_dir: Path | None = None,
+    run_dir: str | Path | None = None,
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     extend: bool = False,
@@ -97,7 +98,7 @@ def distill(
         data = _answered(_images(wanted.data), teacher, classes, wanted, wanted.device)
         learner.new_model(wanted, data)
     wanted = wanted.model_copy(update={"teacher": known})
-    path = run_dir or default_path(wanted)
+    path = default_path(wanted) if run_dir is None else Path(run_dir)
     # Without labels there is nothing to compare its answers with.
     looked_at = wanted.data.unlabelled or "teacher" in Run.facts(path)
     facts = {} if looked_at else {"teacher": teaching.preflight(teacher, known, data, wanted)}
@@ -234,7 +235,7 @@ def load_data(config: Data, taught: Recipe | None = None, device: str = "auto") 
 def _images(config: Data) -> datasets.DataSet:
     data = datasets.load(config)
     if data.broken:
-        say(f"left out {len(data.broken)} unreadable files: {', '.join(data.broken[:5])}")
+        say(f"unreadable files left out: {len(data.broken)} ({listed(data.broken)})")
     return data
 
 
@@ -275,9 +276,9 @@ ANYWAY = (
 
 
 def validate(
-    target: Path | None = None,
+    target: str | Path | None = None,
     dataset: str | None = None,
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     device: str = "auto",
     provider: Provider = "auto",
     tta: Views | None = None,
@@ -297,6 +298,7 @@ def validate(
         except RunError:
             target = SHIPPED
             say(f"validating the student that comes with the toolkit, {target}")
+    target, data_dir = Path(target), None if data_dir is None else Path(data_dir)
     if target.suffix == ".onnx":
         if tta:
             raise UserError(f"--tta augments models of PyTorch; {target} is an artifact and measured as it is")
