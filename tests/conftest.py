@@ -5,9 +5,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
+from types import ModuleType
 
 import httpx
+import hypothesis
 import pytest
 from click.testing import Result
 from served import Served, encoded, serving
@@ -30,14 +33,52 @@ class Chain:
     output: str
 
 
+hypothesis.settings.register_profile("toolkit", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("toolkit")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """The CPU everywhere, for the same bits each time, unless the tests marked ``gpu`` are asked for."""
+    """The CPU everywhere, for the same bits each time, unless the tests marked ``gpu`` are asked for.
+
+    Nor does it matter which terminal the tests run in, and which proxy the machine has.
+    """
     if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ |= {"_TYPER_FORCE_DISABLE_TERMINAL": "1", "NO_COLOR": "1", "COLUMNS": "120"}
+    for name in list(os.environ):
+        if name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH") or name.lower().endswith("_proxy"):
+            del os.environ[name]
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script in ``benchmarks/``, which is no package."""
+    spec = util.spec_from_file_location(name, Path(__file__).parents[1] / f"benchmarks/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _toolkit(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def refused(result: Result, *words: object, lines: int = 2) -> None:
+    """The command ended with an error of at most so many lines, with all these words in it."""
+    _, found, message = result.stderr.partition("error: ")
+    assert found, result.output
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    for word in words:
+        assert str(word) in message
+    assert len(message.strip().splitlines()) <= lines, message
+    assert len(message) < 700, message
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """All that is in the folder."""
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,6 +87,14 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOOLKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws is the same each time."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -103,6 +152,16 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.delenv("TOOLKIT_DATA", raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_cifar() -> Path:
+    """The folder that holds CIFAR-10."""
+    roots = [Path(os.environ.get("TOOLKIT_DATA", "-")), Path(__file__).parents[2] / "shared" / "data"]
+    for root in roots:
+        if (root / "cifar-10-batches-py").is_dir():
+            return root
+    pytest.skip("CIFAR-10 is neither in $TOOLKIT_DATA nor in ../shared/data")
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def check(
     *,
     provider: str,
     batches: Sequence[int] = parity.BATCHES,
-    tolerance: parity.Tolerance = parity.Tolerance(),  # noqa: B008 - frozen
+    tolerance: parity.Tolerance = parity.tolerance("fp32", tf32=False, gpu=False),  # noqa: B008 - frozen
 ) -> parity.ParityReport:
     """The gate, for a model that takes float ``[B,3,S,S]`` in [0,1] and gives logits."""
     reference = parity.Reference(Deployed(fp32_copy(model)).eval(), images, labels, batches)

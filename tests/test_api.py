@@ -130,6 +130,21 @@ def test_health(http: httpx.Client) -> None:
         assert http.post(path).headers["allow"] == "GET, HEAD"
 
 
+def test_it_is_ready_after_the_warm_up_and_until_it_stops(path: Path) -> None:
+    async def ask(app: ASGIApp) -> tuple[int, dict[str, str]]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            assert (await http.get("healthz")).status_code == 200
+            answer = await http.get("readyz")
+            return answer.status_code, answer.json()
+
+    with Engine({"student": path}, "cpu") as engine:
+        app = build(engine, deadline=10, turns=turns())
+        assert asyncio.run(ask(app)) == (503, {"status": "warming up"})
+        engine.warm_up()
+        assert asyncio.run(ask(app)) == (200, {"status": "ok"})
+    assert asyncio.run(ask(app)) == (503, {"status": "stopping"})
+
+
 def test_metrics_count_what_happens(http: httpx.Client) -> None:
     def metrics() -> dict[str, float]:
         lines = http.get("metrics").text.splitlines()
@@ -234,6 +249,32 @@ def test_uploads_to_the_page_have_a_limit_an_hour(monkeypatch: pytest.MonkeyPatc
     assert asyncio.run(upload(bytes(90_000))).status_code == 200
 
 
+def test_bodies_that_fill_the_memory_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_HELD_BYTES", 100_000)
+    app = Limits(Starlette(routes=[Route("/v1/predict", _length, methods=["POST"])]), Metrics())
+
+    async def ask() -> None:
+        rest, arrived = asyncio.Event(), asyncio.Semaphore(0)
+
+        async def body() -> AsyncIterator[bytes]:
+            yield bytes(40_000)
+            arrived.release()
+            await rest.wait()
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            held = [asyncio.create_task(http.post("v1/predict", content=body())) for _ in range(2)]
+            for _ in held:
+                await arrived.acquire()
+            refused = await http.post("v1/predict", content=bytes(40_000))
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert refused.text == "too many uploads at once"
+            rest.set()
+            assert [answer.text for answer in await asyncio.gather(*held)] == ["40000"] * 2
+            assert (await http.post("v1/predict", content=bytes(90_000))).text == "90000"
+
+    asyncio.run(ask())
+
+
 async def _length(request: Request) -> Response:
     return Response(str(len(await request.body())))
 
@@ -262,9 +303,22 @@ def test_the_server_keeps_to_its_description(
     described: schemathesis.BaseSchema, method: str, route: str, mode: schemathesis.GenerationMode
 ) -> None:
     @given(described[route][method].as_strategy(generation_mode=mode))
-    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck))
     def holds(case: schemathesis.Case) -> None:
         # What fits the description of an image's bytes need not be an image.
         case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
     holds()
+
+
+def test_answers_to_images_keep_to_the_description(described: schemathesis.BaseSchema, http: httpx.Client) -> None:
+    """Random bytes, as above, are none."""
+    predict = described["/v1/predict"]["POST"]
+    for request in ({"content": PNG}, {"files": [("images", (f"{i}.png", PNG)) for i in range(2)]}):
+        answer = http.post("v1/predict", **request)
+        assert answer.status_code == 200
+        answer.request.read()
+        predict.validate_response(answer)
+    other = httpx.Response(200, json=answer.json() | {"images": [{}]}, request=answer.request)
+    other.elapsed = answer.elapsed
+    assert not predict.is_valid_response(other)  # the description says more than "JSON"

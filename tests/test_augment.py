@@ -130,7 +130,7 @@ def test_colour_jitter(name: str) -> None:
 @pytest.mark.parametrize("policy", ["trivial", "rand"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_of_the_policies(policy: str, name: str) -> None:
-    """Each at every strength and sign as torchvision does it to whole levels of 0 to 255.
+    """Each at some strengths and both signs as torchvision does it to whole levels of 0 to 255.
 
     Torchvision cuts fractions of a level off, in grey or blurred images and after blending: up to 2 levels are let
     pass. A place halfway between two pixels, as a few strengths make them all along a line, may show either.
@@ -144,7 +144,7 @@ def test_operations_of_the_policies(policy: str, name: str) -> None:
     images[0], images[1, 0], images[2] = 7, 200, images[2] // 9 + 60  # of one level, also in one channel; narrow
     wrong = []
     for sign in (0, 1) if signed else (0,):
-        for strength in range(STRENGTHS) if strengths is not None else (0,):
+        for strength in (0, 1, 7, 15, 23, STRENGTHS - 1) if strengths is not None else (0,):
             size = 0.0 if strengths is None else float(strengths[strength]) * (-1) ** sign
             expected = theirs._apply_image_or_video_transform(
                 images, name, size, v2.InterpolationMode.NEAREST, theirs._fill
@@ -275,7 +275,7 @@ def test_mixup_and_cutmix_share_the_images() -> None:
 # --- a pure function of (seed, epoch, sample index) --------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.permutations(range(N)), st.lists(st.integers(1, N - 1), max_size=6))
 def test_a_sample_does_not_depend_on_its_batch(order: list[int], cuts: list[int]) -> None:
     made = augmenter(**EVERYTHING)

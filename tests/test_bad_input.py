@@ -14,31 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from click.testing import Result
-from conftest import Chain, Toolkit
+from conftest import Chain, Toolkit, files, refused
 from PIL import Image
 
 SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 32]")
-
-
-def refused(result: Result, *words: object, lines: int = 2) -> None:
-    """The command ended with an error of at most so many lines, with all these words in it."""
-    _, found, message = result.stderr.partition("error: ")
-    assert found, result.output
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    for word in words:
-        assert str(word) in message
-    assert len(message.strip().splitlines()) <= lines, message
-    assert len(message) < 700, message
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    """All that is in the folder."""
-    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 # --- names, recipes, sizes ---------------------------------------------------------------------------------
@@ -73,6 +54,8 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("train --set epochs", ["--set takes key.path=value", "'epochs'"]),
         ("train --set =3", ["--set takes key.path=value", "'=3'"]),
         ("train --set epochs=[1", ["--set takes key.path=value", "'epochs=[1'"]),
+        ("train --dataset folder:photos", ["there is no folder photos"]),
+        ("train --device gpu", ["device = 'gpu'", "auto, cpu, cuda or cuda:N"]),
         ("train --recipe digits --set teacher.width=3", ["teacher.width", "did you mean 'widths'"]),
         ("distill --recipe digits --set student.widths=wide", ["resnet9 cannot be built", "'wide'"]),
         ("distill --recipe digits --budget 100000", ["124,888 parameters", "24,889 too many", "fewer than 100,000"]),
@@ -93,7 +76,6 @@ def files(folder: Path) -> dict[Path, bytes]:
         ),
         ("validate nowhere", ["nowhere"]),
         ("export", ["no finished run under runs", "toolkit distill"]),
-        ("predict --artifact none.onnx missing.png", ["none.onnx", "No such file"]),
     ],
 )
 def test_names_and_values(toolkit: Toolkit, nowhere: Path, arguments: str, words: list[str]) -> None:
@@ -131,10 +113,6 @@ def test_a_cuda_provider_that_cannot_be_had(toolkit: Toolkit, chain: Chain, comm
     arguments = command.format(artifact=chain.artifact, example=chain.example).split()
     refused(toolkit(*arguments, "--provider", "cuda"), "cuda is not available", "doctor")
     assert files(chain.folder) == before
-
-
-def test_a_device_that_is_none(toolkit: Toolkit, chain: Chain) -> None:
-    refused(toolkit("validate", chain.student, "--device", "gpu"), "--device gpu", "auto, cpu, cuda or cuda:N")
 
 
 # --- data --------------------------------------------------------------------------------------------------
@@ -180,24 +158,6 @@ def photos(nowhere: Path) -> Path:
 
 
 FOLDER = ("train", *SMALL, "--dataset", "folder:photos", "--set", "data.val_size=2")
-
-
-def test_a_folder_that_is_not_there(toolkit: Toolkit, nowhere: Path) -> None:
-    refused(toolkit(*FOLDER), "there is no folder photos")
-    assert files(nowhere) == {}
-
-
-def test_a_folder_with_one_class(toolkit: Toolkit, photos: Path) -> None:
-    shutil.rmtree(photos / "night")
-    refused(toolkit(*FOLDER), "only one class in photos (day)", "at least two")
-    assert not Path("runs").exists()
-
-
-def test_a_folder_with_no_images(toolkit: Toolkit, photos: Path) -> None:
-    for path in photos.glob("*/*"):
-        path.rename(path.with_suffix(".txt"))
-    refused(toolkit(*FOLDER), "no images in photos", "PNG, JPEG, WebP, GIF or BMP")
-    assert not Path("runs").exists()
 
 
 def test_broken_images_are_named_and_counted_and_can_be_left_out(toolkit: Toolkit, photos: Path) -> None:
@@ -396,6 +356,13 @@ def test_a_teacher_that_is_damaged_or_another(toolkit: Toolkit, chain: Chain) ->
     assert not Path("new").exists()
 
 
+def test_a_run_without_a_teacher_has_no_baseline(toolkit: Toolkit, nowhere: Path) -> None:
+    result = toolkit("distill", "--recipe", "rao-tpsnet", "--baseline")
+    assert result.exit_code == 2
+    assert "this run is the baseline" in result.stderr
+    assert not list(nowhere.iterdir())
+
+
 def test_a_teacher_of_other_classes(toolkit: Toolkit, chain: Chain, photos: Path) -> None:
     os.chdir(chain.folder)
     folder = f"folder:{photos}"
@@ -408,36 +375,17 @@ def test_a_teacher_of_other_classes(toolkit: Toolkit, chain: Chain, photos: Path
 # --- artifacts and images ----------------------------------------------------------------------------------
 
 
-def other_onnx() -> bytes:
-    node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
-    return onnx.helper.make_model(onnx.helper.make_graph([node], "other", [x], [y])).SerializeToString()
-
-
 @pytest.mark.parametrize(
-    "command", ["validate artifact.onnx", "serve artifact.onnx", "predict --artifact artifact.onnx"]
+    "command", ["validate artifact.onnx", "serve artifact.onnx", "predict --artifact artifact.onnx cat.png"]
 )
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (lambda good: None, ["artifact.onnx", "No such file"]),
-        (lambda good: b"", ["artifact.onnx is empty"]),
-        (lambda good: b"A poem\nabout a cat\n" * 50, ["artifact.onnx is not an ONNX file"]),
-        (lambda good: good[: len(good) // 2], ["artifact.onnx is not an ONNX file, or it is cut short"]),
-        (lambda good: other_onnx(), ["artifact.onnx is not an artifact of this toolkit"]),
-    ],
-    ids=["missing", "empty", "not ONNX", "cut short", "not ours"],
-)
-def test_artifacts(
-    toolkit: Toolkit, chain: Chain, command: str, content: Callable[[bytes], bytes | None], words: list[str]
-) -> None:
-    bad = content(chain.artifact.read_bytes())
-    if bad is not None:
-        Path("artifact.onnx").write_bytes(bad)
-    before = files(chain.folder)
-    images = [chain.example] if command.startswith("predict") else []
-    refused(toolkit(*command.split(), *images), *words, "toolkit export")
-    assert files(chain.folder) == before
+@pytest.mark.parametrize(("content", "words"), [("", "is empty"), (None, "No such file")])
+def test_artifacts(toolkit: Toolkit, nowhere: Path, command: str, content: str | None, words: str) -> None:
+    Image.new("RGB", (8, 8)).save("cat.png")
+    if content is not None:
+        Path("artifact.onnx").write_text(content)
+    before = files(nowhere)
+    refused(toolkit(*command.split()), "artifact.onnx", words, "toolkit export")
+    assert files(nowhere) == before
 
 
 @pytest.mark.parametrize(

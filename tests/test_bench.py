@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Chain, Toolkit
+from conftest import Chain, Toolkit, refused
 from PIL import Image
 from small_net import small_artifact
-from test_bad_input import refused
 
 from serve.session import Session
 from toolkit import bench

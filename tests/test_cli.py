@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import Chain, Toolkit
 
 from toolkit import __version__, cli
+from toolkit.errors import UserError
 from toolkit.run import Run
 
 COMMANDS = (
@@ -39,16 +42,16 @@ def test_each_command_has_help_for_each_option(toolkit: Toolkit, command: str) -
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--teacher", "wrn82"], ["compare", "dkdd"], ["predict", "missing.png"]]
+    "command", ["--help", "train --teacher wrn82", "compare dkdd", "predict missing.png", "tune --space tpsnet-randon"]
 )
-def test_what_needs_no_torch_imports_none(arguments: list[str], nowhere: Path) -> None:
+def test_what_needs_no_torch_imports_none(command: str, nowhere: Path) -> None:
     script = (
         "import sys; from toolkit.cli import app\n"
         "try: app(sys.argv[1:])\n"
-        "finally: assert not {'torch', 'sklearn', 'matplotlib'} & sys.modules.keys()"
+        "finally: assert not {'torch', 'sklearn', 'matplotlib', 'ray', 'optuna'} & sys.modules.keys()"
     )
-    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    assert result.returncode == (0 if arguments == ["--help"] else 1), result.stderr
+    result = subprocess.run([sys.executable, "-c", script, *command.split()], capture_output=True, text=True)
+    assert result.returncode == (0 if command == "--help" else 1), result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -158,18 +161,49 @@ def test_models_is_a_table_of_the_catalogue(toolkit: Toolkit) -> None:
 
 def test_models_knows_the_budget(toolkit: Toolkit) -> None:
     rows = json.loads(toolkit("models", "--json", "--budget", 4_000_000).stdout)
+    assert {row["role"] for row in rows} == {"teacher", "student"}
+    for row in rows:
+        assert row.keys() == {"name", "role", "parameters", "macs", "fits_budget", "source"}
+        assert row["fits_budget"] == (row["parameters"] < 4_000_000)
+        assert row["macs"] > 1_000_000
+        assert row["source"]
     assert {row["name"]: row["fits_budget"] for row in rows if row["role"] == "student"}["tpsnet"] is False
 
 
+def test_models_of_an_image_size_are_timed_and_those_that_refuse_it_left_out(
+    toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = {"teacher": ["batch_doubling_resnet"], "student": ["resnet9"]}
+    monkeypatch.setattr("toolkit.catalogue.names", two.__getitem__)
+    result = toolkit("models", "--image-size", 16)
+    assert result.stderr.startswith("left out: batch_doubling_resnet: ")
+    assert "images of 32 pixels alone, not of 16" in result.stderr
+    heading = result.stdout.partition("resnet9")[0].split()
+    assert "16 pixels" in " ".join(heading)
+    assert all(word in heading for word in ("train", "infer", "MiB", "parameters", "MACs", "fits"))
+    assert "role" not in heading
+    (row,) = json.loads(toolkit("models", "--image-size", 16, "--json").stdout)
+    assert (row["name"], row["role"]) == ("resnet9", "student")
+    assert row["macs"] < 50_000_000  # 160 at 32x32
+    assert min(row["training"], row["inference"], row["memory"]) > 0
+
+
 def test_doctor_says_what_is_wrong_and_fails(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"facts": {"cores": 2}, "problems": ["the disk is nearly full"]}
-    monkeypatch.setattr("toolkit.doctor.examine", lambda data_dir: found)
-    result = toolkit("doctor")
-    assert result.exit_code == 1
-    assert "problem: the disk is nearly full" in result.stdout
+    def broken(*_: object) -> None:
+        raise UserError("no session opens")
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("serve.session.Session", broken)
     result = toolkit("doctor", "--json")
     assert result.exit_code == 1
-    assert json.loads(result.stdout) == found
+    found = json.loads(result.stdout)
+    full, nothing = found["problems"]
+    assert full.startswith(f"only 0.0 GiB are free in {Path.cwd()}: ")
+    assert re.fullmatch(r"ONNX Runtime \S+ runs nothing here: no session opens", nothing)
+    assert found["facts"]["providers (ONNX Runtime)"] == ""
+    result = toolkit("doctor")
+    assert result.exit_code == 1
+    assert result.stdout.endswith(f"problem: {full}\nproblem: {nothing}\n2 to put right\n")
 
 
 def test_a_written_recipe_holds_every_field(pipeline: Chain) -> None:

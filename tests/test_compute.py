@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_engine import TREE
+from small_run import TREE
 
 from toolkit import compute
 from toolkit import data as datasets
@@ -45,14 +45,19 @@ def test_bf16_is_tried_only_where_the_hardware_has_it(open_recipe, monkeypatch):
 
 
 @pytest.mark.parametrize(("others", "expected"), [(0.95, USUAL), (0.8, OTHER), (2.0, USUAL)])
-def test_the_usual_choice_yields_only_to_a_clear_difference(open_recipe, monkeypatch, tmp_path, others, expected):
+def test_the_usual_choice_yields_only_to_a_clear_difference(
+    open_recipe, monkeypatch, tmp_path, capsys, others, expected
+):
     monkeypatch.setattr(compute, "probe", lambda *_: [1.0, 2.0, 2.0, others])
     run = Run.start(tmp_path / "run", open_recipe, False)
     assert compute.chosen(torch.nn.Identity(), open_recipe, CPU, run) == expected
+    assert f"probe: {expected}, " in capsys.readouterr().err
     monkeypatch.setattr(compute, "probe", lambda *_: pytest.fail("probed again"))
     assert compute.chosen(torch.nn.Identity(), open_recipe, CPU, run) == expected
     without = open_recipe.model_copy(update={"probe": False})
+    run = Run.start(tmp_path / "without", without, False)
     assert compute.chosen(torch.nn.Identity(), without, CPU, run) == USUAL
+    assert not (run.path / "probe.json").exists()
 
 
 def test_a_probed_run_is_the_run_that_was_told_its_numbers(open_recipe, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from serve import decode as module
 from serve.decode import MAX_PARTS, MAX_PIXELS, decode, read_image
@@ -140,6 +140,17 @@ def test_only_the_orientation_is_read_of_exif(
     turned = decode(_encode(_picture(), format, exif=exif, quality=95))
     assert turned.shape == (12, 8, 3)
     assert np.abs(turned.astype(int) - np.rot90(np.asarray(_picture()), -1)).mean() < 8
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_the_orientation_of_xmp_is_not_applied(format: str) -> None:
+    xmp = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+    <rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    data = _encode(_picture(), format, **({"pnginfo": text} if format == "PNG" else {"xmp": xmp}))
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (8, 12)  # others turn it
+    assert decode(data).shape == (8, 12, 3)
 
 
 def test_broken_exif_does_not_spoil_a_picture() -> None:

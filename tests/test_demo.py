@@ -100,6 +100,15 @@ def test_wrong_parameters_get_one_line(http: httpx.Client) -> None:
     assert "At most 64 pictures" in _call(http, "several", [picture] * 65, "student", "", 60)
 
 
+def test_where_a_model_looked_is_shown_if_it_is_asked_for(http: httpx.Client) -> None:
+    picture = _file(_upload(http, encoded(PIXELS)))
+    assert _call(http, "look", picture, "student", "", False) == ""
+    for other, count in (("", 1), ("copy", 2)):
+        html = _call(http, "look", picture, "student", other, True)
+        shown = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", html)]
+        assert [image.size for image in shown] == [(SIZE, SIZE), (demo.SHOWN, demo.SHOWN)] * count
+
+
 def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -> None:
     upload = _upload(http, encoded(PIXELS))
     secret = tmp_path / "secret.png"
@@ -187,6 +196,22 @@ def test_names_of_uploads_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None
     assert not progress._statuses
     monkeypatch.delattr(demo.routes, "file_upload_statuses")  # another Gradio
     demo.forget(page)
+
+
+@pytest.mark.parametrize(
+    ("labels", "drawn"), [(("ship", "cat", "frog"), ["frog.png", "ship.png", "something_else.png"]), (LABELS, [])]
+)
+def test_own_pictures_are_given_out_only_where_none_is_drawn(
+    labels: tuple[str, ...], drawn: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[str] = []
+    monkeypatch.setattr(
+        demo, "_build", lambda _, examples, *__: offered.extend(path.name for path in examples) or 1 / 0
+    )
+    engine = SimpleNamespace(metadata=lambda: small_metadata().model_copy(update={"labels": labels}))
+    with pytest.raises(ZeroDivisionError):
+        demo.mount(None, engine, deadline=1, turns=BoundedSemaphore(), examples=[Path("own.png")])
+    assert offered == (drawn or ["own.png"])
 
 
 def test_nothing_is_decoded_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """Epochs from minutes."""
 
+import numpy as np
 import pytest
 import torch
-from test_engine import TREE
+from small_run import TREE
 
 from toolkit import duration, stages
 from toolkit.data import DataSet, Split
@@ -107,10 +108,15 @@ def test_the_chain_of_the_gpu_recipe_in_small(tmp_path, monkeypatch):
         "train.augment.cutout": 0, "train.augment.policy": "none", "batch_size": 64, "schedule.warmup_epochs": 0,
         "distill.cached_epochs": 2,
     }  # fmt: skip
-    few = {"minutes": None, "epochs": 6}
+    few = {"minutes": None, "epochs": 3}
     monkeypatch.setattr(stages, "with_epochs", lambda recipe, *_: recipe.model_copy(update=few))
     teacher = stages.train("cifar10-gpu", tmp_path / "teacher", settings=small)
     wanted = stages.from_teacher(resolve("cifar10-gpu", "distill", small), teacher)
     student = stages.distill(wanted, tmp_path / "student")
     assert student.recipe.augment.mixup == 1
-    assert student.summary()["epochs"] == 6
+    assert [row["epoch"] for row in student.history()] == [1, 2, 3]
+    assert [run.summary()["val_top1"] > least for run, least in ((teacher, 0.4), (student, 0.2))] == [True, True]
+    (cache,) = (tmp_path / "teacher-logits").iterdir()
+    views = np.load(cache)
+    assert views.shape == (2, 1294, 10)
+    assert not np.isnan(views).any()

@@ -9,9 +9,9 @@ import signal
 import numpy as np
 import pytest
 import torch
+from small_run import EVERYTHING, TEACHER, TREE, small_digits
 
 from toolkit import checkpoint, engine, learner, teaching
-from toolkit import data as datasets
 from toolkit.classifier import Ensemble
 from toolkit.data import DataSet, Split, at_once
 from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RunError
@@ -19,30 +19,10 @@ from toolkit.recipe import BatchGrowth, Teacher, resolve
 from toolkit.run import Run, load_model, load_tensors
 from toolkit.teacher_cache import TeacherCache
 
-TREE = {
-    "data": {"dataset": "digits"},
-    # Dropout makes the state of the random generator matter.
-    "student": {"name": "tpsnet", "blocks": [1, 1, 1], "base": 4, "dropout": 0.2},
-    "augment": {"crop_padding": 2, "rotation": 5},
-    "optimizer": {"lr": 0.05},
-    "schedule": {"warmup_epochs": 1},
-    "precision": "fp32",
-    "channels_last": True,
-    "batch_size": 50,
-    "epochs": 3,
-}
-
 
 @pytest.fixture(scope="module")
 def data():
-    """220 digits in 16x16; 20 of 220 training images are a ragged rest for batches of 50."""
-    whole = datasets.load(resolve(TREE, "distill", {"data.image_size": 16}).data)
-    some = {name: Split(part.images[:n], part.labels[:n]) for name, part, n in parts(whole)}
-    return DataSet("digits", whole.classes, mean=whole.mean, std=whole.std, digest="d", **some)
-
-
-def parts(whole):
-    return (("train", whole.train, 220), ("val", whole.val, 100), ("test", whole.test, 100))
+    return small_digits()
 
 
 def start(folder, **overrides):
@@ -54,7 +34,7 @@ def weights(run):
     return run.checkpoint("best").read_bytes()
 
 
-def fit_in_pieces(recipe, data, run, monkeypatch):
+def fit_in_pieces(recipe, data, run, monkeypatch, teacher=None):
     """Train with a stop after every third step; how often it was stopped."""
 
     class StopAt(engine.StopSignal):
@@ -76,7 +56,7 @@ def fit_in_pieces(recipe, data, run, monkeypatch):
         while not run.finished:
             StopAt.steps = 0
             with contextlib.suppress(Interrupted):
-                engine.fit(recipe, data, run)
+                engine.fit(recipe, data, run, teacher)
             stops += not run.finished
     return stops
 
@@ -89,14 +69,17 @@ def fit_in_pieces(recipe, data, run, monkeypatch):
         {"optimizer.name": "adamw", "batch_growth.milestones": [1], "batch_size": 48, "micro_batch": 30},
         {"optimizer.name": "muon", "optimizer.lookahead_steps": 3},
         {"optimizer.sam_radius": 0.1, "swa_start": 1, "student.stochastic_depth": 0.3, "augment.policy": "trivial"},
+        # With regressors, and their momentum.
+        {**EVERYTHING, "precision": "fp32", "optimizer.lr": 0.01, "epochs": 2, "average_decay": 0.9},
     ],
 )
 def test_a_run_stopped_within_an_epoch_ends_as_one_that_was_not(tmp_path, data, monkeypatch, changes):
-    changes["precision"] = "bf16"
+    changes = {"precision": "bf16"} | changes
     recipe, whole = start(tmp_path / "whole", **changes)
-    engine.fit(recipe, data, whole)
+    teacher = learner.build("resnet9_wide", "teacher", 10, widths=TEACHER["widths"]) if recipe.distils else None
+    engine.fit(recipe, data, whole, teacher)
     recipe, halved = start(tmp_path / "halved", **changes)
-    assert fit_in_pieces(recipe, data, halved, monkeypatch) > 1
+    assert fit_in_pieces(recipe, data, halved, monkeypatch, teacher) > 1
     assert weights(whole) == weights(halved)
     keys = ("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "lr")
     assert [[row[k] for k in keys] for row in whole.history()] == [[row[k] for k in keys] for row in halved.history()]
@@ -130,6 +113,17 @@ def test_the_best_epoch_on_val_is_kept_and_the_last_where_val_is_missing(tmp_pat
     last, _ = load_tensors(run.checkpoint("last"))
     best, _ = load_tensors(run.checkpoint("best"))
     assert all(torch.equal(best[key], last[f"model.{key}"]) for key in best)
+
+
+@pytest.mark.parametrize(("select", "kept", "top1"), [("best", 2, 0.9), ("last", 3, 0.1)])
+def test_val_is_read_every_other_epoch_and_after_the_last(tmp_path, data, monkeypatch, select, kept, top1):
+    measured = iter([(1.0, 0.9), (1.0, 0.1)])
+    monkeypatch.setattr(engine, "evaluate", lambda *_: next(measured))
+    recipe, run = start(tmp_path / "run", select=select, eval_epochs=2)
+    summary = engine.fit(recipe, data, run)
+    assert [row["val_top1"] for row in run.history()] == [None, 0.9, 0.1]
+    assert (summary["kept_epoch"], summary["val_top1"]) == (kept, top1)
+    assert load_tensors(run.checkpoint("best"))[1]["epoch"] == kept
 
 
 class Plain(torch.nn.Module):
@@ -191,9 +185,7 @@ def test_a_run_ends_when_val_stops_improving_and_stays_ended(tmp_path, data):
 
 
 def test_images_grow_for_the_student_and_are_whole_for_the_teacher(tmp_path, monkeypatch):
-    whole = datasets.load(resolve(TREE, "distill", {"data.image_size": 24}).data)
-    some = {name: Split(part.images[:n], part.labels[:n]) for name, part, n in parts(whole)}
-    data = DataSet("digits", whole.classes, mean=whole.mean, std=whole.std, digest="d", **some)
+    data = small_digits(24)
     seen = {"student": [], "teacher": []}
 
     class Watched(Plain):
@@ -322,9 +314,6 @@ def test_cached_logits_replay_the_run_that_had_its_teacher(tmp_path, data):
     assert losses["few"][1:] != pytest.approx(losses["online"][1:], rel=2e-3)
     caches = set((tmp_path / "runs" / "teacher-logits").iterdir())
     assert len(caches) == 2
-    grouped = recipe.model_copy(update={"data": recipe.data.model_copy(update={"group_by": "x"})})
-    paths = {TeacherCache(tmp_path, one, data, Plain(), torch.float32).path for one in (recipe, grouped)}
-    assert len(paths) == 2  # of other images
     torn = np.load(next(path for path in caches if path.name.endswith("-3.npy")), mmap_mode="r+")
     torn[0, 7, 3:] = np.nan  # half a row, as a power cut leaves it
     torn.flush()
@@ -334,6 +323,21 @@ def test_cached_logits_replay_the_run_that_had_its_teacher(tmp_path, data):
     recipe, run = start(tmp_path / "runs" / "seed", cached_epochs=3, seed=1, **changes)
     with pytest.raises(AssertionError):  # a cache of other views is not taken
         engine.fit(recipe, data, run, Asked(False))
+
+
+def test_everything_that_decides_the_logits_decides_their_file(tmp_path, data):
+    torch.manual_seed(0)
+    teacher, other = Plain(), Plain()
+    given = {"loss.kd_weight": 1, "teacher.name": "wrn28", "cached_epochs": 2}
+
+    def path(data=data, teacher=teacher, dtype=torch.float32, **changes):
+        return TeacherCache(tmp_path, resolve(TREE, "distill", given | changes), data, teacher, dtype).path
+
+    others = [path(teacher=other), path(dataclasses.replace(data, digest="e")), path(dtype=torch.bfloat16)]
+    others += [path(**change) for change in ({"data.split_seed": 1}, {"data.val_size": 0.2}, {"data.group_by": "x"})]
+    others += [path(**change) for change in ({"augment.cutout": 4}, {"augment.plain_copy": True}, {"seed": 1})]
+    assert len({path(), *others}) == 10
+    assert path() == path(**{"optimizer.lr": 0.01, "epochs": 9})  # of which they know nothing
 
 
 def test_an_ensemble_is_the_mean_of_probabilities():
@@ -378,24 +382,32 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, data, cap
         engine.fit(recipe, data, run)
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_states_are_kept_as_wanted_and_the_oldest_is_enough(tmp_path, data, keep):
+    recipe, run = start(tmp_path / "run", keep_checkpoints=keep)
+    engine.fit(recipe, data, run)
+    states = ["last", "last-1", "last-2"][:keep]
+    assert sorted(p.stem for p in run.checkpoint("best").parent.iterdir()) == ["best", *states]
+    losses = [row["train_loss"] for row in run.history()]
+    for name in states[:-1]:
+        run.checkpoint(name).write_bytes(b"")
+    (run.path / "summary.json").unlink()
+    engine.fit(recipe, data, run)
+    assert [row["train_loss"] for row in run.history()] == losses
+
+
 def test_two_processes_do_not_write_one_run(tmp_path, data):
     recipe, run = start(tmp_path / "run")
     with run.lock(), pytest.raises(RunError, match=r"written by another process \(\d+\)"):
         engine.fit(recipe, data, run)
 
 
-def test_a_run_that_was_stopped_early_is_not_extended(tmp_path, data):
-    recipe, run = start(tmp_path / "run", epochs=3, **{"early_stop.patience": 1, "optimizer.lr": 1e-9})
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_run_that_was_stopped_early_is_not_extended(tmp_path, data, epochs):
+    """Nor is one whose last epoch was what stopped it."""
+    recipe, run = start(tmp_path / "run", epochs=epochs, **{"early_stop.patience": 1, "optimizer.lr": 1e-9})
     engine.fit(recipe, data, run)
-    longer = recipe.model_copy(update={"epochs": 9})
-    with pytest.raises(RunError, match="was stopped early, after 2 of 3 epochs"):
-        Run.start(run.path, longer, resume=True, extend=True)
-
-
-def test_a_run_that_was_stopped_in_its_last_epoch_is_not_extended_either(tmp_path, data):
-    recipe, run = start(tmp_path / "run", epochs=2, **{"early_stop.patience": 1, "optimizer.lr": 1e-9})
-    engine.fit(recipe, data, run)
-    with pytest.raises(RunError, match="was stopped early, after 2 of 2 epochs"):
+    with pytest.raises(RunError, match=f"was stopped early, after 2 of {epochs} epochs"):
         Run.start(run.path, recipe.model_copy(update={"epochs": 9}), resume=True, extend=True)
 
 

@@ -171,7 +171,7 @@ def against_hand(name, batch, classes, seed, **settings):
 
 
 @pytest.mark.parametrize("name", ON_LOGITS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(2, 100), st.integers(0, 2**31))
 def test_value_and_gradient_on_logits(name, batch, classes, seed):
     if name == "standardised_logits":
@@ -239,11 +239,9 @@ def test_relations_are_those_within_groups():
         make("relational_kd", group=2)
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("name", [name for name in losses.names() if name != "fitnets"])  # its regressors change it
 @pytest.mark.parametrize("batch", [1, 6])
 def test_no_loss_where_the_student_equals_the_teacher(name, batch):
-    if name == "fitnets":
-        pytest.skip("its regressors change the student's features first")
     term = make(name)
     student, _, rest = example(name, batch)
     ours, same = tensors(student), tensors(student)

@@ -13,11 +13,14 @@ from toolkit import cli, teaching
 from toolkit import recipe as recipes
 from toolkit.catalogue import build, check_budget, info, parameter_count
 from toolkit.errors import RecipeError, TeacherError
+from toolkit.objective import Objective
 from toolkit.recipe import RECIPES, STAGES, read, resolve, shipped
+from toolkit.space import make_plan, read_space
 
 STUDENT = {"teacher": {"name": "wrn28"}, "student": {"name": "tpsnet"}, "loss": {"kd_weight": 0.9}}
 
 
+NARROW = {"tpsnet": {"base": 4}, "wrn28": {"width": 1}}  # with the modules of the whole nets
 REPORTS = [name for name in shipped() if "reported_top1" in read(name)]
 
 
@@ -40,6 +43,7 @@ def test_shipped_recipes_are_whole(name, stage):
             resolve(name, stage)
         return
     recipe = resolve(name, stage)
+    assert resolve(yaml.safe_load(recipe.to_yaml()), stage) == recipe
     model = build(recipe.model.name, recipe.role, 10, **recipe.model.arguments)
     assert recipe.role == ("teacher" if stage == "train" else "student")
     if stage == "distill":
@@ -48,11 +52,15 @@ def test_shipped_recipes_are_whole(name, stage):
 
 
 def check_command(line):
-    """The command line takes it, and its recipe takes its settings: the recipes of what it trains."""
+    """The command line takes it, its recipe its settings, and its nets its layers: the recipes of what it trains."""
     group = typer.main.get_command(cli.app)
     root = group.make_context("toolkit", ["models"])
     name, command, rest = group.resolve_command(root, shlex.split(line, comments=True))
     with command.make_context(name, rest, parent=root) as context:
+        if name == "tune":
+            given = context.params
+            how = given["sampler"] or "random", given["scheduler"] or "none", given["trials"]
+            return [make_plan(read_space(given["space"]), given["recipe"], cli._overrides(context), *how).base]
         if name not in ("train", "distill", "pipeline", "compare"):
             return []
         source, overrides = (
@@ -60,7 +68,13 @@ def check_command(line):
             cli._overrides(context),
         )
     stages = STAGES if name == "pipeline" else ["train" if name == "train" else "distill"]
-    return [resolve(source, stage, overrides) for stage in stages]
+    found = [resolve(source, stage, overrides) for stage in stages]
+    for recipe in found:
+        if any(getattr(method, "layers", None) for method in recipe.loss.methods.values()):
+            student, teacher = recipe.student.name, recipe.teacher.name
+            nets = build(student, "student", 10, **NARROW[student]), build(teacher, "teacher", 10, **NARROW[teacher])
+            Objective(recipe, *nets)
+    return found
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -75,8 +89,8 @@ def test_commands_of_the_header_are_right(name):
     "name", ["README.md", "docs/own-images.md", "docs/serving.md", "students/pretrained/README.md"]
 )
 def test_commands_of_the_documentation_are_right(name):
-    text = (Path(__file__).parents[1] / name).read_text().replace("\\\n", " ")
-    lines = re.findall(r"^(?:    |\$ )(?:torchrun .* -m )?toolkit ([^\[\n]+)$", text, re.MULTILINE)
+    text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^(?:    |\$ )(?:torchrun .* -m )?toolkit (.+)$", text, re.MULTILINE)
     assert lines
     for line in lines:
         check_command(line)
@@ -257,14 +271,6 @@ def test_sections_and_overrides_count_for_their_stage():
     assert distill.model.arguments == {"blocks": [7, 7, 7]}
 
 
-def test_a_written_recipe_is_the_same_recipe(tmp_path):
-    recipe = resolve(STUDENT | {"schedule": {"name": "step", "milestones": [1, 2]}}, "distill")
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    again = resolve(tmp_path / "recipe.yaml", "distill")
-    assert again == recipe
-    assert again.digest() == recipe.digest()
-
-
 def test_the_digest_knows_what_is_computed_and_not_where():
     recipe = resolve(STUDENT, "distill")
     elsewhere = resolve(STUDENT, "distill", {"data.data_dir": "/tmp/x", "device": "cpu", "teacher.checkpoint": "a",
@@ -272,12 +278,6 @@ def test_the_digest_knows_what_is_computed_and_not_where():
     assert elsewhere.digest() == recipe.digest()
     other = resolve(STUDENT, "distill", {"optimizer.lr": 0.2, "student.dropout": 0.1})
     assert recipe.differences(other) == ["optimizer.lr: 0.1 -> 0.2", "student.dropout: None -> 0.1"]
-
-
-@pytest.mark.parametrize("setting", ["epochs", "=3", "optimizer.lr=[1", ""])
-def test_settings_that_are_none(setting):
-    with pytest.raises(RecipeError, match=r"key\.path=value"):
-        recipes.parse_settings([setting])
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "3", ""])
@@ -301,21 +301,6 @@ def test_every_field_says_what_it_means():
         for name, field in section.model_fields.items():
             nested = isinstance(field.annotation, type) and issubclass(field.annotation, recipes.Section)
             assert field.description or nested or name in plain, f"{section.__name__}.{name}"
-
-
-def test_recipes_load_without_torch():
-    import subprocess
-    import sys
-
-    code = "import sys, toolkit.recipe as r; r.resolve('digits', 'train'); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
-
-
-def test_yaml_of_shipped_recipes_has_no_unknown_section():
-    for path in Path(RECIPES).glob("*.yaml"):
-        tree = yaml.safe_load(path.read_text())
-        assert set(tree) <= {*recipes.Recipe.model_fields, "train", "distill"}, path.name
 
 
 @pytest.mark.parametrize(

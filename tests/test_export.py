@@ -326,12 +326,19 @@ def test_top1_alone_can_fail(path: Path, labels: torch.Tensor) -> None:
             logits[found] = np.roll(logits[found], 1, axis=1)
         return logits, softmax(logits, axis=1)
 
-    loose = parity.Tolerance(logits=1e9, probabilities=1)
-    report = check(two_wrong, small_net(), images, labels, provider="cpu", tolerance=loose)
-    assert all(case.ok for case in report.cases)
-    assert report.failures == [
+    def failures(labels: torch.Tensor) -> list[str]:
+        loose = parity.tolerance("fp32", tf32=False, gpu=False).model_copy(update={"logits": 1e9, "probabilities": 1})
+        report = check(two_wrong, small_net(), images, labels, provider="cpu", tolerance=loose)
+        assert all(case.ok for case in report.cases)
+        return report.failures
+
+    assert failures(labels) == [
         "test top-1: 99.3333% in the artifact, 100.0000% in PyTorch (n = 300, agreement 99.3333%)"
     ]
+    gained = labels.clone()
+    gained[1] = (labels[1] + 1) % len(LABELS)  # what the artifact answers there: one lost, and one gained
+    (failure,) = failures(gained)
+    assert failure.startswith("the artifact gives PyTorch's answer for 99.3333%")
 
 
 @pytest.mark.parametrize(("size", "ok"), [(5, False), (500, True)])

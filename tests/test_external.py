@@ -13,8 +13,9 @@ import onnx
 import pytest
 import torch
 import yaml
+from colour_net import COLOURS, SIDE, colour_net, loaded
 from conftest import Chain, Toolkit
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,8 +28,7 @@ from toolkit.errors import TeacherError
 from toolkit.recipe import Teacher
 from toolkit.run import load_model, load_run
 
-SIDE, COUNT = 16, 12
-COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
+COUNT = 12
 TINY = ("--recipe", "own-images", "--image-size", "32", "--set", "student.widths=[8,8,8]", "--device", "cpu",
         "--no-probe", "--epochs", "2", "--batch-size", "16", "--set", "schedule.warmup_epochs=0")  # fmt: skip
 
@@ -43,51 +43,6 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = np.clip(random.normal(colour, 30, (40, 50, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
-
-
-def colour_net(
-    path: Path,
-    order: tuple[str, ...] = tuple(COLOURS),
-    *,
-    layout: str = "nchw",
-    kind: int = TensorProto.FLOAT,
-    batch: int | str = "batch",
-    softmax: bool = False,
-    white: float = 1.0,
-    size: int | str = SIDE,
-    **told: str,
-) -> Path:
-    """An ONNX file that knows colours: the mean of each channel of what it wants, where white is ``white``."""
-    channel = {"red": 0, "green": 1, "blue": 2}
-    weights = np.zeros((3, len(order)), np.float32)
-    for column, name in enumerate(order):
-        weights[channel.get(name, 0), column] = 30 / white if name in channel else -30 / white
-    bias = np.array([-6.0] * len(order), np.float32)
-    shape = [batch, 3, size, size] if layout == "nchw" else [batch, size, size, 3]
-    axes = [2, 3] if layout == "nchw" else [1, 2]
-    nodes = [
-        helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
-        helper.make_node("Gemm", ["means", "weights", "bias"], ["sums"]),
-        helper.make_node("Relu", ["sums"], ["raw"]),
-        helper.make_node("Softmax" if softmax else "Identity", ["raw"], ["answer"]),
-    ]
-    values = {"axes": np.array(axes), "weights": weights, "bias": bias}
-    graph = helper.make_graph(
-        nodes,
-        "colours",
-        [helper.make_tensor_value_info("input", kind, shape)],
-        [helper.make_tensor_value_info("answer", TensorProto.FLOAT, [batch, len(order)])],
-        [numpy_helper.from_array(value, name) for name, value in values.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    helper.set_model_props(model, told)
-    onnx.save(model, path)
-    return path
-
-
-def loaded(path: Path, **fields: Any) -> external.External:
-    return external.load(Teacher.model_validate({"name": str(path), **fields}), tuple(COLOURS), "cpu", True)[0]
 
 
 def top1(teacher: nn.Module, folder: Path) -> float:
@@ -123,6 +78,26 @@ def test_onnx_files_of_many_kinds(coloured: Path, tmp_path: Path, options: dict[
 def test_flags_win_over_what_a_file_says(coloured: Path, tmp_path: Path) -> None:
     path = colour_net(tmp_path / "t.onnx", scale="1/255")
     assert top1(loaded(path, input={"scale": 1}), coloured) == 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "axes", "scale"),
+    [("float[B,3,16,16]", "2, 3", 2), ("float[B,16,16,3]", "1, 2", None), ("uint8[B,16,16,3]", "1, 2", None)],
+)
+def test_a_file_gets_images_by_mean_std_and_scale(tmp_path: Path, pixels: str, axes: str, scale: float | None) -> None:
+    """One that answers with the mean of each channel of what it gets."""
+    model = f"""<ir_version: 10, opset_import: ["": 20]> means ({pixels} pixels) => (float[B,3] means) {{
+        values = Cast<to: int = 1>(pixels)
+        axes = Constant<value_ints: ints = [{axes}]>()
+        means = ReduceMean<keepdims: int = 0>(values, axes)
+    }}"""
+    onnx.save(onnx.parser.parse_model(model), tmp_path / "t.onnx")
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.8, 1)
+    teacher = loaded(tmp_path / "t.onnx", input={"mean": mean, "std": std, "scale": scale})
+    images = torch.rand(4, 3, SIDE, SIDE)
+    expected = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    expected = (expected * 255).round().clamp(0, 255) if "uint8" in pixels else expected * (scale or 1)
+    torch.testing.assert_close(teacher.outputs(images), expected.mean((2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_of_others_has_no_weights_of_its_own(coloured: Path, tmp_path: Path) -> None:
@@ -331,6 +306,22 @@ def test_timm_is_strict(timm_weights: Path, tmp_path: Path) -> None:
         external.load(Teacher(name="timm:test_resnet"), tuple(COLOURS), "cpu", True)
 
 
+def test_a_teacher_that_would_get_more_right_by_a_flag_teaches_and_is_told(
+    coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = loaded(colour_net(tmp_path / "t.onnx", white=3.8))  # so dark that it sees no green
+    data = datasets.load(recipe.Data(dataset=f"folder:{coloured}", val_size=0))
+    wanted = recipe.resolve({"teacher": {"name": "t.onnx"}, "student": {"name": "resnet9"}}, "distill")
+    found = teaching.preflight(teacher, Teacher(name="t.onnx"), data, wanted)
+    share = f"{found['top1']:.1%}"
+    assert capsys.readouterr().err == (
+        f"the teacher t.onnx gets {share} of 29 training images right, a guess 34.5%; with --teacher-scale 255 it "
+        f"would get 100.0% of some of them, against {share}\n"
+    )
+    assert top1(teacher, coloured) == pytest.approx(found["top1"])  # it is left as it was given
+    assert found["top1"] < 0.7
+
+
 def test_a_teacher_that_finds_the_rare_class_has_something_to_teach(monkeypatch: pytest.MonkeyPatch) -> None:
     """95 of 100 parts are good; it is right in 94 and takes some for bad; one that always says good in 95."""
     labels = torch.arange(1000).ge(950).long()
@@ -461,9 +452,9 @@ def test_class_names_that_are_not_understood_are_refused(coloured: Path, tmp_pat
     path, file = colour_net(tmp_path / "t.onnx", labels=said), tmp_path / "classes.yaml"
     with pytest.raises(TeacherError) as error:
         external.load(Teacher(name=str(path)), None, "cpu", True)
+    said = said.replace('"', "'")
     assert str(error.value) == (
-        f"the class names in {path} are not understood (labels = {external._read(said)}): name its 3 outputs by "
-        "--teacher-classes FILE"
+        f"the class names in {path} are not understood (labels = {said}): name its 3 outputs by --teacher-classes FILE"
     )
     file.write_text(yaml.safe_dump(list(COLOURS)))
     assert top1(loaded(path, classes=file), coloured) == 1

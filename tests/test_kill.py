@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,10 @@ import safetensors.torch
 from toolkit import data as datasets
 from toolkit import engine
 from toolkit.data import DataSet, Split
+from toolkit.learner import Learner
 from toolkit.recipe import resolve
 from toolkit.run import Run
 
-EPOCHS = 3  # for each kill: it must not come to its end before the last one
 TREE = {
     "data": {"dataset": "digits", "image_size": 16},
     "student": {"name": "tpsnet", "blocks": [1, 1, 1], "base": 4, "dropout": 0.2},
@@ -28,68 +27,58 @@ TREE = {
 }
 
 
-def train(folder: Path, epochs: int, started, half_a_write: bool) -> None:
-    """In a process of its own: train, or die in the middle of writing the third state."""
+def train(run: Run, moment: int | None) -> None:
+    """In a process of its own: train, or die at a moment, counted in steps, writes and renamings."""
+    left = -1 if moment is None else moment
+
+    def deadly(function):
+        def called(*arguments, **more):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if function is save:  # in the middle of it
+                    tensors, path = arguments
+                    Path(path).write_bytes(safetensors.torch.save(tensors, more["metadata"])[:5000])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **more)
+
+        return called
+
+    save = safetensors.torch.save_file
+    safetensors.torch.save_file = deadly(save)
+    Path.replace, Run.append, Learner.step = deadly(Path.replace), deadly(Run.append), deadly(Learner.step)
     engine.READ_SECONDS = 0.0  # a state every step
-    recipe = resolve(TREE, "distill", {"epochs": epochs})
-    whole = datasets.load(recipe.data)
+    whole = datasets.load(run.recipe.data)
     parts = ((whole.train, 200), (whole.val, 100), (whole.test, 100))
     some = (Split(part.images[:n], part.labels[:n]) for part, n in parts)
     data = DataSet("digits", whole.classes, *some, whole.mean, whole.std, "d")
-    if half_a_write:
-        save, left = safetensors.torch.save_file, [2]
-
-        def cut_short(tensors, path, metadata=None):
-            if not left[0]:
-                Path(path).write_bytes(safetensors.torch.save(tensors, metadata)[:5000])
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            save(tensors, path, metadata)
-
-        safetensors.torch.save_file = cut_short
-    run = Run.start(folder, recipe, resume=True)
-    started.set()
-    engine.fit(recipe, data, run)
+    engine.fit(run.recipe, data, run)
 
 
 @pytest.mark.parametrize("most", [6, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, most):
+    """As many kills as epochs, of four steps each: five such moments a step, and a few at an epoch's end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["toolkit.engine", "toolkit.data", "sklearn.datasets", "torch._dynamo"])
-    moments = random.Random(0)
+    moments, states = random.Random(0), set()
 
-    def start(folder, half_a_write=False):
-        started = context.Event()
-        process = context.Process(target=train, args=(tmp_path / folder, EPOCHS * most, started, half_a_write))
+    def trained(run, moment):
+        process = context.Process(target=train, args=(run, moment))
         process.start()
-        assert started.wait(120)
-        return process
+        process.join(120)
+        return process.exitcode
 
-    start("whole").join()
-    whole, killed = Run(tmp_path / "whole"), tmp_path / "killed"
-    kills, states = 0, set()
-
-    def written():
-        state = killed / "checkpoints/last.safetensors"
-        return state.stat().st_mtime_ns if state.is_file() else 0
-
-    while not (killed / "summary.json").is_file():
-        writing = kills < most and kills % 3 == 2
-        process = start("killed", writing)
-        if kills < most and not writing:
-            before = written()
-            while kills % 2 and written() == before and process.is_alive():  # it gets somewhere on slow machines too
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.3))
-            process.kill()
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-        state = Run(killed).checkpoint("last")
+    recipe = resolve(TREE, "distill", {"epochs": most})
+    whole, killed = (Run.start(tmp_path / name, recipe, resume=True) for name in ("whole", "killed"))
+    assert trained(whole, None) == 0
+    for _ in range(most):
+        assert trained(killed, moments.randint(1, 20)) == -signal.SIGKILL
+        state = killed.checkpoint("last")
         states.add(state.read_bytes() if state.is_file() else b"")
-    assert kills >= most
     assert len(states) > most / 2  # it came further between the kills
-    assert Run(killed).checkpoint("best").read_bytes() == whole.checkpoint("best").read_bytes()
+    assert trained(killed, None) == 0
+    assert killed.checkpoint("best").read_bytes() == whole.checkpoint("best").read_bytes()
     timeless = [
-        [{k: v for k, v in row.items() if "second" not in k} for row in run.history()] for run in (whole, Run(killed))
+        [{k: v for k, v in row.items() if "second" not in k} for row in run.history()] for run in (whole, killed)
     ]
     assert timeless[0] == timeless[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.machine import available_cores
+from toolkit.machine import available_cores, total_memory
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,27 @@ def test_available_cores_heeds_the_quota(
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert available_cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("memory.max", "1000000\n", 10**6),
+        ("memory.max", "max\n", 2**30),
+        ("memory.max", "nonsense\n", 2**30),
+        ("memory/memory.limit_in_bytes", "1000000\n", 10**6),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", 2**30),  # no limit, in its words
+        ("elsewhere", "1000000\n", 2**30),
+    ],
+)
+def test_total_memory_heeds_the_limit_of_the_container(
+    file: str, text: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    monkeypatch.setattr("toolkit.machine.CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**18}.__getitem__)
+    assert total_memory() == expected
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="only glibc keeps memory")

@@ -68,7 +68,7 @@ def write(folder, k=10, n=60, epochs=3, val=True, classes=None, accuracy=3.0):
     return metrics
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 120),
     k=st.integers(2, 100),

@@ -1,6 +1,7 @@
 """The server process: its key, its workers, its reloads, and its end under load."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
@@ -24,8 +26,10 @@ from conftest import Toolkit
 from served import Served, encoded, serving, wait_until_ready
 from small_net import small_artifact
 
+from serve import api, demo
+from serve import engine as engine_module
 from serve import server as server_module
-from serve.session import NoCudaError
+from serve.session import NoCudaError, Session
 
 GOOD = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
@@ -274,7 +278,15 @@ def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path, mon
     def no_cuda() -> None:
         raise NoCudaError("none")
 
+    def known(host: str, *arguments: object, **options: object) -> object:
+        """Asks no name server."""
+        if host.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return asked(host, *arguments, **options)
+
+    asked = socket.getaddrinfo
     monkeypatch.setattr("serve.session.need_cuda", no_cuda)
+    monkeypatch.setattr(socket, "getaddrinfo", known)
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "junk.onnx").write_text("junk")
     for arguments, message in (
@@ -308,3 +320,82 @@ def test_a_public_server_without_a_key_says_so(
     (tmp_path / "key").write_text("a key")
     result = toolkit("serve", path, "--host", host, *(["--api-key-file", tmp_path / "key"] if with_key else []))
     assert (f"anybody who reaches {host} may use this server" in result.stderr) == warned
+
+
+@pytest.fixture
+def asked(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> Callable[..., server_module.Settings]:
+    """What ``toolkit serve`` makes of its arguments. Nothing is served."""
+    taken: list[server_module.Settings] = []
+    monkeypatch.setattr(server_module, "run", lambda settings, started: taken.append(settings))
+
+    def ask(*arguments: object) -> server_module.Settings:
+        assert toolkit("serve", *arguments).exit_code == 0
+        return taken.pop()
+
+    return ask
+
+
+def test_the_flags_reach_what_they_are_for(
+    asked: Callable[..., server_module.Settings], path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("a key\nand more")
+    assert asked(path) == server_module.Settings({"student": path})
+    settings = asked(
+        path, "--host", "0.0.0.0", "--port", 99, "--provider", "cpu", "--max-batch", 4, "--max-queue", 77, "--deadline",
+        2.5, "--grace", 3, "--workers", 2, "--tf32", "--reload", "--api-key-file", key,
+    )  # fmt: skip
+    assert (settings.host, settings.port, settings.workers) == ("0.0.0.0", 99, 2)
+    assert server_module._config(settings, lambda *_: None).timeout_graceful_shutdown == 3
+
+    opened: list[tuple[object, ...]] = []
+    monkeypatch.setattr(engine_module, "Session", lambda *given: opened.append(given) or Session(*given))
+    monkeypatch.setattr(server_module, "available_cores", lambda: 6)
+    for part in ("hand_back_freed_memory", "gc"):  # of the whole process
+        monkeypatch.setattr(server_module, part, MagicMock())
+    monkeypatch.setattr(api, "build", lambda engine, **given: given)
+    monkeypatch.setattr(demo, "mount", lambda app, engine, **given: given)
+    with server_module._engine(settings) as engine:
+        assert opened == [(path, "cpu", 3, True)]  # the workers share the cores
+        assert engine.max_queue == 77
+        assert engine._model(None).max_batch == 4
+        built = server_module._app(settings, engine)
+        assert (built["deadline"], built["key"], built["reload"]) == (2.5, "a key", True)
+        assert built["page"](None)["deadline"] == 2.5
+
+
+def test_which_pictures_the_page_gives_to_everybody(
+    asked: Callable[..., server_module.Settings], path: Path, tmp_path: Path
+) -> None:
+    """The first test images of a run, until their folder is deleted; and no others that happen to lie there."""
+    exported, alone = tmp_path / "run/export/student.onnx", tmp_path / "out/a.onnx"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").touch()
+    in_run, beside, other = exported.parent / "examples", alone.with_suffix(".examples"), alone.parent / "examples"
+    for folder in (in_run, beside, other):
+        folder.mkdir(parents=True)
+        (folder / "00-cat.png").touch()
+    for artifact, folder in ((exported, in_run), (alone, beside)):
+        shutil.copy(path, artifact)
+        assert asked(artifact, f"other={path}").examples == (folder / "00-cat.png",)  # the first artifact's
+        shutil.rmtree(folder)
+        assert asked(artifact).examples == ()
+
+
+# What Windows does not have; and a prediction before the server starts.
+NO_UNIX = """
+import contextlib, os
+sys.modules.update(fcntl=None, resource=None, uvloop=None)
+del os.sched_getaffinity, os.sysconf
+from toolkit.cli import app
+with contextlib.redirect_stdout(sys.stderr):
+    app(["predict", "--artifact", {path!r}, {image!r}], standalone_mode=False)
+"""
+
+
+def test_predict_and_serve_need_nothing_of_unix(path: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(GOOD)
+    with serving(path, patch=NO_UNIX.format(path=str(path), image=str(image))) as server, server.client() as http:
+        (answer,) = http.post("v1/predict", content=GOOD).json()["images"]
+    assert server.said.startswith(f"{image}: {answer['classes'][0]['label']} ")

@@ -1,25 +1,19 @@
 """The benchmark of the reports' systems: its rule, and its table on a few random images."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import benchmark
 
 from toolkit.data import DataSet, Split
 from toolkit.errors import DivergedError
 from toolkit.recipe import Recipe
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "systems.py"
-
 
 @pytest.fixture(scope="module")
 def systems():
-    spec = importlib.util.spec_from_file_location("systems", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("systems")
 
 
 def test_all_systems_see_as_many_samples_and_keep_the_rest_of_their_recipe(systems):

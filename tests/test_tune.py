@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from colour_net import colour_net
 from conftest import Toolkit
 from PIL import Image
-from test_external import colour_net
 
 from toolkit import stages, tune, tune_report
 from toolkit.catalogue import build, parameter_count
@@ -531,11 +531,6 @@ def test_heatmap_has_a_cell_for_each_point(tmp_path: Path) -> None:
 
 
 # --- the command -------------------------------------------------------------------------------------------
-
-
-def test_nothing_heavy_is_imported_before_a_search() -> None:
-    code = "import sys, toolkit.tune; print({'ray', 'torch', 'optuna'} & {*sys.modules})"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(

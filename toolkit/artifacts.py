@@ -145,6 +145,8 @@ def export(
         check_budget(
             header["model"], parameter_count(model), options.budget or run.recipe.budget, len(header["classes"])
         )
+    elif options.budget is not None:
+        raise UserError(f"--budget is for students, {run.path} is a teacher: leave it out")
     advice, device = "export needs the same ones, else train again", "cpu" if provider == "cpu" else "auto"
     data = stages.data_of(run, header, run.path, None, data_dir, advice, device)
     if wants(options, "int8"):

@@ -1,0 +1,83 @@
+"""What one step learns from: which images, in which order, by which loss, and how far it goes."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_run import TREE, small_digits
+
+from toolkit.catalogue import build
+from toolkit.data import Split
+from toolkit.learner import Learner
+from toolkit.recipe import resolve
+from toolkit.run import Run
+
+
+@pytest.fixture(scope="module")
+def data():
+    return small_digits()
+
+
+def learning(folder, data, teacher=None, **settings):
+    recipe = resolve(TREE, "distill", settings)
+    return Learner(recipe, data, Run.start(folder, recipe, resume=False), torch.device("cpu"), teacher)
+
+
+@pytest.mark.parametrize(
+    ("balance", "shown", "weights"),
+    [("none", [200, 20], None), ("sampling", [110, 110], None), ("weights", [200, 20], [0.55, 5.5])],
+)
+def test_rare_classes_are_shown_more_often_or_count_more(tmp_path, data, balance, shown, weights):
+    labels = (torch.arange(220) < 20).long()
+    data = dataclasses.replace(data, classes=("usual", "rare"), train=Split(data.train.images, labels))
+    learner = learning(tmp_path / "run", data, balance=balance)
+    learner.start_epoch(0, lambda: True)
+    assert labels[learner.order].bincount().tolist() == shown
+    found = learner.objective.class_weights
+    assert (None if found is None else found.tolist()) == (weights and pytest.approx(weights))
+
+
+def test_teacher_and_student_see_the_same_views_which_come_in_turn(tmp_path, data):
+    seen = {}
+
+    def watched(module, name):
+        seen[name] = []
+        module.register_forward_pre_hook(lambda _, inputs: seen[name].append(inputs[0]))
+
+    def taught(views):
+        teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 10))
+        changes = {"teacher.name": "wrn28", "loss.kd_weight": 1, "cached_epochs": views}
+        learner = learning(tmp_path / str(views), data, teacher, **changes)
+        watched(learner.model, "student")
+        watched(learner.teacher, "teacher")
+        orders = []
+        for epoch in range(3):
+            learner.start_epoch(epoch, lambda: True)
+            orders.append(learner.order[:50])
+            learner.step(orders[-1], epoch)
+        return orders
+
+    taught(views=0)
+    assert all(one is other for one, other in zip(seen["student"], seen["teacher"], strict=True))
+
+    orders = taught(views=2)
+    first, second = seen["teacher"]  # all images of an epoch; the third epoch is the first again
+    assert not torch.equal(first, second)
+    assert not torch.equal(orders[0], orders[2])
+    for shown, views, order in zip(seen["student"], (first, second, first), orders, strict=True):
+        assert torch.equal(shown, views[order])
+
+
+def test_a_gradient_is_clipped_to_its_largest_norm(tmp_path, data):
+    """That of all that is trained: FitNets' regressors are no part of the model."""
+    plain = {"momentum": 0, "nesterov": False, "weight_decay": 0, "lr": 0.1, "grad_clip": 0.01}
+    distil = {"teacher.name": "resnet9_wide", "loss.kd_weight": 1, "loss.methods": {"fitnets": {}}}
+    teacher = build("resnet9_wide", "teacher", 10, widths=[8, 16, 32])
+    learner = learning(tmp_path / "run", data, teacher, optimizer=plain, **distil)
+    trained = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+    assert len(trained) > len(list(learner.model.parameters()))
+    learner.start_epoch(0, lambda: True)
+    before = [parameter.detach().clone() for parameter in trained]
+    learner.step(learner.order[:50], done=1)
+    moved = [new.detach() - old for new, old in zip(trained, before, strict=True)]
+    assert torch.nn.utils.get_total_norm(moved).item() == pytest.approx(0.1 * 0.01, rel=1e-3)
