@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from toolkit.optim import (
-    Lookahead,
     ascended,
     estimate_norms,
     lr_factor,
@@ -58,24 +57,27 @@ def net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
 
 
+@pytest.mark.parametrize("decay_norm", [False, True])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
-def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name):
+def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name, decay_norm):
     model = net()
-    config = Optimizer(name=name, lr=0.5, weight_decay=0.1, decay_norm=False, norm_bias_lr=8, filter_lr=0.3)
+    config = Optimizer(name=name, lr=0.5, weight_decay=0.1, decay_norm=decay_norm, norm_bias_lr=8, filter_lr=0.3)
     optimizer = make_optimizer(config, model)
+    assert type(optimizer).__name__.lower() == name
     set_lr(optimizer, 0.25)
     seen = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert id(parameter) not in seen
             seen[id(parameter)] = (group["weight_decay"], group["lr"])
+    small = 0.1 if decay_norm else 0.0
     expected = {
         model[0].weight: (0.0, 0.15) if name == "muon" else (0.1, 0.25),
-        model[0].bias: (0.0, 0.25),
-        model[1].weight: (0.0, 0.25),
-        model[1].bias: (0.0, 2.0),
+        model[0].bias: (small, 0.25),
+        model[1].weight: (small, 0.25),
+        model[1].bias: (small / 8, 2.0),
         model[4].weight: (0.1, 0.25),
-        model[4].bias: (0.0, 0.25),
+        model[4].bias: (small, 0.25),
     }
     assert seen == {id(parameter): values for parameter, values in expected.items()}
 
@@ -162,7 +164,8 @@ def test_lookahead_is_the_papers_two_lines():
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     slow = [parameter.detach().clone() for parameter in model.parameters()]
-    average = Lookahead(model, steps=3, alpha=0.3)
+    changes = {"student.name": "tpsnet", "optimizer.lookahead_steps": 3, "optimizer.lookahead_alpha": 0.3}
+    average = make_average(model, resolve({}, "distill", changes))
     for update in range(1, 8):
         with torch.no_grad():
             for parameter in model.parameters():
