@@ -218,6 +218,20 @@ def test_a_table_of_paths_alone_has_no_classes(tmp_path: Path) -> None:
         folders.find(tmp_path / "paths.csv")
 
 
+def test_unlabelled_images_count_wherever_they_lie(tmp_path: Path) -> None:
+    for name in ("0.png", "cat/1.png", "far/away/2.png"):
+        draw(tmp_path / "loose" / name)
+        draw(tmp_path / "parts/train" / name)
+    draw(tmp_path / "parts/test/cat/3.png")
+    loose, parts = (folders.find(tmp_path / name, unlabelled=True) for name in ("loose", "parts"))
+    assert loose.classes == parts.classes == ("",)
+    assert sorted(path.name for path, label in loose.files["train"] if label == 0) == ["0.png", "1.png", "2.png"]
+    assert {part: len(files) for part, files in parts.files.items()} == {"train": 3, "test": 1}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images in"):
+        folders.find(tmp_path / "empty", unlabelled=True)
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
