@@ -1,0 +1,58 @@
+"""What is said of a teacher, or of weights to start from, that may know images which are held out here."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from small_run import small_digits
+
+from toolkit import teaching
+from toolkit.recipe import SPLIT, resolve
+
+OURS = {"val_size": 0.2, "split_seed": 0, "group_by": None, "skip_broken": False, "skip_leaks": False}
+FOLDER = {"dataset": "folder:photos"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "theirs", "differing", "said"),
+    [
+        (False, {}, {}, None),
+        (False, {"dataset": "cifar10"}, {"split_seed": 1}, None),
+        (False, {}, {"split_seed": 1}, "split_seed 1 there, 0 here"),
+        (False, {"image_size": 64}, {"split_seed": 1}, "split_seed 1 there, 0 here"),
+        (False, {}, {"val_size": 0.1}, "val_size 0.1 there, 0.2 here"),
+        (False, {}, {"val_size": 0}, "val_size 0 there, 0.2 here"),
+        (False, {}, {"val_size": 0.3}, None),  # what is held out here was there too
+        (False, {}, {"val_size": 100}, None),
+        (False, {}, {"val_size": 0.3, "split_seed": 1}, "val_size 0.3 there, 0.2 here; split_seed 1 there, 0 here"),
+        (False, {}, {"group_by": "(.)"}, None),  # which folders alone have
+        (True, FOLDER, {}, None),
+        (True, FOLDER, {"val_size": 0.3}, "val_size 0.3 there, 0.2 here"),
+        (True, FOLDER, {"group_by": "(.)"}, "group_by (.) there, None here"),
+        (True, FOLDER, {"skip_leaks": True}, None),  # it left out none: the images are the same
+        (True, FOLDER | {"dataset_digest": "e"}, {"skip_leaks": True}, "skip_leaks True there, False here"),
+        (True, FOLDER | {"dataset_digest": "e"}, {}, "the images of folder:photos have changed"),
+        (True, FOLDER | {"dataset_digest": "e", "image_size": 64}, {}, None),  # another size has another digest
+    ],
+)
+@pytest.mark.parametrize("held_out", [True, False])
+def test_what_weights_know_of_the_images_that_are_held_out(
+    folder, theirs, differing, said, held_out, monkeypatch, capsys
+):
+    """Without val images the test's are what counts, and those of the built-in data are the same in all splits."""
+    data = dataclasses.replace(small_digits(), val=small_digits().val if held_out else None)
+    if folder:
+        data = dataclasses.replace(data, name="folder:photos", files=("a.png",))
+    assert tuple(OURS) == SPLIT
+    header = {"dataset": "digits", "dataset_digest": "d", "image_size": 32, "split": OURS | differing} | theirs
+    monkeypatch.setattr(teaching, "load_header", lambda path: header)
+    settings = {f"data.{key}": value for key, value in OURS.items()} | {"data.dataset": data.name}
+    wanted = resolve({"student": {"name": "tpsnet"}}, "distill", settings)
+    teaching.tell_what_it_knows(Path("weights"), data, wanted)
+    warning = capsys.readouterr().err
+    same_test = header["dataset_digest"] == "d"
+    if said is None or (same_test and not held_out):
+        assert warning == ""
+    else:
+        assert said in warning
+        assert warning.endswith("it may know some of the images that are held out here, and be measured too high\n")
