@@ -157,11 +157,10 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def real_cifar() -> Path:
     """The folder that holds CIFAR-10."""
-    roots = [Path(os.environ.get("TOOLKIT_DATA", "-")), Path(__file__).parents[2] / "shared" / "data"]
-    for root in roots:
-        if (root / "cifar-10-batches-py").is_dir():
-            return root
-    pytest.skip("CIFAR-10 is neither in $TOOLKIT_DATA nor in ../shared/data")
+    root = Path(os.environ.get("TOOLKIT_DATA", "-"))
+    if not (root / "cifar-10-batches-py").is_dir():
+        pytest.skip("CIFAR-10 is not in $TOOLKIT_DATA")
+    return root
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_a_device_that_was_asked_for_and_is_not_there():
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", ""])
 def test_a_device_that_is_none(name):
-    with pytest.raises(DeviceError, match="should be auto, cpu, cuda or cuda:N"):
+    with pytest.raises(DeviceError, match="is no device: give auto, cpu, cuda or cuda:N"):
         compute.pick_device(name)
 
 

@@ -188,6 +188,7 @@ def test_the_objective_is_the_weighted_sum_of_its_terms():
     ce = value(ce_weight=1, kd_weight=1e-12)
     dist = value(ce_weight=0, kd_weight=1, methods={"dist": {}})
     attention = value(ce_weight=0, kd_weight=1, methods={"attention_transfer": {"weight": 1}})
+    assert min(ce, dist, attention) > 0
     ramp = {"start": 0, "end": 6, "over": 1}
     methods = {"dist": {"weight": 2}, "attention_transfer": {"weight": ramp}}
     expected = 0.5 * ce + 0.1 * (2 * dist + 3 * attention)
