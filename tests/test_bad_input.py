@@ -356,10 +356,15 @@ def test_a_teacher_that_is_damaged_or_another(toolkit: Toolkit, chain: Chain) ->
     assert not Path("new").exists()
 
 
-def test_a_run_without_a_teacher_has_no_baseline(toolkit: Toolkit, nowhere: Path) -> None:
-    result = toolkit("distill", "--recipe", "rao-tpsnet", "--baseline")
-    assert result.exit_code == 2
-    assert "this run is the baseline" in result.stderr
+def test_a_recipe_that_asks_no_teacher_has_no_use_for_one_and_no_baseline(toolkit: Toolkit, nowhere: Path) -> None:
+    for option, words in (
+        (("--baseline",), "this run is the baseline"),
+        (("--teacher", "wrn28"), "add --set loss.kd_weight=0.9"),
+        (("--teacher", "wrn28", "--train-teacher"), "add --set loss.kd_weight=0.9"),
+    ):
+        result = toolkit("distill", "--recipe", "rao-tpsnet", *option)
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.replace("│", "").split())
     assert not list(nowhere.iterdir())
 
 

@@ -340,6 +340,11 @@ def distill(
         raise typer.BadParameter("images without labels have no baseline without a teacher", param_hint="--baseline")
     if baseline and not wanted.distils:
         raise typer.BadParameter("the recipe has no teacher: this run is the baseline", param_hint="--baseline")
+    if (train_teacher or any(path.startswith("teacher.") for path in overrides)) and not wanted.distils:
+        raise typer.BadParameter(
+            "this recipe asks no teacher (loss.kd_weight is 0): add --set loss.kd_weight=0.9, or leave the teacher out",
+            param_hint="--teacher",
+        )
     from toolkit import stages  # imports torch: a misspelt name is told before that
 
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
