@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,6 +126,7 @@ def test_no_data_and_offline(toolkit: Toolkit, nowhere: Path) -> None:
 
 
 def test_no_data_and_no_network(toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it holds the proxies of its first use
     with socket.socket() as closed:  # bound, but nobody listens
         closed.bind(("127.0.0.1", 0))
         for variable in ("http_proxy", "https_proxy"):
