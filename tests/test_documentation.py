@@ -128,7 +128,6 @@ def test_the_readmes_python_and_that_weights_and_artifact_agree(
     Path("student.onnx").symlink_to(SHIPPED)
     Path("ship.png").symlink_to(ROOT / "serve/examples/ship.png")
     section = README.partition("\n## From Python")[2].partition("\n## ")[0]
-    narrow = (epochs := '"epochs": 4') + ', "teacher.widths": [8, 16, 32]'
     given: dict[str, Any] = {}
     exec("\n".join(re.findall(r"^    (.+)", section, re.MULTILINE)), given)
     assert set(given) >= {"train", "distill", "validate", "export"}
@@ -155,7 +154,8 @@ def test_the_program_that_asks_a_server(
 def test_plain_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parity, "Reference", partial(parity.Reference, batches=(1,)))
-    narrow = (epochs := '"epochs": 4') + ', "teacher.widths": [8, 16, 32]'
+    epochs = '"epochs": 4'
+    narrow = f'{epochs}, "teacher.widths": [8, 16, 32]'
     given: dict[str, Any] = {}
     for cell in code("docs/python.md"):
         capsys.readouterr()
