@@ -95,6 +95,7 @@ def test_all_mistakes_come_at_once() -> None:
             "loss.temperature": {"choices": []},
             "epochs": {"choices": [1], "range": [1, 2]},
             "augment.cutout": {"rang": [0, 8]},
+            "augment.rotation": {"choices": [0, 5], "points": 2},
             "data.val_size": {"choices": [0.1, 0.2]},
             "seed": {"choices": [1, 2]},
         },
@@ -112,6 +113,7 @@ def test_all_mistakes_come_at_once() -> None:
         "fields.optimizer.momentum: the range from 0.9 to 0.9 is empty",
         "fields.loss.temperature.choices = []",
         "fields.epochs: takes one of choices, range and log_range, not choices and range",
+        "fields.augment.rotation: points belongs to a range; choices are taken as they are",
         "fields.augment.cutout.rang: there is no such key; did you mean 'range'?",
         "data.val_size: decides what a trial is measured on",
         "seed: is searched, and given the value 3 too",
@@ -125,6 +127,7 @@ def test_all_mistakes_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("tree", "sampler", "trials", "message"),
     [
+        ({"recipe": "digits"}, "random", None, "fields: is missing"),
         (tiny(fields={}), "random", None, "fields = {}"),
         (tiny(fields={"optimizer.lr": {"range": [0.1, 1]}}), "grid", None, "choices, or a range with points"),
         (tiny(), "grid", 3, "--trials 3: a grid has as many trials as points"),
