@@ -873,46 +873,45 @@ def models(
     from toolkit.catalogue import ROLES, info, names
     from toolkit.errors import RecipeError
 
-    rows, taken, left_out = [], [], []
+    rows, left_out = [], []  # each with what was measured
     for role in ROLES:
         for name in names(role):
             try:
-                row = info(name, role, image_size or 32, budget=budget)
+                row, measured = info(name, role, image_size or 32, budget=budget), None
                 if image_size is not None:
                     from toolkit.footprint import footprint
 
-                    taken.append(footprint(name, role, image_size))
-                rows.append(row)
+                    measured = footprint(name, role, image_size)
+                rows.append((row, measured))
             except RecipeError as error:
                 left_out.append(f"{name}: {error}")
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
     if as_json:
-        _print_json([asdict(row) | (asdict(taken[i]) if taken else {}) for i, row in enumerate(rows)])
+        _print_json([asdict(row) | (asdict(measured) if measured else {}) for row, measured in rows])
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    title = f"budget: fewer than {budget:,} parameters" + (f"; {taken[0].device}, {image_size} pixels" if taken else "")
+    device = next((measured.device for _, measured in rows if measured), None)
+    title = f"budget: fewer than {budget:,} parameters" + (f"; {device}, {image_size} pixels" if device else "")
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("name", no_wrap=True)
-    for heading in () if taken else ("role", "source"):
+    for heading in () if device else ("role", "source"):
         table.add_column(heading)
-    measured = ("train\nimg/s", "infer\nimg/s", "MiB\n/ img") if taken else ()
-    for heading in ("parameters", "MACs", "fits", *measured):
+    for heading in ("parameters", "MACs", "fits", *(("train\nimg/s", "infer\nimg/s", "MiB\n/ img") if device else ())):
         table.add_column(heading, justify="right", no_wrap=True)
-    for i, row in enumerate(rows):
-        cells = [
-            row.name,
-            *([] if taken else [row.role, row.source]),
-            f"{row.parameters:,}",
-            f"{row.macs / 1e6:,.0f} M",
-        ]
-        cells.append("yes" if row.fits_budget else "no")
-        if taken:
-            cells += [f"{taken[i].training:,.0f}", f"{taken[i].inference:,.0f}", f"{taken[i].memory / 2**20:.1f}"]
-        table.add_row(*cells, end_section=i + 1 < len(rows) and rows[i + 1].role != row.role)  # teachers, then students
+    before = None
+    for row, measured in rows:
+        if before not in (None, row.role):
+            table.add_section()  # teachers, then students
+        before = row.role
+        cells = [row.name, *(() if measured else (row.role, row.source))]
+        cells += [f"{row.parameters:,}", f"{row.macs / 1e6:,.0f} M", "yes" if row.fits_budget else "no"]
+        if measured:
+            cells += [f"{measured.training:,.0f}", f"{measured.inference:,.0f}", f"{measured.memory / 2**20:.1f}"]
+        table.add_row(*cells)
     Console().print(table)
 
 
