@@ -113,7 +113,8 @@ def build(
     try:
         network = builder(name, role)(num_classes, **arguments, image_size=image_size)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        raise RecipeError(f"{role}: {name} cannot be built from {arguments}: {error}") from error
+        given = f" from {arguments}" if arguments else ""
+        raise RecipeError(f"{role}: {name} cannot be built{given}: {error}") from error
     return Classifier(network, mean, std)
 
 
