@@ -77,6 +77,26 @@ def decode(data: bytes, name: str = "the image", side: int | None = None) -> NDA
     a PNG, JPEG, WebP, GIF or BMP and for a BMP in run lengths, ``ImageSizeError`` for what declares more than
     50 megapixels (nothing is decoded then), and ``ImageError`` for what is empty or broken.
     """
+    image, exif = _open(data, name)
+    with image:
+        try:
+            if side is not None:
+                image.draft(None, (side, side))
+            image.load()
+            return np.array(_rgb(_upright(image, exif or image.info.get("exif", b""))))
+        except Exception as error:
+            raise ImageError(f"{name} is broken or cut short ({error})") from error
+
+
+def declared(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Format, width and height of what ``decode`` reads, before it is turned. Raises ``ImageError``."""
+    image, _ = _open(data, "the image")
+    with image:
+        return image.format or "", image.size
+
+
+def _open(data: bytes, name: str) -> tuple[Image.Image, bytes]:
+    """The image, nothing of it decoded yet, and its EXIF data where they lie around it; raises as ``decode``."""
     if not data:
         raise ImageError(f"{name} is empty")
     format = next((format for format, start in FORMATS.items() if start.match(data)), None)
@@ -95,25 +115,18 @@ def decode(data: bytes, name: str = "the image", side: int | None = None) -> NDA
         raise ImageError(f"{name} is broken: it only begins as a {format}") from error
     except Exception as error:  # a hostile file can raise nearly any type in Pillow
         raise ImageError(f"{name} is broken or cut short ({error})") from error
-    with image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ImageSizeError(
-                f"{name} has {width} x {height} pixels ({width * height / 1e6:.0f} megapixels): "
-                f"at most {MAX_PIXELS // 1_000_000} megapixels are read"
-            )
-        if any(tile[0] == "bmp_rle" for tile in image.tile):  # Pillow's only decoder in Python: 4 KB took it 27 s
-            raise ImageFormatError(f"{name} is a BMP in run lengths, which are not read: save it without")
-        most = min(MAX_SCANS, MAX_SCANNED // (width * height))
-        if format == "JPEG" and data.count(SCAN) > most and _scans(data) > most:
-            raise ImageError(f"{name} is broken: it has more than {most} scans")
-        try:
-            if side is not None:
-                image.draft(None, (side, side))
-            image.load()
-            return np.array(_rgb(_upright(image, exif or image.info.get("exif", b""))))
-        except Exception as error:
-            raise ImageError(f"{name} is broken or cut short ({error})") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageSizeError(
+            f"{name} has {width} x {height} pixels ({width * height / 1e6:.0f} megapixels): "
+            f"at most {MAX_PIXELS // 1_000_000} megapixels are read"
+        )
+    if any(tile[0] == "bmp_rle" for tile in image.tile):  # Pillow's only decoder in Python: 4 KB took it 27 s
+        raise ImageFormatError(f"{name} is a BMP in run lengths, which are not read: save it without")
+    most = min(MAX_SCANS, MAX_SCANNED // (width * height))
+    if format == "JPEG" and data.count(SCAN) > most and _scans(data) > most:
+        raise ImageError(f"{name} is broken: it has more than {most} scans")
+    return image, exif
 
 
 class _TooMuchError(Exception):

@@ -551,6 +551,38 @@ def test_data_check_suggests_what_can_be_loaded(tmp_path: Path, toolkit: Toolkit
     assert (rare.exit_code, rare.stdout.count("too few for one among the 14")) == (1, 1)
 
 
+@pytest.mark.parametrize(("counts", "balanced"), [((12, 4), True), ((11, 4), False)])
+def test_data_check_suggests_size_recipe_and_balance(
+    tmp_path: Path, counts: tuple[int, int], balanced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_check, "FEW", 15)
+    rng = np.random.default_rng(0)
+    for name, count in zip(("cat", "dog"), counts, strict=True):
+        for i in range(count):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (140, 127, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
+    found = data_check.check(tmp_path)
+    assert found.imbalance == counts[0] / counts[1]
+    assert (found.image_size, found.recipe) == (96, "own-images")
+    assert " --image-size 96 " in found.command
+    assert (" --balance sampling" in found.command) == balanced
+    (tmp_path / "cat/0.png").unlink()
+    (tmp_path / "cat/1.png").unlink()
+    assert data_check.check(tmp_path).recipe == "fine-tune"
+
+
+def test_what_lies_around_a_picture_is_no_matter(tmp_path: Path) -> None:
+    """A profile that Pillow refuses to read: page and training pass it over, so data check does."""
+    for name in ("cat", "dog"):
+        for i in range(4):
+            draw(tmp_path / name / f"{i}.png", icc_profile=bytes(2 * 2**20))
+    with pytest.raises(ValueError, match="Decompressed data too large"):
+        Image.open(tmp_path / "cat/0.png").load()
+    assert len(load_folder(tmp_path).train) == 6
+    found = data_check.check(tmp_path)
+    assert (found.formats, found.broken, found.sizes["smallest"]) == ({"PNG": 8}, {}, 40)
+
+
 # --- classes of unequal size -------------------------------------------------------------------------------
 
 

@@ -6,14 +6,13 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from serve.decode import decode
+from serve.decode import declared, decode
 from toolkit.decoded import each, pixel_digest
 from toolkit.errors import ImageError
 from toolkit.folders import (
@@ -145,8 +144,7 @@ def look(path: Path, name: str) -> Look:
         return Look(error=f"{name} cannot be read: {error.strerror}")
     except ImageError as error:
         return Look(error=str(error))
-    with Image.open(BytesIO(data)) as image:
-        size, format = image.size, image.format or ""
+    format, size = declared(data)
     grey = Image.fromarray(pixels).convert("L")
     steps = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(int)
     bits = np.packbits(steps[:, 1:] > steps[:, :-1])
