@@ -97,6 +97,7 @@ FLAGS = [
     (["--budget", 6_000_000], "budget", 6_000_000),
     (["--teacher", "resnet9_wide"], "teacher.name", "resnet9_wide"),
     (["--teacher-checkpoint", "there"], "teacher.checkpoint", Path("there")),
+    (["--teacher-weights", "there"], "teacher.checkpoint", Path("there")),
     (["--teacher-image-size", 64], "teacher.input.image_size", 64),
     (["--teacher-layout", "nhwc"], "teacher.input.layout", "nhwc"),
     (["--teacher-scale", 255], "teacher.input.scale", 255),
@@ -111,7 +112,8 @@ FLAGS = [
 
 
 def test_every_flag_of_a_field_is_tried() -> None:
-    assert {str(flags[0]).removeprefix("--").replace("-", "_") for flags, *_ in FLAGS} == {*cli.FIELDS, "set"}
+    tried = {str(flags[0]).removeprefix("--").replace("-", "_") for flags, *_ in FLAGS}
+    assert tried == {*cli.FIELDS, "set", "teacher_weights"}
 
 
 @pytest.mark.parametrize(("flags", "field", "value"), FLAGS)

@@ -2,26 +2,36 @@
 
 import inspect
 import re
+from functools import partial
 
+import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from small_net import check, export
 
 from export.artifact import Metadata
 from serve.session import Session
 from students.blocks import ResidualBlock
+from students.resnet18_242 import BiasedBlock, DropoutBlock
+from teachers.batch_doubling import LeakyBlock
 from toolkit.catalogue import ROLES, build, builder, check_budget, info, names, parameter_count
 from toolkit.errors import BudgetError, RecipeError, UnknownNameError
 from toolkit.footprint import footprint
 
 MODELS = [(role, name) for role in ROLES for name in names(role)]
-# Others with the same code, and the depth at which those that are slow to export show all of theirs.
-SAME_CODE = {"tpsnet_333", "tpsnet_777", "tpsnet_17", "tpsnet_23", "resnet18_242_k7"}
+SIBLINGS = {"tpsnet_333", "tpsnet_777", "tpsnet_17", "tpsnet_23"}  # of tpsnet: other depths and widths
+# The depth at which those that are slow to export show all of their code.
 SMALLER = {
     "wrn28": {"depth": 10, "width": 2},
     "batch_doubling_resnet": {"blocks": (1, 1, 1)},
     "tpsnet": {"blocks": (1, 1, 1)},
 }
+EXPORTED = [(role, name, SMALLER.get(name, {}), 32) for role, name in MODELS if name not in SIBLINGS]
+EXPORTED += [("student", "resnet9", {}, 64), ("student", "resnet18_242_k7", {}, 128)]
+EXPORTED += [("student", "tpsnet", SMALLER["tpsnet"], 224)]
+SLOW = [(role, name, {}, 32) for role, name in MODELS if name in SIBLINGS | SMALLER.keys()]
+EXPORTED += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 PARAMETERS = {
     "wrn28": 36_479_194,
     "batch_doubling_resnet": 17_386_570,
@@ -102,6 +112,60 @@ def test_layers_are_those_of_the_report(name):
     assert layers == [f"{shape}: {layer}" for shape, of_block in lines for layer in of_block.split(", ")]
 
 
+# What a block computes without its dropout: the two branches, and what stands around them.
+RELU, LEAKY = torch.relu, partial(F.leaky_relu, negative_slope=0.01)
+BLOCKS = [
+    (ResidualBlock, lambda b, x: RELU(b.norm2(b.conv2(RELU(b.norm1(b.conv1(x))))) + b.shortcut(x))),
+    (BiasedBlock, lambda b, x: RELU(RELU(b.norm2(b.conv2(RELU(b.norm1(b.conv1(x)))))) + b.shortcut(x))),
+    (
+        partial(DropoutBlock, dropout=0.1),
+        lambda b, x: RELU(b.norm2(b.conv2(RELU(b.norm1(b.conv1(x))))) + b.shortcut(x)),
+    ),
+    (LeakyBlock, lambda b, x: LEAKY(b.norm2(b.conv2(LEAKY(b.norm1(b.conv1(x))))) + b.shortcut(x))),
+]
+
+
+@pytest.mark.parametrize(("block", "expected"), BLOCKS)
+@pytest.mark.parametrize(("outputs", "stride"), [(4, 1), (6, 2)])
+def test_blocks_activate_where_their_reports_do(block, expected, outputs, stride):
+    block, x = block(4, outputs, stride).eval(), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected(block, x))
+
+
+def test_quirks_of_the_reports():
+    def order(model, *kinds):
+        """Names of such modules in the order in which they are called."""
+        called = []
+        for module in model.modules():
+            if isinstance(module, kinds):
+                module.register_forward_hook(lambda module, *_: called.append(type(module).__name__))
+        model(torch.rand(2, 3, 32, 32))
+        return called
+
+    dropped = build("resnet18_256_dropout", "student", 10).network.blocks[0:3]
+    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.Dropout)
+    called = order(torch.nn.Sequential(torch.nn.Conv2d(3, 64, 1), *dropped), *kinds)
+    branch = ["Conv2d", "BatchNorm2d", "Dropout"]
+    assert called == ["Conv2d", *branch * 4, *branch * 3]  # two blocks of two convs, one with a conv in its shortcut
+
+    blocks = order(build("se_resnet_443", "student", 10, dropout=0.1), ResidualBlock, torch.nn.Dropout)
+    assert blocks == ["ResidualBlock", "Dropout"] * 11
+
+    squeeze, x = build("se_resnet_443", "student", 10).network.squeeze, torch.rand(2, 64, 4, 4)
+    hidden = torch.relu(squeeze.squeeze.weight.flatten(1) @ x.mean((2, 3)).T + squeeze.squeeze.bias[:, None])
+    gates = torch.sigmoid(squeeze.excite.weight.flatten(1) @ hidden + squeeze.excite.bias[:, None]).T
+    torch.testing.assert_close(squeeze(x), x * gates[:, :, None, None])
+
+    large = build("batch_doubling_resnet", "teacher", 10, blocks=(1, 1, 1)).network
+    assert {norm.momentum for norm in large.modules() if isinstance(norm, torch.nn.BatchNorm2d)} == {0.003}
+    seen = []
+    large.hidden.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+    large.head.register_forward_hook(lambda *arguments: seen.append(arguments[1][0]))
+    large(torch.rand(2, 3, 32, 32))
+    torch.testing.assert_close(seen[1], seen[0].sigmoid())
+
+
 @pytest.mark.parametrize(("role", "name"), MODELS)
 def test_shapes_and_finite_gradients(role, name):
     torch.manual_seed(0)
@@ -115,7 +179,7 @@ def test_shapes_and_finite_gradients(role, name):
             assert parameter.grad.isfinite().all(), parameter_name
 
 
-@pytest.mark.parametrize("name", [name for name in names("student") if name not in SAME_CODE])
+@pytest.mark.parametrize("name", [name for name in names("student") if name not in SIBLINGS])
 def test_stems_halve_images_from_64_pixels_on_and_twice_from_128_on(name):
     sides, parameters = [], set()
     for image_size in (32, 63, 64, 127, 128):
@@ -160,24 +224,27 @@ def test_the_first_conv_whitens_the_images_it_was_shown():
     assert not first.weight.requires_grad
 
 
-@pytest.mark.parametrize(("role", "name"), [(role, name) for role, name in MODELS if name not in SAME_CODE])
-def test_the_artifact_computes_what_pytorch_computes(role, name, tmp_path):
-    torch.manual_seed(0)
-    model = build(name, role, 10, **SMALLER.get(name, {}))
-    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+@pytest.mark.parametrize(("role", "name", "arguments", "image_size"), EXPORTED)
+def test_the_artifact_computes_what_pytorch_computes(role, name, arguments, image_size, tmp_path):
+    model = build(name, role, 10, image_size=image_size, **arguments)
+    images = torch.randint(0, 256, (8, 3, image_size, image_size), dtype=torch.uint8)
     with torch.no_grad():  # norms that have seen images, so that folding them changes something
         for _ in range(2):
             model(images.float() / 255)
     about = Metadata(
         model=name,
         labels=tuple("abcdefghij"),
-        image_size=32,
+        image_size=image_size,
         parameters=parameter_count(model),
         recipe_digest="",
         dataset="random",
         dataset_digest="",
     )
     export(model, about, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    left = {makers[node.input[0]] for node in graph.node if node.op_type == "BatchNormalization"}
+    assert left == ({"Add"} if name == "wrn28" else set())  # its norms before the convs of a block have none to go into
     session = Session(tmp_path / "model.onnx", "cpu")
     labels = torch.zeros(8, dtype=torch.int64)
     report = check(session.run, model, images, labels, provider=session.provider, batches=(1, 3))

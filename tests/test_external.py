@@ -82,18 +82,30 @@ def test_flags_win_over_what_a_file_says(coloured: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("pixels", "axes", "scale"),
-    [("float[B,3,16,16]", "2, 3", 2), ("float[B,16,16,3]", "1, 2", None), ("uint8[B,16,16,3]", "1, 2", None)],
+    [
+        ("float[B,3,16,16]", "2, 3", 2),
+        ("float[B,H,W,C]", "1, 2", 2),
+        ("float[B,16,16,3]", "1, 2", None),
+        ("uint8[B,16,16,3]", "1, 2", None),
+    ],
 )
-def test_a_file_gets_images_by_mean_std_and_scale(tmp_path: Path, pixels: str, axes: str, scale: float | None) -> None:
+@pytest.mark.parametrize("where", ["flags", "metadata"])
+def test_a_file_gets_images_by_mean_std_and_scale(
+    tmp_path: Path, pixels: str, axes: str, scale: float | None, where: str
+) -> None:
     """One that answers with the mean of each channel of what it gets."""
     model = f"""<ir_version: 10, opset_import: ["": 20]> means ({pixels} pixels) => (float[B,3] means) {{
         values = Cast<to: int = 1>(pixels)
         axes = Constant<value_ints: ints = [{axes}]>()
         means = ReduceMean<keepdims: int = 0>(values, axes)
     }}"""
-    onnx.save(onnx.parser.parse_model(model), tmp_path / "t.onnx")
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.8, 1)
-    teacher = loaded(tmp_path / "t.onnx", input={"mean": mean, "std": std, "scale": scale})
+    proto, mean, std = onnx.parser.parse_model(model), (0.1, 0.2, 0.3), (0.5, 0.8, 1)
+    given = {"mean": mean, "std": std, "image_size": SIDE, "layout": "nhwc" if axes == "1, 2" else "nchw"}
+    given |= {"scale": scale} if scale else {}
+    if where == "metadata":
+        onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in given.items()})
+    onnx.save(proto, tmp_path / "t.onnx")
+    teacher = loaded(tmp_path / "t.onnx", input=given if where == "flags" else {})
     images = torch.rand(4, 3, SIDE, SIDE)
     expected = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     expected = (expected * 255).round().clamp(0, 255) if "uint8" in pixels else expected * (scale or 1)
@@ -239,6 +251,12 @@ def test_a_teacher_at_chance_is_refused_with_what_would_help(toolkit: Toolkit, c
     assert metrics["teacher_top1"] == 1
     refused = toolkit("train", *TINY, "--teacher", "white.onnx", "--dataset", f"folder:{coloured}")
     assert "white.onnx is not trained here" in refused.stderr
+    Path("white.onnx").write_bytes(Path("white.onnx").read_bytes()[:-9])
+    result = toolkit(*command, "--teacher", "white.onnx")
+    assert result.stderr == (
+        "error: the teacher cannot be loaded: white.onnx is not an ONNX file, or it is cut short\n"
+    )
+    assert "teacher_top1" not in stages.validate(Path("run"))[0]
 
 
 # --- timm ----------------------------------------------------------------------------------------------------
@@ -366,6 +384,9 @@ def test_a_shipped_student_learns_other_classes(toolkit: Toolkit, coloured: Path
                "schedule.warmup_epochs=0", "--image-size", 32, "--no-probe", "--run-dir")  # fmt: skip
     result = toolkit(*command, "run")
     assert result.exit_code == 0, result.stderr
+    taught = toolkit(*command, "taught", "--teacher", colour_net(Path("t.onnx")), "--set", "loss.kd_weight=0.9")
+    assert taught.exit_code == 0, taught.stderr
+    assert stages.validate(Path("taught"))[0]["agreement"] > 0  # to be compared there was a teacher
     tuned, shipped = load_file("run/checkpoints/best.safetensors"), load_file(file)
     assert stages.Run(Path("run")).recipe.student.arguments == arguments
     assert torch.equal(tuned["mean"], shipped["mean"].float())
