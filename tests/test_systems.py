@@ -8,7 +8,64 @@ from conftest import benchmark
 
 from toolkit.data import DataSet, Split
 from toolkit.errors import DivergedError
-from toolkit.recipe import Recipe
+from toolkit.recipe import Augment, Recipe
+
+SGD = "sgd momentum 0.9"
+CHAWLA = Augment(flip="random", crop_padding=2, padding_mode="zero", rotation=5)
+RAO = Augment(flip="random", crop_padding=4, padding_mode="zero", rotation=5)
+JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
+XU = Augment(
+    flip="random", crop_padding=4, padding_mode="zero", rotation=10, translation=0.1, plain_copy=True, **JITTER
+)
+WHITE = Augment(flip="random", crop_padding=4, padding_mode="white")
+CUTMIX = Augment(flip="random", crop_padding=4, padding_mode="zero", cutmix=1, mix_probability=0.5)
+# Optimizer, lr, weight decay, schedule, epochs, batch, share held out, epoch kept, augmentation.
+REPORTED = {
+    "chawla-1": (SGD, 0.01, 0, "constant", 200, 128, 0.1, "last", CHAWLA),
+    "chawla-2": (SGD, 0.01, 0, "constant", 100, 16, 0.1, "last", CHAWLA),
+    "chawla-3": (SGD, 0.01, 0, "constant", 350, 32, 0.1, "last", CHAWLA),
+    "lakkimsetty": (SGD, 0.1, 5e-4, "cosine", 200, 128, 0.1, "best", CUTMIX),
+    "xu-resnet18-42": ("adamw momentum 0.9", 1e-3, 0.01, "cosine", 80, 64, 0, "last", XU),
+    "xu-resnet-large": (SGD, 0.05, 5e-4, "cosine", 120, 64, 0, "last", XU),
+    "rao-tpsnet": (SGD, 0.01, 5e-4, "cosine", 300, 128, 0.1, "best", RAO),
+    "rao-333": (SGD, 0.01, 5e-4, "cosine", 300, 128, 0.1, "best", RAO),
+    "rao-777": (SGD, 0.01, 5e-4, "cosine", 300, 128, 0.1, "best", RAO),
+    "rao-17": (SGD, 0.01, 5e-4, "cosine to 0.976", 30, 128, 0.1, "best", RAO),
+    "rao-23": (SGD, 0.01, 5e-4, "cosine to 0.976", 30, 128, 0.1, "best", RAO),
+    "anand": (SGD, 0.1, 2e-4, "constant", 90, 125, 0, "last", WHITE),
+}
+QUIRKS = {
+    "chawla-3": {"student.dropout": 0.1},
+    "lakkimsetty": {
+        "optimizer.lookahead_steps": 5, "optimizer.lookahead_alpha": 0.5, "optimizer.grad_clip": 0.1,
+        "early_stop.patience": 80, "early_stop.metric": "val_loss",
+    },
+    "xu-resnet18-42": {"student.dropout": 0.15},
+    "anand": {"batch_growth.factor": 2, "batch_growth.milestones": (60, 70, 80), "batch_growth.ceiling": 1000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_recipes_hold_what_the_reports_say(systems, name):
+    assert REPORTED.keys() == set(systems.systems())
+    recipe = systems.resolved(name)
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    ends = f" to {schedule.final_fraction:g}" if schedule.final_fraction else ""
+    found = (
+        f"{optimizer.name} momentum {optimizer.momentum:g}", optimizer.lr, optimizer.weight_decay,
+        schedule.name + ends, recipe.epochs, recipe.batch_size, recipe.data.val_size, recipe.select,
+        recipe.augment,
+    )  # fmt: skip
+    assert found == REPORTED[name]
+    assert optimizer.nesterov is False or optimizer.name == "adamw"
+    assert schedule.warmup_epochs == 0
+    quirks = QUIRKS.get(name, {})
+    tree = recipe.model_dump()
+    tree["student"] = recipe.student.arguments if recipe.student else {}
+    assert {field: tree[field.split(".")[0]][field.split(".")[1]] for field in quirks} == quirks
+    if name not in ("lakkimsetty", "anand"):
+        assert not any([optimizer.lookahead_steps, optimizer.grad_clip, recipe.early_stop.patience])
+        assert not recipe.batch_growth.milestones
 
 
 @pytest.fixture(scope="module")
