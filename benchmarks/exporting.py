@@ -19,7 +19,13 @@ from toolkit.bench import alternate, pinned
 from toolkit.catalogue import build, parameter_count
 from toolkit.machine import available_cores
 
-NETS = {"tpsnet": {}, "se_resnet_443": {}, "resnet_large": {}, "resnet9": {"widths": [64, 256, 384]}}
+NETS = {
+    "tpsnet": ("tpsnet", {}),
+    "se_resnet_443": ("se_resnet_443", {}),
+    "resnet_large": ("resnet_large", {}),
+    "resnet9": ("resnet9", {"widths": [64, 256, 384]}),
+    "shipped": ("resnet9", {"widths": [64, 256, 384], "resize": 40}),
+}
 SIZE = 32
 
 
@@ -28,9 +34,10 @@ def eager(module, images):
         return module(torch.from_numpy(images))
 
 
-def contestants(name, threads):
+def contestants(net, threads):
     torch.manual_seed(0)
-    model = build(name, "student", 10, **NETS.get(name, {}))
+    name, arguments = NETS[net]
+    model = build(name, "student", 10, **arguments)
     images = torch.randint(0, 256, (64, 3, SIZE, SIZE), dtype=torch.uint8)
     with torch.no_grad():
         model.train()(images / 255)  # norms that have seen images

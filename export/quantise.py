@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
@@ -26,6 +27,16 @@ from export.artifact import IMAGE, type_of
 from toolkit import machine as machines
 from toolkit.errors import DataError
 
+# What ONNX and ONNX Runtime raise for a graph that one of them refuses; ONNX Runtime's errors share no base class.
+REFUSED = (
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
 METHODS = ("MinMax", "Percentile", "Entropy")
 PERCENTILE = 99.99  # of the activations that keep their range, by the method of that name
 BATCH = 32  # calibration images at a time: all batches are equal, as a smaller one would weigh as much as they
@@ -74,7 +85,8 @@ def half(proto: onnx.ModelProto) -> onnx.ModelProto:
     proto = onnx.shape_inference.infer_shapes(proto)
     light = set(_light(proto))
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-    floats = {value.name for value in proto.graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    values = (*proto.graph.value_info, *proto.graph.output)
+    floats = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
     floats |= {name for name, tensor in constants.items() if tensor.data_type == TensorProto.FLOAT}
     wanted = {name for node in proto.graph.node if node.name in light for name in node.input}
     wanted |= {value.name for value in proto.graph.output}
@@ -94,11 +106,15 @@ def half(proto: onnx.ModelProto) -> onnx.ModelProto:
                 else:
                     nodes.append(_cast(name, halves[name], TensorProto.FLOAT16))
             node.input[index] = halves.get(name, name)
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
         nodes.append(node)
         for index, name in enumerate(node.output):
-            halves[name] = node.output[index] = f"{name}_fp16"
-            if name in wanted:
-                nodes.append(_cast(halves[name], name, TensorProto.FLOAT))
+            if name in floats:
+                halves[name] = node.output[index] = f"{name}_fp16"
+                if name in wanted:
+                    nodes.append(_cast(halves[name], name, TensorProto.FLOAT))
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
     for part, content in ((proto.graph.node, nodes), (proto.graph.initializer, kept), (proto.graph.value_info, [])):

@@ -137,7 +137,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     (folder / "student.examples" / "ramp.png").write_bytes(encoded(small_images(1)[0].permute(1, 2, 0).numpy()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        with serving(path, f"copy={path}") as server:
+        # Gradio is strictest where its uploads are below the working directory.
+        with serving(path, f"copy={path}", patch=f"import os; os.chdir({str(folder)!r})") as server:
             server.artifact = path
             yield server
     assert server.said == ""  # no client writes into the log
@@ -157,10 +158,10 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def real_cifar() -> Path:
     """The folder that holds CIFAR-10."""
-    root = Path(os.environ.get("TOOLKIT_DATA", "-"))
-    if not (root / "cifar-10-batches-py").is_dir():
-        pytest.skip("CIFAR-10 is not in $TOOLKIT_DATA")
-    return root
+    for root in (Path(os.environ.get("TOOLKIT_DATA", "-")), Path(__file__).parents[2] / "shared/data"):
+        if (root / "cifar-10-batches-py").is_dir():
+            return root
+    pytest.skip("CIFAR-10 is neither in $TOOLKIT_DATA nor in ../shared/data")
 
 
 @pytest.fixture

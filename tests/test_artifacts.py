@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
@@ -168,6 +169,12 @@ def test_what_is_fitted_on_val_sees_all_of_it() -> None:
     assert artifacts.spread(split, 20)[0].flatten().tolist() == list(range(10))
 
 
+def test_few_large_images_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "HELD", 40)
+    split = datasets.Split(torch.zeros(30, 3, 64, 64, dtype=torch.uint8), torch.arange(30))
+    assert artifacts.spread(split, 20)[1].tolist() == list(range(0, 30, 3))  # four times as large, a quarter of 40
+
+
 class Fixed(torch.nn.Module):
     """Logits that lie in the images' first pixels, 0 to 255."""
 
@@ -248,21 +255,63 @@ def _edited(graph: onnx.ModelProto, length: int, edit: Callable[[np.ndarray], np
 
 def test_int8_is_calibrated_by_the_method_that_answers_val_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here each method names the classes in another order, and the first is right on the training images."""
-    images = small_images(80)
+    images = small_images(160)
     with torch.inference_mode():
         answers = small_net().eval()(images / 255).argmax(1)
 
-    def quantised(graph: onnx.ModelProto, _: object, method: str, *__: object) -> onnx.ModelProto:
+    def quantised(graph: onnx.ModelProto, some: np.ndarray, method: str, _: object) -> onnx.ModelProto:
+        assert _same(some, nhwc(images[:80])) == 64
         return _edited(graph, len(LABELS), lambda rows: np.roll(rows, quantise.METHODS.index(method), axis=0))
 
     monkeypatch.setattr(quantise, "int8", quantised)
     graph = onnx_export.build(small_net(), small_metadata())
     for shift, method in enumerate(quantise.METHODS):
-        train, val = datasets.Split(images, answers), datasets.Split(images, (answers + shift) % len(LABELS))
+        train = datasets.Split(images[:80], answers[:80])
+        val = datasets.Split(images[80:], (answers[80:] + shift) % len(LABELS))
         data = datasets.DataSet("ramps", LABELS, train, val, train, (0.5,) * 3, (0.2,) * 3, "0")
         options = artifacts.Options(precision="int8", calibration_images=64)
         _, about = artifacts.best_int8(graph, small_metadata(), data, quantise.X86, "cpu", options)
         assert about.quantisation == f"{quantise.X86.name} QDQ, per channel, {method} on 64 training images"
+
+
+def _same(some: np.ndarray, others: np.ndarray) -> int:
+    """How many of some images are among others."""
+    return len({image.tobytes() for image in some} & {image.tobytes() for image in others})
+
+
+def test_without_val_the_method_is_chosen_on_images_that_calibrated_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, calibrating, choosing = small_images(150), [], []
+    split = datasets.Split(images, torch.arange(150) % len(LABELS))
+    data = datasets.DataSet("ramps", LABELS, split, None, split, (0.5,) * 3, (0.2,) * 3, "0")
+
+    def answered(some: np.ndarray, _: int) -> tuple[np.ndarray]:
+        choosing.append(some)
+        return (np.zeros((len(some), len(LABELS)), np.float32),)
+
+    monkeypatch.setattr(quantise, "int8", lambda graph, some, *_: calibrating.append(some))
+    monkeypatch.setattr(artifacts, "opened", lambda *_: (SimpleNamespace(run_batches=answered), 0))
+    options = artifacts.Options(precision="int8", calibration_images=64)
+    artifacts.best_int8(onnx.ModelProto(), small_metadata(), data, quantise.X86, "cpu", options)
+    assert [(len(some), len(others)) for some, others in zip(calibrating, choosing, strict=True)] == [(64, 86)] * 3
+    for some, others in zip(calibrating, choosing, strict=True):
+        assert _same(some, others) == 0
+        assert _same(np.concatenate([some, others]), nhwc(images)) == 150
+
+
+def test_speed_is_to_fp32_in_the_sessions_calls() -> None:
+    batches: list[int] = []
+
+    def candidate(seconds: float) -> artifacts.Candidate:
+        def run(images: np.ndarray) -> None:
+            batches.append(len(images))
+            time.sleep(seconds)
+
+        return artifacts.Candidate(None, small_metadata(), SimpleNamespace(run=run), 0, None, {})
+
+    fp32, faster = artifacts.raced([candidate(0.003), candidate(0.001)])
+    assert set(batches) == set(fp32.milliseconds) == set(artifacts.SPEED_BATCHES)
+    assert all(value >= 3 for value in fp32.milliseconds.values())
+    assert fp32.speed == 1 < 1.5 < faster.speed < 4
 
 
 # --- what is not shipped -----------------------------------------------------------------------------------
@@ -330,6 +379,51 @@ def test_a_precision_that_is_no_faster_is_not_shipped(
     assert read(chain.artifact).precision == "fp16"
 
 
+def test_a_precision_that_cannot_be_made(
+    toolkit: Toolkit, chain: Chain, few_batches: None, tolerant: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: onnx.ModelProto) -> onnx.ModelProto:
+        edited = _edited(graph, 0, np.asarray)
+        edited.graph.node[-1].op_type = "Nonsense"
+        return edited
+
+    monkeypatch.setattr(quantise, "half", broken)
+    words = "fp16 is not shipped: it cannot be made of this model: No Op registered for Nonsense"
+    refused(toolkit("export", "--precision", "fp16", "--provider", "cpu"), words)
+    result = toolkit("export", "--precision", "auto", "--calibration-images", 64, "--provider", "cpu")
+    assert result.exit_code == 0, result.output
+    assert words in result.stdout
+    rows = json.loads((chain.student / "export/parity.json").read_text())["precisions"]
+    assert [(row["precision"], row["bytes"] is None) for row in rows] == [
+        ("fp32", False), ("int8", False), ("fp16", True)
+    ]  # fmt: skip
+    monkeypatch.setattr(quantise, "half", lambda graph: graph.nothing)
+    with pytest.raises(AttributeError):  # a mistake of ours is no property of the model
+        toolkit("export", "--precision", "auto", "--provider", "cpu")
+
+
+def test_a_refused_export_may_be_tried_again(
+    toolkit: Toolkit, chain: Chain, few_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "FASTER", 1e9)
+    command = ("export", "--precision", "fp16", "--provider", "cpu", "--output", "x.onnx")
+    for _ in range(2):
+        refused(toolkit(*command), "times as fast as fp32 here", "x.parity.json")
+    assert toolkit(*command, "--even-if-slower").exit_code == 0
+    Path("x.md").unlink()
+    shutil.rmtree("x.examples")
+    before = Path("x.parity.json").read_bytes()
+    refused(toolkit(*command), "x.onnx exists", "--force")
+    assert Path("x.parity.json").read_bytes() == before
+
+
+def test_a_file_of_a_run_is_not_the_run(toolkit: Toolkit, chain: Chain) -> None:
+    weights = chain.student / "checkpoints/best.safetensors"
+    refused(toolkit("export", weights), f"{weights} is a file", f"{chain.student}, in which it lies")
+    shutil.copy(weights, "w.safetensors")
+    refused(toolkit("export", "w.safetensors"), "w.safetensors is a file", "takes a run directory")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -363,9 +457,10 @@ def test_tensorrt_that_is_not_there(toolkit: Toolkit, chain: Chain) -> None:
     refused(toolkit("export", "--provider", "tensorrt"), "tensorrt is not available", "doctor")
 
 
-def test_a_date_that_is_none(toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
-    refused(toolkit("export", "--provider", "cpu"), "SOURCE_DATE_EPOCH (='today')", "seconds since 1970")
+@pytest.mark.parametrize("date", ["today", "99999999999999999999"])
+def test_a_date_that_is_none(toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch, date: str) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", date)
+    refused(toolkit("export", "--provider", "cpu"), f"SOURCE_DATE_EPOCH (={date!r})", "seconds since 1970")
 
 
 def test_there_is_nothing_to_fit_a_temperature_on(toolkit: Toolkit, chain: Chain) -> None:

@@ -95,6 +95,16 @@ def test_a_mistake_found_when_training_begins_leaves_no_run(toolkit: Toolkit, no
     assert not any(Path("runs").iterdir())
 
 
+def test_a_training_that_diverges_says_what_to_try(toolkit: Toolkit, nowhere: Path) -> None:
+    refused(toolkit("train", *SMALL, "--lr", 1e30), "not finite any more", "Try a lower learning rate")
+
+
+def test_the_whole_chain_is_for_one_process(toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.distributed.SIZE", 2)
+    refused(toolkit("pipeline"), "pipeline is for one process", "`toolkit distill` by torchrun")
+    assert files(nowhere) == {}
+
+
 # --- devices -----------------------------------------------------------------------------------------------
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")

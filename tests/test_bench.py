@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import Chain, Toolkit, refused
 from PIL import Image
 from small_net import small_artifact
 
+from export.artifact import read
 from serve.session import Session
 from toolkit import bench
 from toolkit.errors import DeviceError
@@ -32,16 +34,21 @@ def test_artifacts_beside_pytorch(toolkit: Toolkit, chain: Chain) -> None:
     document = json.loads(Path("bench/bench.json").read_text())
     names = ["resnet9 PyTorch eager", "resnet9 PyTorch eager, channels_last", "student fp32 on CPU"]
     assert [(row["name"], row["batch"]) for row in document["rows"]] == [(n, b) for b in (1, 3) for n in names]
+    macs = read(chain.artifact).macs
+    assert macs
     for row in document["rows"]:
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
         assert row["peak"] > 1e9
-        assert row["operations_per_second"] > 1e6
+        assert row["operations_per_second"] == pytest.approx(2 * macs * row["images_per_second"])
     for name in names:
         assert name in result.stdout
     assert Path("bench/bench.png").read_bytes().startswith(b"\x89PNG")
     assert os.sched_getaffinity(0) == cores
-    assert json.loads(toolkit("bench", chain.artifact, *QUICK, "--no-compile", "--json").stdout)["threads"] == 1
+    result = toolkit("bench", *QUICK, "--no-compile", "--json")
+    assert f"timing the newest artifact, {chain.artifact}" in result.stderr
+    document = json.loads(result.stdout)
+    assert (document["threads"], document["rows"][-1]["name"]) == (1, names[-1])
 
 
 def test_a_gpu_session_is_timed_bound_and_recorded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +81,39 @@ def test_without_a_compiler_the_others_are_timed(
     result = toolkit("bench", chain.artifact, *QUICK)
     assert "torch.compile is left out: no C++ compiler anywhere" in result.stderr
     assert "student fp32 on CPU" in result.stdout
+
+
+def test_the_compiled_model_takes_part(toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: compiled.append(module) or module)
+    result = toolkit("bench", chain.artifact, *QUICK, "--json")
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]].count("resnet9 PyTorch compiled") == 2
+    assert len(compiled) == 1
+
+
+def test_threads_stay_on_as_many_cores() -> None:
+    before, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    torch.set_num_threads(2)
+    try:
+        with bench.pinned(1), ThreadPoolExecutor(1) as pool:
+            assert torch.get_num_threads() == 1
+            assert pool.submit(os.sched_getaffinity, 0).result() == {min(cores)}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert os.sched_getaffinity(0) == cores
+
+
+def test_a_run_that_cannot_be_loaded_is_left_out(toolkit: Toolkit, chain: Chain) -> None:
+    (chain.student / "summary.json").unlink()  # as one that is extended
+    for reason in ("is not finished", "there is no checkpoint"):
+        result = toolkit("bench", chain.artifact, *QUICK, "--json")
+        assert result.exit_code == 0, result.output
+        assert f"PyTorch is left out for {chain.artifact}: " in result.stderr
+        assert reason in result.stderr
+        assert {row["name"] for row in json.loads(result.stdout)["rows"]} == {"student fp32 on CPU"}
+        (chain.student / "summary.json").write_text("{}")
+        (chain.student / "checkpoints/best.safetensors").unlink(missing_ok=True)
 
 
 def test_artifacts_that_cannot_be_compared(toolkit: Toolkit, chain: Chain) -> None:

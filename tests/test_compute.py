@@ -54,10 +54,11 @@ def test_the_usual_choice_yields_only_to_a_clear_difference(
     assert f"probe: {expected}, " in capsys.readouterr().err
     monkeypatch.setattr(compute, "probe", lambda *_: pytest.fail("probed again"))
     assert compute.chosen(torch.nn.Identity(), open_recipe, CPU, run) == expected
-    without = open_recipe.model_copy(update={"probe": False})
-    run = Run.start(tmp_path / "without", without, False)
-    assert compute.chosen(torch.nn.Identity(), without, CPU, run) == USUAL
-    assert not (run.path / "probe.json").exists()
+    for field, value in (("probe", False), ("deterministic", True)):
+        without = open_recipe.model_copy(update={field: value})
+        run = Run.start(tmp_path / field, without, False)
+        assert compute.chosen(torch.nn.Identity(), without, CPU, run) == USUAL
+        assert not (run.path / "probe.json").exists()
 
 
 def test_a_probed_run_is_the_run_that_was_told_its_numbers(open_recipe, monkeypatch, tmp_path):

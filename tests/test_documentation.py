@@ -9,11 +9,13 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
 import typer
+import yaml
 from served import Served
 from test_every_recipe import REPORTS, stages_of
 
@@ -25,6 +27,7 @@ from toolkit import cli, losses
 from toolkit.catalogue import info
 from toolkit.recipe import resolve, shipped
 from toolkit.run import SHIPPED
+from toolkit.space import make_plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -216,6 +219,22 @@ def test_no_pickle_is_loaded_but_cifars() -> None:
             if known or re.search(b"torch.load|_pickle", path.read_bytes()):
                 loading.append(path)
     assert loading == [ROOT / "toolkit/cifar.py"]
+
+
+def test_the_search_space_of_the_readme_can_be_searched() -> None:
+    example = README.partition("    recipe: cifar10  ")
+    text = "\n".join(takewhile(lambda line: line.startswith("    "), (example[1] + example[2]).splitlines()))
+    tree = yaml.safe_load(dedent(text))
+    plan = make_plan(tree, None, {}, "random", "none", 3)
+    assert plan.base.student is not None
+    assert (plan.base.epochs, plan.base.student.name) == (30, "tpsnet")
+    assert plan.space.constraints.bounds() == [("parameters", "<", 5_000_000)]
+    assert plan.space.fields.keys() == tree["fields"].keys()
+
+
+def test_packages_are_typed_for_those_who_install_them() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert all((ROOT / package / "py.typed").is_file() for package in packages["packages"])
 
 
 def test_the_dockerfile_wants_what_the_package_wants() -> None:

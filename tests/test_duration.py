@@ -1,5 +1,7 @@
 """Epochs from minutes."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -89,9 +91,13 @@ def test_small_images_and_small_data_are_reckoned_with(tmp_path, data, monkeypat
 
 def test_too_short_a_time_is_told(tmp_path, data, monkeypatch):
     monkeypatch.setattr(duration, "TIMED_STEPS", 2)
+    killed, running = tmp_path / ".timed-1", tmp_path / ".timed-2"
+    (killed / "timed").mkdir(parents=True)
+    os.utime(killed, (0, 0))
+    running.mkdir()
     with pytest.raises(RecipeError, match=r"minutes \(=0\.0001\) is too short for this recipe here: an epoch takes"):
-        duration.with_epochs(recipe_of(minutes=0.0001), tmp_path, data, None)
-    assert not list(tmp_path.iterdir())
+        duration.with_epochs(recipe_of(minutes=0.0001), tmp_path / "run", data, None)
+    assert list(tmp_path.iterdir()) == [running]
 
 
 def test_epochs_that_are_asked_for_win():

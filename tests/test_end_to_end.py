@@ -1,5 +1,6 @@
 """The whole chain through the command line, on the embedded digits."""
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -38,6 +39,11 @@ def test_the_pipeline_leaves_two_runs_a_report_and_an_artifact(pipeline: Chain) 
     assert made >= {"report.md", "metrics.json", "curves.png", "confusion.png", "predictions.png"}
     assert made >= {"student.onnx", "parity.json", "examples"}
     assert f"next: toolkit serve {pipeline.artifact}" in pipeline.output
+    report = (pipeline.folder / pipeline.student / "report/report.md").read_text()
+    layers = report.partition("Layer (type")[2]
+    total = f"Total params: {read(pipeline.folder / pipeline.artifact).parameters:,}\n"
+    for words in ("Conv2d: ", "[1, 64, ", "Linear: ", "[1, 10]", total):
+        assert words in layers
 
 
 def test_the_pipeline_learns(pipeline: Chain) -> None:
@@ -70,7 +76,7 @@ def test_each_command_takes_the_newest_and_says_which(toolkit: Toolkit, nowhere:
     assert str(student) in distilled.stdout
 
 
-def test_validate_and_predict_take_the_newest_and_say_which(toolkit: Toolkit, chain: Chain) -> None:
+def test_other_commands_take_the_newest_too(toolkit: Toolkit, chain: Chain) -> None:
     validated = toolkit("validate")
     assert validated.exit_code == 0, validated.output
     assert f"the newest student, {chain.student}" in validated.stderr
@@ -79,6 +85,9 @@ def test_validate_and_predict_take_the_newest_and_say_which(toolkit: Toolkit, ch
     assert predicted.exit_code == 0, predicted.output
     assert f"the newest artifact, {chain.artifact}" in predicted.stderr
     assert predicted.stdout.startswith(f"{chain.example}: ")
+    inspected = toolkit("inspect", "--json")
+    assert f"inspecting the newest artifact, {chain.artifact}" in inspected.stderr
+    assert json.loads(inspected.stdout)["sha256"] == hashlib.sha256(chain.artifact.read_bytes()).hexdigest()
 
 
 def test_json_of_export(toolkit: Toolkit, chain: Chain) -> None:
@@ -130,6 +139,10 @@ def test_json_of_validate_is_the_same_for_run_and_artifact(toolkit: Toolkit, cha
     assert artifacts["top1"] == torches["top1"]
     assert artifacts["confusion"] == torches["confusion"]
     assert artifacts["nll"] == pytest.approx(torches["nll"], rel=1e-4)
+    for key in ("agreement", "teacher_top1"):
+        assert artifacts[key] == torches[key]
+    assert artifacts["kl"] == pytest.approx(torches["kl"], rel=1e-4)
+    assert artifacts.keys() == torches.keys()
     assert artifacts["report"] != torches["report"]  # one does not write over the other
     about = read(chain.artifact)
     assert (about.accuracy, list(about.labels)) == (torches["top1"], list(torches["per_class"]))

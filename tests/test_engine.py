@@ -2,19 +2,21 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from small_run import EVERYTHING, TEACHER, TREE, small_digits
 
-from toolkit import checkpoint, engine, learner, teaching
+from toolkit import checkpoint, distributed, engine, learner, teaching
 from toolkit.classifier import Ensemble
 from toolkit.data import DataSet, Split, at_once
-from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RunError
+from toolkit.errors import CheckpointError, DeviceError, DivergedError, Interrupted, RunError, UserError
 from toolkit.recipe import BatchGrowth, Teacher, resolve
 from toolkit.run import Run, load_model, load_tensors
 from toolkit.teacher_cache import TeacherCache
@@ -115,6 +117,24 @@ def test_the_best_epoch_on_val_is_kept_and_the_last_where_val_is_missing(tmp_pat
     assert all(torch.equal(best[key], last[f"model.{key}"]) for key in best)
 
 
+@pytest.mark.parametrize("changes", [{"optimizer.lookahead_steps": 5}, {"average_decay": 0.9}, {"swa_start": 1}])
+def test_averaged_weights_are_what_is_measured_and_kept(tmp_path, data, changes):
+    recipe, run = start(tmp_path / "run", select="last", **changes)
+    engine.fit(recipe, data, run)
+    last, _ = load_tensors(run.checkpoint("last"))
+    model, _ = load_model(run.checkpoint("best"))
+    measured = []
+    for part in ("average.module.", "model."):
+        weights = {name: last[part + name] for name in model.state_dict()}
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items()) == (not measured)
+        copied = learner.new_model(recipe, data)
+        copied.load_state_dict(weights)
+        measured.append(engine.evaluate(copied, data.val, torch.device("cpu"), torch.float32))
+    row = run.history()[-1]
+    assert (row["val_loss"], row["val_top1"]) == pytest.approx(measured[0], rel=1e-4)
+    assert row["val_loss"] != pytest.approx(measured[1][0], rel=1e-3)
+
+
 @pytest.mark.parametrize(("select", "kept", "top1"), [("best", 2, 0.9), ("last", 3, 0.1)])
 def test_val_is_read_every_other_epoch_and_after_the_last(tmp_path, data, monkeypatch, select, kept, top1):
     measured = iter([(1.0, 0.9), (1.0, 0.1)])
@@ -168,9 +188,18 @@ def test_the_batch_grows_at_milestones_and_where_the_loss_stops_falling(tmp_path
 
     config, at, sizes = BatchGrowth(patience=2, ceiling=100), checkpoint.Position(batch_size=25), []
     for epoch, loss in enumerate((3, 2, 2.1, 2.2, 2.3, 2.2, 2.4, 2.5, 2.5), 1):
-        at.batch_size = engine.next_batch(config, at, {"epoch": epoch, "batch_size": at.batch_size, "train_loss": loss})
+        row = {"epoch": epoch, "batch_size": at.batch_size, "train_loss": loss}
+        at.batch_size = engine.next_batch(config, at, row, 220)
         sizes.append(at.batch_size)
     assert sizes == [25, 25, 25, 50, 50, 50, 50, 100, 100]
+
+
+@pytest.mark.parametrize(("ceiling", "most", "expected"), [(100, 220, 99), (200, 121, 120), (90, 220, 90)])
+def test_a_batch_that_grows_stays_one_that_all_processes_share(monkeypatch, ceiling, most, expected):
+    monkeypatch.setattr(distributed, "SIZE", 3)
+    growth = BatchGrowth(milestones=[1], factor=9, ceiling=ceiling)
+    row = {"epoch": 1, "batch_size": 30, "train_loss": 1}
+    assert engine.next_batch(growth, checkpoint.Position(), row, most) == expected
 
 
 def test_a_run_ends_when_val_stops_improving_and_stays_ended(tmp_path, data):
@@ -333,11 +362,16 @@ def test_everything_that_decides_the_logits_decides_their_file(tmp_path, data):
     def path(data=data, teacher=teacher, dtype=torch.float32, **changes):
         return TeacherCache(tmp_path, resolve(TREE, "distill", given | changes), data, teacher, dtype).path
 
+    killed, writing = tmp_path / ".a-2.npy.k3x_81yz", tmp_path / ".b-2.npy.k3x_81yz"
+    killed.touch()
+    os.utime(killed, (0, 0))
+    writing.touch()
     others = [path(teacher=other), path(dataclasses.replace(data, digest="e")), path(dtype=torch.bfloat16)]
     others += [path(**change) for change in ({"data.split_seed": 1}, {"data.val_size": 0.2}, {"data.group_by": "x"})]
     others += [path(**change) for change in ({"augment.cutout": 4}, {"augment.plain_copy": True}, {"seed": 1})]
     assert len({path(), *others}) == 10
     assert path() == path(**{"optimizer.lr": 0.01, "epochs": 9})  # of which they know nothing
+    assert set(tmp_path.glob(".*")) == {writing}  # what a kill left is removed
 
 
 def test_an_ensemble_is_the_mean_of_probabilities():
@@ -392,8 +426,49 @@ def test_as_many_states_are_kept_as_wanted_and_the_oldest_is_enough(tmp_path, da
     for name in states[:-1]:
         run.checkpoint(name).write_bytes(b"")
     (run.path / "summary.json").unlink()
-    engine.fit(recipe, data, run)
+    engine.fit(recipe.model_copy(update={"keep_checkpoints": 2}), data, run)  # as --resume may ask for
     assert [row["train_loss"] for row in run.history()] == losses
+    assert sorted(p.stem for p in run.checkpoint("best").parent.iterdir()) == ["best", *states[:2]]
+
+
+def test_a_disk_that_fills_leaves_the_last_state_to_go_on_from(tmp_path, data, monkeypatch):
+    recipe, whole = start(tmp_path / "whole", select="last")
+    engine.fit(recipe, data, whole)
+    recipe, run = start(tmp_path / "run", select="last")
+    before = []
+
+    def full(descriptor):
+        if run.checkpoint("last").is_file():
+            before.append(run.checkpoint("last").read_bytes())
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"the disk is full: .*next\.safetensors .*; what was there before is kept"):
+            engine.fit(recipe, data, run)
+    assert [path.name for path in run.checkpoint("last").parent.iterdir()] == ["last.safetensors"]
+    assert [run.checkpoint("last").read_bytes()] == before
+    engine.fit(recipe, data, run)
+    assert weights(run) == weights(whole)
+    assert [row["train_loss"] for row in run.history()] == [row["train_loss"] for row in whole.history()]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no file that is always full")
+def test_a_row_that_finds_the_disk_full(tmp_path):
+    run = start(tmp_path / "run")[1]
+    (run.path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"the disk is full: .*metrics\.jsonl could not be written"):
+        run.append({"epoch": 1})
+
+
+def test_of_several_processes_the_first_writes_the_state(tmp_path, data, monkeypatch):
+    recipe, run = start(tmp_path / "run")
+    learning = learner.Learner(recipe, data, run, torch.device("cpu"), None)
+    state = checkpoint.Checkpoint(run, learning, engine.describe(recipe, data))
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "RANK", rank)
+        state.save(checkpoint.Position())
+        assert bool(run.states) == (rank == 0)
 
 
 def test_two_processes_do_not_write_one_run(tmp_path, data):
@@ -486,6 +561,29 @@ def test_few_steps_and_a_bad_epoch_are_no_reason_to_give_up(data):
     assert engine.gives_up(recipe, [guess, guess | {"epoch": 50, "step": 300}], data)
     assert not engine.gives_up(recipe, [guess, guess | {"epoch": 50, "step": 299}], data)
     assert not engine.gives_up(recipe, [{"train_top1": 0.3}, guess | {"epoch": 50, "step": 300}], data)
+
+
+FEATURES, UNLABELLED = {"loss.methods": {"fitnets": {}}}, {"data.unlabelled": True, "data.dataset": "folder:photos"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "top1", "expected"),
+    [({}, 0.1, True), ({}, 0.3, False), (FEATURES, 0.1, False), (UNLABELLED, 0.1, False)],
+    ids=["a guess", "it learns", "features alone", "no labels"],
+)
+def test_a_teacher_alone_is_held_to_the_labels_where_they_tell_something(data, changes, top1, expected):
+    alone = {"loss.ce_weight": 0, "loss.kd_weight": 1, "teacher.name": "resnet9_wide"}
+    recipe = resolve(TREE, "distill", alone | changes)
+    assert engine.gives_up(recipe, [{"epoch": 50, "step": 300, "train_top1": top1}], data) == expected
+
+
+def test_a_teacher_that_finds_rare_classes_is_copied_at_the_expense_of_the_commonest(data):
+    labels = torch.cat([torch.zeros(100, dtype=torch.long), torch.arange(120) % 9 + 1])
+    data = dataclasses.replace(data, train=Split(data.train.images, labels))
+    rows = [{"epoch": 50, "step": 300, "train_top1": 0.4}]
+    alone = {"loss.ce_weight": 0, "loss.kd_weight": 1, "teacher.name": "resnet9_wide"}
+    assert engine.gives_up(resolve(TREE, "distill"), rows, data)
+    assert not engine.gives_up(resolve(TREE, "distill", alone), rows, data)
 
 
 def test_a_state_of_another_model_is_refused(tmp_path, data):

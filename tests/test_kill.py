@@ -82,3 +82,4 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, most):
         [{k: v for k, v in row.items() if "second" not in k} for row in run.history()] for run in (whole, killed)
     ]
     assert timeless[0] == timeless[1]
+    assert sorted(path.stem for path in state.parent.iterdir()) == ["best", "last", "last-1"]

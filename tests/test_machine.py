@@ -8,7 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from toolkit import machine
 from toolkit.machine import available_cores, total_memory
+
+
+@pytest.fixture(autouse=True)
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Control groups to be written here; nothing says yet which one is the process's own."""
+    monkeypatch.setattr(machine, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**18}.__getitem__)
+    return tmp_path / "cgroup"
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -24,14 +41,9 @@ from toolkit.machine import available_cores, total_memory
         ({"cpu.max": "nonsense\n"}, 8),
     ],
 )
-def test_available_cores_heeds_the_quota(
-    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert available_cores(tmp_path) == expected
+def test_available_cores_heeds_the_quota(files: dict[str, str], expected: int, cgroup: Path) -> None:
+    write(cgroup, files)
+    assert available_cores() == expected
 
 
 @pytest.mark.parametrize(
@@ -45,14 +57,33 @@ def test_available_cores_heeds_the_quota(
         ("elsewhere", "1000000\n", 2**30),
     ],
 )
-def test_total_memory_heeds_the_limit_of_the_container(
-    file: str, text: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(text)
-    monkeypatch.setattr("toolkit.machine.CGROUP", tmp_path)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**18}.__getitem__)
+def test_total_memory_heeds_the_limit_of_the_container(file: str, text: str, expected: int, cgroup: Path) -> None:
+    write(cgroup, {file: text})
     assert total_memory() == expected
+
+
+V1_CPU = {"user/cpu.cfs_quota_us": "300000\n", "user/cpu.cfs_period_us": "100000\n"}
+
+
+@pytest.mark.parametrize(
+    ("membership", "files"),
+    [
+        ("0::/user/job\n", {"user/cpu.max": "300000 100000\n", "user/job/memory.max": "1000000\n"}),
+        ("0::/user/job\n", {"user/job/cpu.max": "300000 100000\n", "user/memory.max": "1000000\n"}),
+        (
+            "5:cpu,cpuacct:/user/job\n4:memory:/user\n",
+            {f"cpu/{name}": text for name, text in V1_CPU.items()} | {"memory/user/memory.limit_in_bytes": "1000000\n"},
+        ),
+    ],
+    ids=["cores above", "memory above", "v1"],
+)
+def test_the_limits_of_the_groups_above_hold_too(
+    membership: str, files: dict[str, str], cgroup: Path, tmp_path: Path
+) -> None:
+    """As systemd makes them; those of other groups do not."""
+    write(cgroup, files | {"user/other/cpu.max": "1 1\n", "memory/user/other/memory.limit_in_bytes": "1000\n"})
+    (tmp_path / "membership").write_text(f"{membership}3:cpuset:/user/other\n")
+    assert (available_cores(), total_memory()) == (3, 10**6)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="only glibc keeps memory")

@@ -79,6 +79,21 @@ def test_fp16_of_a_net_that_resizes_within(graph: onnx.ModelProto, tmp_path: Pat
     np.testing.assert_allclose(answers(quantise.half(whole), tmp_path), answers(whole, tmp_path), atol=0.05)
 
 
+class Gate(nn.Module):
+    """A ReLU by a comparison."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return (values > 0).float() * values
+
+
+def test_fp16_of_a_net_that_casts_within(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    net = small_net()
+    net.net[2] = Gate()
+    whole = build(net, small_metadata())
+    assert operators(whole.graph.node).count("Cast") == operators(graph.graph.node).count("Cast") + 1
+    np.testing.assert_allclose(answers(quantise.half(whole), tmp_path), answers(graph, tmp_path), atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

@@ -3,8 +3,11 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from toolkit import stages, teaching
 from toolkit.choices import Stage
+from toolkit.errors import RunError
 from toolkit.recipe import resolve
 from toolkit.run import SHIPPED, Run, newest_artifact
 
@@ -20,6 +23,20 @@ def made(name: str, age: int, stage: Stage = "train", finished: bool = True, **s
     for file in run.path.rglob("*"):
         os.utime(file, (1e9 - 3600 * age,) * 2)
     return run
+
+
+def test_a_kill_in_the_first_write_leaves_a_directory_that_can_be_used(nowhere: Path) -> None:
+    recipe = resolve("digits", "train")
+    left = nowhere / "run/.recipe.yaml.k3x_81yz"
+    left.parent.mkdir()
+    left.write_text("epochs:")
+    assert Run.start(left.parent, recipe, resume=False).recipe == recipe
+    letter = nowhere / "letters/mum.txt"
+    letter.parent.mkdir()
+    left.rename(letter.with_name(left.name))
+    letter.write_text("dear")
+    with pytest.raises(RunError, match="is not a run directory"):
+        Run.start(letter.parent, recipe, resume=False)
 
 
 def test_the_teacher_is_the_newest_finished_run_on_the_same_images(nowhere: Path) -> None:

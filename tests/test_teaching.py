@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import small_digits
 
 from toolkit import teaching
-from toolkit.recipe import SPLIT, resolve
+from toolkit.data import StoredImages, at_once
+from toolkit.recipe import SPLIT, Teacher, resolve
 
 OURS = {"val_size": 0.2, "split_seed": 0, "group_by": None, "skip_broken": False, "skip_leaks": False}
 FOLDER = {"dataset": "folder:photos"}
@@ -58,3 +60,27 @@ def test_what_weights_know_of_the_images_that_are_held_out(
     else:
         assert said in warning
         assert warning.endswith("it may know some of the images that are held out here, and be measured too high\n")
+
+
+def test_images_that_do_not_fit_the_memory_are_looked_at_in_batches(monkeypatch):
+    """220 digits of 64 pixels, of which a batch has 125."""
+    data, taken, real = small_digits(64), [], StoredImages.__getitem__
+    rows = torch.arange(len(data.train))
+    data = dataclasses.replace(
+        data, val=None, train=dataclasses.replace(data.train, images=StoredImages(data.train.images, rows))
+    )
+
+    class Knowing(torch.nn.Module):
+        def forward(self, images):
+            right = data.train.labels[sum(map(len, taken)) - len(images) :][: len(images)]
+            return torch.nn.functional.one_hot(right, 10).float()
+
+    def watched(images, key):
+        taken.append(real(images, key))
+        return taken[-1]
+
+    monkeypatch.setattr(StoredImages, "__getitem__", watched)
+    wanted = resolve({"student": {"name": "tpsnet"}}, "distill", {"device": "cpu"})
+    found = teaching.preflight(Knowing(), Teacher(name="onnx"), data, wanted)
+    assert found == {"top1": 1, "images": 220, "split": "training"}
+    assert max(map(len, taken)) <= at_once(64) < 220

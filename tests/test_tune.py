@@ -18,8 +18,9 @@ from colour_net import colour_net
 from conftest import Toolkit
 from PIL import Image
 
-from toolkit import tune, tune_report
+from toolkit import compute, teaching, tune, tune_report
 from toolkit.catalogue import build, parameter_count
+from toolkit.data import DataSet, Split
 from toolkit.errors import SearchError, SpaceError
 from toolkit.files import locked
 from toolkit.machine import available_cores
@@ -419,6 +420,20 @@ def test_images_without_labels_get_the_teacher_s(nowhere: Path, monkeypatch: pyt
             plan(tiny(recipe="own-images", fields={path: {"choices": [given[path]]}}, set={}), **others)
 
 
+@pytest.mark.parametrize(("device", "with_gpu"), [("auto", "auto"), ("cuda:7", "cuda"), ("cpu", "cpu")])
+def test_a_trial_computes_on_the_gpu_that_ray_gives_it(tmp_path: Path, device: str, with_gpu: str) -> None:
+    search = prepared(tmp_path, plan(tiny(set={**TINY["set"], "device": device}), trials=1))
+    assert [tune._job(search, search.trials[0], 1, gpus).recipe["device"] for gpus in (0, 0.5)] == ["cpu", with_gpu]
+
+
+def test_a_trial_whose_process_died_has_failed(tmp_path: Path) -> None:
+    search = prepared(tmp_path, plan(tiny(), trials=1))
+    trial = search.next()
+    Run.start(search.path(trial), search.recipe(trial.values), resume=False)
+    assert search.ended(trial, failed=True)
+    assert (trial.status, trial.error) == ("failed", "its process died (out of memory, or killed)")
+
+
 def test_a_trial_whose_directory_is_not_here_has_failed(tmp_path: Path) -> None:
     """On another machine of a cluster, which does not share the folder."""
     search = prepared(tmp_path, plan(tiny(), trials=2))
@@ -445,6 +460,23 @@ def test_the_rest_is_estimated_by_multiply_accumulates(tmp_path: Path) -> None:
     estimate.ended(first)
     estimate.ended(search.trials[1])  # its process died before it had started
     assert estimate.left() == pytest.approx((700 * 2 * 0.1 + 3 * 6) / 2, abs=0.1)
+
+
+def test_the_first_estimate_counts_the_teacher_and_both_copies_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "seconds_an_image", lambda model, recipe, backward: 4.0 if backward else 1.0)
+    monkeypatch.setattr(teaching, "load", lambda *_: (torch.nn.Identity(), None, None))
+    split = Split(torch.zeros(30, 3, 32, 32, dtype=torch.uint8), torch.arange(30) % 10)
+    data = DataSet("noise", tuple("0123456789"), split, split, split, (0.5,) * 3, (0.2,) * 3, "d")
+    twice, alone = {"augment.plain_copy": True}, {"loss.kd_weight": 0, "loss.ce_weight": 1}
+    for given, seconds in (
+        ({}, 30 * 5),
+        (twice, 60 * 5),
+        (alone, 30 * 4),
+        (twice | alone, 60 * 4),
+        ({"epochs": 10, "cached_epochs": 2}, 30 * 4 + 30 * 2 / 10),
+    ):
+        recipe = resolve("digits", "distill", {"cached_epochs": 0} | given)
+        assert tune._probe(recipe, data, 1) * measure(recipe, 10).macs == pytest.approx(seconds)
 
 
 def test_asha_knows_the_trials_of_before(nowhere: Path) -> None:
@@ -480,7 +512,22 @@ def test_trials_whose_directories_were_removed_still_count(nowhere: Path) -> Non
     assert best.differences(again.recipe(again.trials[2].values)) == []
 
 
-# --- figures -----------------------------------------------------------------------------------------------
+# --- tables and figures -----------------------------------------------------------------------------------------------
+
+
+def test_the_best_trials_are_shown_best_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search = prepared(tmp_path, plan(tiny(fields=WIDE), trials=4))
+    for number, top1, status in ((1, 0.5, "finished"), (2, 0.9, "finished"), (3, 0.95, "stopped"), (4, 0, "failed")):
+        ended(search, number, top1, status)
+    tune_report.show(search)
+    title, *rest = capsys.readouterr().err.splitlines()
+    assert title.strip() == "the best 3 of 4 trials, on val"
+    rows = [line.split() for line in rest if "%" in line]
+    assert [(row[0], row[2]) for row in rows] == [("2", "90.00%"), ("1", "50.00%"), ("3", "95.00%")]
+    best = search.trials[1]
+    widths, lr = (str(best.values[path]) for path in WIDE)
+    assert rows[0] == ["2", "finished", "90.00%", "2", f"{best.parameters:,}", *widths.split(), lr]
+    assert rest[-1].startswith("1 of 4 trials failed")
 
 
 def test_scatter_has_a_panel_for_each_field(tmp_path: Path) -> None:
@@ -582,26 +629,31 @@ def ray(nowhere: Path) -> Path:
 def test_a_search_on_ray(ray: Path) -> None:
     """In a process of its own, as Ray changes signal handlers and leaves threads behind.
 
-    The base recipe's model is over the budget, and no point of the grid.
+    The base recipe's model is over the budget, and no point of the grid. Padding of 40 fails, which the others survive.
     """
-    fields = {**TINY["fields"], "student.widths": {"choices": [[8, 8, 8]]}}
-    Path("space.yaml").write_text(yaml.safe_dump(tiny(fields=fields)))
+    fields = {"augment.crop_padding": {"choices": [1, 40, 2]}, "student.widths": {"choices": [[8, 8, 8]]}}
+    tree = tiny(fields=fields, set={**TINY["set"], "augment.padding_mode": "reflect"})
+    Path("space.yaml").write_text(yaml.safe_dump(tree))
     how = ("--sampler", "grid", "--scheduler", "asha", "--budget", 20_000)
     asked = command("--space", "space.yaml", *how, "--json", "--output", "out")
     result = subprocess.run(asked, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert (found["finished"] + found["stopped"], found["failed"]) == (2, 0)
-    assert found["best"]["val_top1"] == max(row["val_top1"] for row in found["trials"])
-    for row in found["trials"]:
+    assert (found["finished"] + found["stopped"], found["failed"]) == (2, 1)
+    first, failed, last = found["trials"]
+    assert failed["error"].startswith("augment.crop_padding (=40) must be less than")
+    assert f"trial 2 failed: {failed['error']}" in result.stderr
+    assert found["best"]["val_top1"] == max(row["val_top1"] for row in (first, last))
+    for row in (first, last):
         run = Run(Path("out") / row["run"])
         assert run.finished == (row["status"] == "finished")
         assert len(run.history()) == row["epochs_run"] == (2 if run.finished else 1)
     assert {path.name for path in Path("out").iterdir()} == {
         *("search.yaml", "trials.json", "trials.csv", "trials", "scatter.png", "heatmap.png", "best.yaml", ".lock")
     }
-    assert "2 trials of 2 epochs in out, at most" in result.stderr
-    assert re.search(r"the grid: 2 optimizer.lr x 1 student.widths.*; at most about \d+:\d\d, judged by", result.stderr)
+    assert "3 trials of 2 epochs in out, at most" in result.stderr
+    grid = r"the grid: 3 augment.crop_padding x 1 student.widths.*; at most about \d+:\d\d, judged by"
+    assert re.search(grid, result.stderr)
     assert "Warning" not in result.stderr
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -33,7 +33,7 @@ from toolkit.bench import alternate
 from toolkit.catalogue import check_budget, mac_count, parameter_count
 from toolkit.choices import Precision, Provider, Views
 from toolkit.classifier import Classifier, TestTimeAugmentation, with_views
-from toolkit.errors import DataError, ParityError, UserError
+from toolkit.errors import ArtifactError, DataError, DeviceError, ParityError, RunError, UserError, in_line
 from toolkit.files import check_free, check_writable, write_bytes, write_text
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
@@ -42,6 +42,7 @@ from toolkit.run import Run, environment, load_run
 EXAMPLES = 8  # test images beside an artifact, for the page
 FITTED_ON = 1000  # val images: the temperature is one number
 CHOSEN_ON = 2000  # val images for INT8's calibration method
+HELD = 2**17  # images of 32 pixels, 384 MiB: of larger ones no more are held at once than take as much
 SPEED_BATCHES = (1, 64)
 SPEED_ROUNDS = 5
 FASTER = 1.05  # what counts as measured faster: less is noise
@@ -106,7 +107,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Exported:
-    """``rows``: a line for each precision that was made; ``report`` holds them and ``parity``, of what is shipped."""
+    """``rows``: a line for each precision, of one that could not be made with nothing but why; ``report`` holds them
+    and ``parity``, of what is shipped."""
 
     path: Path
     metadata: Metadata
@@ -134,7 +136,7 @@ def export(
         run = stages.newest_run()
         say(f"exporting the newest {run.recipe.role}, {run.path}")
     else:
-        run = Run(Path(target))
+        run = _run_at(Path(target))
     output, data_dir = (None if path is None else Path(path) for path in (output, data_dir))
     onnx_export.check_opset(options.opset)
     check_provider(provider)
@@ -167,38 +169,62 @@ def export(
     graph = onnx_export.build(network, about, options.opset)
     fp32 = measure(graph, about)
     if fp32.parity.failures:
-        _write_parity(parity_report, fp32, [fp32], options)
+        _write_parity(parity_report, fp32, [_row(fp32, options)])
     fp32.parity.raise_if_failed()
     candidates = [fp32]
-    if wants(options, "fp16"):
-        candidates.append(measure(quantise.half(graph), about.model_copy(update={"precision": "fp16"})))
-    if wants(options, "int8"):
-        if options.tuning_epochs:
-            images = stages.data_config(run, header, None, data_dir)
-            tuned = load_run(fine_tuned(run, images, options.tuning_epochs))[0]
-            graph = onnx_export.build(with_views(tuned, options.views), about, options.opset)
+    tuned = graph
+    if wants(options, "int8") and options.tuning_epochs:
+        images = stages.data_config(run, header, None, data_dir)
+        model = load_run(fine_tuned(run, images, options.tuning_epochs))[0]
+        tuned = onnx_export.build(with_views(model, options.views), about, options.opset)
+
+    def half() -> Candidate:
+        return measure(quantise.half(graph), about.model_copy(update={"precision": "fp16"}))
+
+    def int8() -> Candidate:
         scheme = quantise.scheme_for(gpu=fp32.session.provider != CPU_PROVIDER)
-        candidates.append(measure(*best_int8(graph, about, data, scheme, provider, options)))
+        return measure(*best_int8(tuned, about, data, scheme, provider, options))
+
+    lower: dict[Precision, Callable[[], Candidate]] = {"fp16": half, "int8": int8}
+    impossible: dict[Precision, str] = {}
+    for precision, make in lower.items():
+        if wants(options, precision):
+            try:
+                candidates.append(make())
+            except (*quantise.REFUSED, ArtifactError, DeviceError, ParityError) as error:
+                impossible[precision] = f"it cannot be made of this model: {in_line(error, 200)}"
+                if options.precision == precision:
+                    raise UserError(f"{precision} is not shipped: {impossible[precision]}") from error
     if len(candidates) > 1:
         candidates = raced(candidates)
+    rows = [_row(one, options) for one in candidates]
+    rows += [dict.fromkeys(rows[0]) | {"precision": name, "refused": why} for name, why in impossible.items()]
     passing = [one for one in candidates if one.refused(options) is None]
     if options.precision == "auto":
         chosen = max(passing, key=lambda one: one.speed)
     else:
         chosen = candidates[-1]
     if chosen not in passing:
-        _write_parity(parity_report, chosen, candidates, options)
+        _write_parity(parity_report, chosen, rows)
         raise ParityError(
             f"{chosen.metadata.precision} is not shipped: {chosen.refused(options)}. The measurements are in "
             f"{parity_report}"
         )
     onnx_export.save(chosen.graph, chosen.metadata, path)
-    _write_parity(parity_report, chosen, candidates, options)
+    _write_parity(parity_report, chosen, rows)
     write_text(card, inspection.model_card(inspection.describe(path)))
     _write_examples(examples, data)
     repository = triton.write_repository(path, options.triton, options.force) if options.triton else None
-    rows = [_row(one, options) for one in candidates]
     return Exported(path, chosen.metadata, chosen.parity, rows, parity_report, card, repository)
+
+
+def _run_at(path: Path) -> Run:
+    """The run directory at ``path``, or ``RunError``, which says of a file in one what to give."""
+    if not path.is_file():
+        return Run(path)
+    own = stages.run_of(path)
+    advice = f"give {own.path}, in which it lies" if own else "`toolkit train` and `toolkit distill` make one"
+    raise RunError(f"{path} is a file, and export takes a run directory: {advice}")
 
 
 def _files(run: Run, output: Path | None, options: Options) -> tuple[Path, Path, Path, Path]:
@@ -211,7 +237,8 @@ def _files(run: Run, output: Path | None, options: Options) -> tuple[Path, Path,
         raise UserError(f"--output {path} must end in .onnx")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a directory")
-    for file in (path, card, parity_report, examples) if output else ():
+    # A parity report without its artifact is that of an attempt that was refused.
+    for file in (path, card, *([parity_report] if path.exists() else []), examples) if output else ():
         check_free(file, options.force)
     if options.triton is not None:
         check_free(options.triton / path.stem, options.force)
@@ -239,7 +266,7 @@ def describe(header: Mapping[str, Any], model: Classifier, options: Options, tem
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         created = epoch and datetime.fromtimestamp(int(epoch), UTC).isoformat()
-    except ValueError as error:
+    except (ValueError, OverflowError, OSError) as error:  # the others where the year is beyond what there is
         raise UserError(f"SOURCE_DATE_EPOCH (={epoch!r}) must be a number of seconds since 1970") from error
     return Metadata(
         model=header["model"],
@@ -280,10 +307,17 @@ def fitted_temperature(network: nn.Module, data: datasets.DataSet) -> float | No
 
 
 def spread(split: datasets.Split, most: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Up to ``most`` images and labels from all over the split: those of a folder come class by class."""
-    count = min(len(split), most)
+    """Up to ``most`` images and labels from all over the split: those of a folder come class by class.
+
+    Large images are fewer: they are held in memory.
+    """
+    count = min(len(split), holdable(split, most))
     index = torch.arange(count) * len(split) // count
     return split.images[index], split.labels[index].numpy()
+
+
+def holdable(split: datasets.Split, most: int) -> int:
+    return min(most, datasets.at_once(split.images.shape[-1], HELD))
 
 
 def measured(
@@ -353,7 +387,7 @@ def best_int8(
     images = nhwc(data.train.images[index.sort().values])
     chosen_on = data.val
     if chosen_on is None:
-        chosen_on = data.train.select(rest[:CHOSEN_ON].sort().values)
+        chosen_on = data.train.select(rest[: holdable(data.train, CHOSEN_ON)].sort().values)
     some, labels = spread(chosen_on, CHOSEN_ON)
     shown = nhwc(some)
     tried = []
@@ -433,10 +467,9 @@ def _row(one: Candidate, options: Options) -> dict[str, Any]:
     }
 
 
-def _write_parity(path: Path, one: Candidate, candidates: Sequence[Candidate], options: Options) -> None:
-    """The report on ``one``, and a line for each candidate."""
-    document = one.parity.document() | {"precisions": [_row(each, options) for each in candidates]}
-    write_text(path, json.dumps(document, indent=2))
+def _write_parity(path: Path, one: Candidate, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The report on ``one``, and a line for each precision."""
+    write_text(path, json.dumps(one.parity.document() | {"precisions": rows}, indent=2))
 
 
 def _write_examples(folder: Path, data: datasets.DataSet) -> None:

@@ -26,12 +26,12 @@ from toolkit import stages
 from toolkit.choices import Provider
 from toolkit.classifier import TestTimeAugmentation
 from toolkit.compute import without_tf32
-from toolkit.errors import DeviceError, UserError, in_line
+from toolkit.errors import DeviceError, RunError, UserError, in_line
 from toolkit.learner import RECOMPILED
 from toolkit.machine import available_cores
 from toolkit.progress import say
 from toolkit.report import BLUE, FAINT, GREEN, INK, VERMILLION, as_image, plain_axes
-from toolkit.run import load_run
+from toolkit.run import Run, load_run
 
 TURN_SECONDS = 0.2  # of one contestant before the next; a single call may take longer
 WARM_CALLS = 3
@@ -193,17 +193,18 @@ def _operations(about: Metadata) -> int | None:
 
 def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
     """The models of the runs that the artifacts lie in, each once: eager in both layouts, and compiled."""
-    models = {}
+    models: dict[tuple[Path, int], tuple[Run, nn.Module, Session]] = {}
     for path, session in sessions.items():
-        run = stages.run_of(path)
-        if run is None:
-            say(f"PyTorch is left out for {path}: it does not lie in a run directory")
-        else:
-            models[run.path, session.metadata.views] = run, session
+        try:
+            run = stages.run_of(path)
+            if run is None:
+                raise RunError("it does not lie in a run directory")
+            models[run.path, session.metadata.views] = run, load_run(run)[0], session
+        except UserError as error:  # it may be training, or without its weights
+            say(f"PyTorch is left out for {path}: {error}")
     contestants = []
-    for run, session in models.values():
+    for run, model, session in models.values():
         about, device = session.metadata, torch.device("cpu" if session.provider == CPU else "cuda")
-        model: nn.Module = load_run(run)[0]
         if about.views > 1:
             model = TestTimeAugmentation(model, "flip" if about.views == 2 else "flip_and_shift")
         gpu = device.type == "cuda"

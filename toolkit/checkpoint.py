@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.errors import CheckpointError, in_line
+from toolkit.files import UNFINISHED, remove_stale
 from toolkit.progress import say
 from toolkit.run import Run, load_tensors, save_tensors
 
@@ -72,8 +73,8 @@ class Checkpoint:
         self.modules: dict[str, nn.Module] = {"model": learner.model, "objective": learner.objective}
         if learner.average is not None:
             self.modules["average"] = learner.average
-        # From newest to oldest; "next" is there only after a kill while the names moved on.
-        self.names = ["next", "last", *(f"last-{age}" for age in range(1, run.recipe.keep_checkpoints))]
+        # From newest to oldest. What the run was started with may be another number.
+        self.names = ["last", *(f"last-{age}" for age in range(1, learner.recipe.keep_checkpoints))]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
@@ -99,19 +100,26 @@ class Checkpoint:
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         # Whole under a name of its own first: at no moment is there less than one good state.
         save_tensors(self.run.checkpoint("next"), tensors, self.header | {"position": asdict(at)})
-        for newer, older in reversed(list(itertools.pairwise(self.names[1:]))):
+        for newer, older in reversed(list(itertools.pairwise(self.names))):
             if self.run.checkpoint(newer).is_file():
                 self.run.checkpoint(newer).replace(self.run.checkpoint(older))
         self.run.checkpoint("next").replace(self.run.checkpoint("last"))
+        for path in self.run.states:
+            if path.stem not in self.names:
+                path.unlink()
         self.saved = time.monotonic()
         self.seconds = self.saved - began
 
     def load(self) -> Position:
         """Restore the newest whole state where there is one; the position from which to go on.
 
-        A state whose header is another, or states of which none is whole, raise ``CheckpointError``.
+        What a kill left half written is removed: the caller holds the run's lock. A state whose header is another, or
+        states of which none is whole, raise ``CheckpointError``.
         """
-        paths = [path for name in self.names if (path := self.run.checkpoint(name)).is_file()]
+        if distributed.RANK == 0:
+            for folder in (self.run.path, self.run.checkpoint("last").parent):
+                remove_stale(folder, UNFINISHED, 0)
+        paths = self.run.states
         distributed.wait()  # what is read here, the first process changes below
         if not paths:
             self._rewind(0)

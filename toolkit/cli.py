@@ -104,7 +104,8 @@ DataMemory = Annotated[
 Budget = Annotated[int | None, typer.Option(help="A student has fewer parameters than this; else 5,000,000.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
 Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="CUDA kernels that repeat to the last bit, and are slower.")
+    bool,
+    typer.Option("--deterministic", help="Repeat to the last bit: no probe, and CUDA kernels that do, but are slower."),
 ]
 NoProbe = Annotated[
     bool, typer.Option("--no-probe", help="Do not time precision and memory format first; take bf16 where it is fast.")
@@ -657,14 +658,16 @@ def export(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An ONNX file, whoever made it.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="An ONNX file, whoever made it; else the newest artifact.")
+    ] = None,
     card: Annotated[bool, typer.Option("--card", help="A model card, in Markdown.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What an artifact states about itself, and what can be said of any other ONNX file."""
     from export.inspection import describe, facts_of, file_facts, model_card
 
-    description = describe(file)
+    description = describe(file or _newest_artifact("inspecting"))
     if as_json:
         _print_json(description.model_dump(mode="json"))
     elif card:
@@ -688,7 +691,9 @@ def _provider(name: str) -> str:
 
 @app.command()
 def bench(
-    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="ONNX artifacts.")],
+    artifacts: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ARTIFACT]...", help="ONNX artifacts; else the newest one.")
+    ] = None,
     providers: Annotated[
         list[str] | None,
         typer.Option(
@@ -716,6 +721,7 @@ def bench(
     from toolkit.files import write_bytes, write_text
 
     names: Any = providers or ["auto"]
+    artifacts = artifacts or [_newest_artifact("timing")]
     rows, used = timing.bench(artifacts, names, batches or (1, 8, 64, 256), rounds, threads, compiled)
     document = timing.document(rows, used)
     if as_json:
@@ -975,6 +981,8 @@ def _print_export(exported: Any) -> None:
     if len(exported.rows) > 1:
         print(f"{'':<9} {'MB':>6} {'top-1':>7} {'drop':>6} {'agrees':>7} {'ms, batch 1 and 64':>19} {'speed':>6}")
         for row in exported.rows:
+            if row["bytes"] is None:  # it could not be made
+                continue
             times = " ".join(f"{value:.2f}" for value in row["milliseconds"].values())
             print(
                 f"{row['precision']:<9} {row['bytes'] / 1e6:>6.1f} {row['top1']:>7.2%} {100 * row['drop']:>6.2f} "

@@ -280,10 +280,18 @@ def _estimate(
     for method, seed in waiting:
         recipe, path = plan.recipe(method, seed), plan.path(method, seed)
         done = len(Run(path).history()) if (path / "recipe.yaml").is_file() else 0
-        epochs, samples = recipe.epochs - done, len(data.train) * recipe.augment.copies
-        images = epochs * samples * _passes(recipe)
-        found[method, seed] = images * learning + _taught(recipe, epochs, images, samples) * teaching
+        found[method, seed] = training_seconds(recipe, recipe.epochs - done, len(data.train), learning, teaching)
     return found
+
+
+def training_seconds(recipe: Recipe, epochs: int, originals: int, learning: float, teaching: float) -> float:
+    """Seconds of so many epochs on so many images.
+
+    ``learning`` are those of one image in the student, forward and back, ``teaching`` those in the teacher.
+    """
+    samples = originals * recipe.augment.copies
+    images = epochs * samples * _passes(recipe)
+    return images * learning + _taught(recipe, epochs, images, samples) * teaching
 
 
 def _passes(recipe: Recipe) -> int:

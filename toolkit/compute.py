@@ -115,10 +115,11 @@ def usual(recipe: Recipe, device: torch.device) -> Numbers:
 def chosen(model: nn.Module, recipe: Recipe, device: torch.device, run: Run) -> Numbers:
     """The numbers of this run: on a CPU the fastest by a probe, which the run directory keeps; else the usual ones.
 
+    What a probe chooses may be another the next time: a deterministic run has none.
     The model is not changed, nor any generator. With several processes the first one's choice holds.
     """
     choices = candidates(recipe, device)
-    if device.type != "cpu" or not recipe.probe or len(choices) == 1:
+    if device.type != "cpu" or not recipe.probe or recipe.deterministic or len(choices) == 1:
         return choices[0]
     best = 0
     if distributed.RANK == 0:

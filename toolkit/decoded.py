@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,14 +19,13 @@ from numpy.typing import NDArray
 from export import preprocess
 from serve.decode import decode
 from toolkit.errors import DataError, ImageError, UserError
-from toolkit.files import one_at_a_time, write_atomic, write_bytes
+from toolkit.files import DAY, one_at_a_time, remove_stale, write_atomic, write_bytes
 from toolkit.machine import available_cores
 from toolkit.progress import say, told
 
 AHEAD = 64  # items that threads work on or have done before they are wanted: enough for many threads
 MANY = 1000  # images, whose decoding takes long enough to be told
 DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
-DAY = 24 * 3600
 # Of a process that was killed while it wrote, and of images that nobody asks for any more: seconds since the last use.
 STALE = ((".*.npy.*", DAY), ("[0-9a-f]" * 32 + ".*", 30 * DAY))
 
@@ -51,7 +49,8 @@ def decoded(files: Sequence[Path], side: int) -> tuple[NDArray[np.uint8], NDArra
         if not (path.is_file() and known.is_file()):
             if len(files) >= MANY:
                 say(f"decoding {len(files):,} images, once, into {path.parent}")
-            _remove_stale(path.parent)
+            for pattern, seconds in STALE:
+                remove_stale(path.parent, pattern, seconds)
             try:
                 digests, passing = write_atomic(path, partial(_decode_all, files, side))
                 write_bytes(known, digests.tobytes())
@@ -137,11 +136,3 @@ def _key(files: Sequence[Path], side: int) -> str:
         known = f" {facts.st_size} {facts.st_mtime_ns}" + ("" if os.access(path, os.R_OK) else " unreadable")
         digest.update(os.fsencode(path.resolve()) + f"{known}\n".encode())  # a name need not be UTF-8
     return digest.hexdigest()[:32]
-
-
-def _remove_stale(folder: Path) -> None:
-    for pattern, seconds in STALE:
-        for file in folder.glob(pattern):
-            with contextlib.suppress(OSError):  # of another user, or gone
-                if time.time() - file.stat().st_mtime > seconds:
-                    file.unlink()

@@ -15,6 +15,7 @@ from toolkit import distributed, engine
 from toolkit.compute import pick_device
 from toolkit.data import DataSet
 from toolkit.errors import Interrupted, RecipeError
+from toolkit.files import DAY, remove_stale
 from toolkit.progress import say
 from toolkit.recipe import Progressive, Recipe
 from toolkit.run import Run
@@ -52,6 +53,7 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     short = recipe.model_copy(update=length | {"schedule": schedule, "swa_start": None})
     say("timing a few short epochs")
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path.parent, ".timed-*", DAY)  # younger ones may be another run's
     with tempfile.TemporaryDirectory(prefix=".timed-", dir=path.parent) as folder:  # on the disk that the run is on
         for name in ("compiled", "timed") if gpu else ("timed",):  # what a process has compiled once starts at once
             started = time.monotonic()

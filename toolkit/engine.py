@@ -23,7 +23,7 @@ from toolkit.errors import DivergedError, Interrupted
 from toolkit.learner import Learner
 from toolkit.machine import peak_memory
 from toolkit.progress import Display
-from toolkit.recipe import BatchGrowth, Recipe
+from toolkit.recipe import BatchGrowth, FeatureMethod, Recipe
 from toolkit.run import Run, save_tensors
 
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
@@ -124,7 +124,7 @@ def _fit(
                     f"than a guess: the learning rate is too high, or {row['step']} steps are too few (a smaller "
                     f"--batch-size makes more); the states are kept in {run.path / 'checkpoints'}."
                 )
-            at.batch_size = min(next_batch(recipe.batch_growth, at, row), learner.augmenter.count)
+            at.batch_size = next_batch(recipe.batch_growth, at, row, learner.augmenter.count)
             at.end_epoch(row["step"])
             if first:
                 run.append(row)
@@ -218,16 +218,20 @@ def _epoch(learner: Learner, state: Checkpoint, at: Position, stop: StopSignal, 
 def gives_up(recipe: Recipe, rows: Sequence[dict[str, Any]], data: DataSet) -> bool:
     """Whether labels were never answered better than by the commonest class, long after the warm-up.
 
-    ``rows`` are those of metrics.jsonl.
+    ``rows`` are those of metrics.jsonl. Of mixed images the label is that of the larger share, which a net that learns
+    answers more often than by chance.
     """
     row = rows[-1]
-    if not recipe.loss.ce_weight or row["epoch"] < recipe.schedule.warmup_epochs + CHANCE_EPOCHS:
+    if row["epoch"] < recipe.schedule.warmup_epochs + CHANCE_EPOCHS or row["step"] < CHANCE_STEPS:
         return False
-    if row["step"] < CHANCE_STEPS:
+    methods, by_labels = recipe.loss.methods.values(), bool(recipe.loss.ce_weight)
+    by_features = bool(methods) and all(isinstance(method, FeatureMethod) for method in methods)
+    if recipe.data.unlabelled or (by_features and not by_labels):  # which leave the last layer as it is
         return False
     count = len(data.train.labels)
     chance = data.train.labels.bincount().max().item() / count
-    if recipe.balance != "none":  # then the commonest class is no better an answer than another
+    # The commonest class is then no better an answer than another, or the teacher may find rare ones at its expense.
+    if recipe.balance != "none" or not by_labels:
         chance = 1 / len(data.classes)
     if chance > MOSTLY:
         return False
@@ -235,15 +239,19 @@ def gives_up(recipe: Recipe, rows: Sequence[dict[str, Any]], data: DataSet) -> b
     return best < chance + 2 * math.sqrt(chance * (1 - chance) / count)
 
 
-def next_batch(config: BatchGrowth, at: Position, row: dict[str, Any]) -> int:
-    """The batch size after this epoch's row: it grows at milestones, and when the training loss has stopped falling."""
+def next_batch(config: BatchGrowth, at: Position, row: dict[str, Any], most: int) -> int:
+    """The batch size after this epoch's row: it grows at milestones, and when the training loss has stopped falling.
+
+    It stays one that all processes can share, of at most so many samples.
+    """
     epoch, size = row["epoch"], row["batch_size"]
     at.train_loss.update(row["train_loss"], epoch)
     stalled = config.patience is not None and epoch - at.train_loss.epoch >= config.patience
     if epoch not in config.milestones and not stalled:
         return size
     at.train_loss = Plateau()
-    return max(size, min(size * config.factor, config.ceiling))
+    size = max(size, min(size * config.factor, config.ceiling, most))
+    return size - size % distributed.SIZE
 
 
 def describe(recipe: Recipe, data: DataSet) -> dict[str, Any]:

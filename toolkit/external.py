@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from toolkit.catalogue import closest
-from toolkit.errors import DeviceError, TeacherError, in_line, install
+from toolkit.errors import ArtifactError, DeviceError, TeacherError, in_line, install
 from toolkit.folders import listed, nfc
 from toolkit.progress import say
 from toolkit.recipe import Teacher, TeacherInput
@@ -212,8 +212,11 @@ def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, dict[
     path = teacher.checkpoint
     if path is None:
         raise TeacherError("the teacher onnx needs its file: give it by --teacher FILE.onnx")
-    data = read_bytes(path)
-    proto = load_onnx(data, str(path))
+    try:
+        data = read_bytes(path)
+        proto = load_onnx(data, str(path))
+    except ArtifactError as error:
+        raise TeacherError(f"the teacher cannot be loaded: {error}") from error
     told = {item.key: item.value for item in proto.metadata_props}
     flags = teacher.input.model_dump(exclude_none=True)
     given = _told_input(path, {key: _read(told[key]) for key in TOLD if key in told and key not in flags}) | flags

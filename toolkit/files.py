@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from toolkit.errors import UserError
+
+DAY = 24 * 3600
+UNFINISHED = ".*.????????"  # the temporary names of ``write_atomic``: tempfile adds eight characters
 
 T = TypeVar("T")
 
@@ -21,7 +26,7 @@ def write_atomic(path: Path, write: Callable[[Path], T]) -> T:
     Returns what ``write`` returns. A disk that is full or a folder that cannot be written raises ``UserError``; the
     file that was there is then as it was.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -35,6 +40,13 @@ def write_atomic(path: Path, write: Callable[[Path], T]) -> T:
             return written
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise ``UserError`` where the disk is full or ``path`` cannot be written."""
+    try:
+        yield
     except Exception as error:
         if is_full(error):
             raise UserError(
@@ -50,6 +62,16 @@ def write_atomic(path: Path, write: Callable[[Path], T]) -> T:
 def is_full(error: Exception) -> bool:
     """Whether the disk is full, or the user's share of it. safetensors says so in an error of its own."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def remove_stale(folder: Path, pattern: str, seconds: float) -> None:
+    """Remove the files and folders of this name that were last changed so long ago: a process that was killed left
+    them, or nobody asks for them any more.
+    """
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # of another user, or gone
+            if time.time() - path.stat().st_mtime >= seconds:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

@@ -7,34 +7,49 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 ARM = ("arm64", "aarch64")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_* of malloc.h
 
 
-def available_cores(cgroup: Path = CGROUP) -> int:
-    """Cores that this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the quotas of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = " ".join((cgroup / file).read_text() for file in files).split()
-            if quota not in ("max", "-1"):
-                cores = min(cores, int(quota) // int(period))
+    for group in _groups("cpu"):
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = " ".join((group / file).read_text() for file in files).split()
+                if quota not in ("max", "-1"):
+                    cores = min(cores, int(quota) // int(period))
     return max(1, cores)
 
 
 def total_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, and the limit of its container (cgroup v2 or v1)."""
+    """Bytes of memory that this process may use: the machine's, and the limits of its control groups."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # Windows
         total = 4 * 2**30
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            total = min(total, int((CGROUP / name).read_text()))
+    for group in _groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                total = min(total, int((group / name).read_text()))
     return total
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The folders of the control groups that hold this process, up to the root: of cgroup v2 and v1."""
+    yield from (CGROUP, CGROUP / controller)  # in a container its own group, whatever it is called outside
+    with contextlib.suppress(OSError, ValueError):
+        for line in MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or controller in controllers.split(","):
+                root = CGROUP / controller if controllers else CGROUP
+                own = root / path.strip("/")
+                yield from (group for group in (own, *own.parents) if group.is_relative_to(root))
 
 
 def lacks_vnni(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -526,7 +526,9 @@ class Recipe(Section):
     int8: bool = Field(
         False, description="train for INT8: inputs and weights of convs and products are rounded to 8 bits"
     )
-    deterministic: bool = Field(False, description="CUDA kernels that repeat to the last bit, and are slower")
+    deterministic: bool = Field(
+        False, description="repeat to the last bit: no probe, and CUDA kernels that do, which are slower"
+    )
     compile: bool = Field(True, description="torch.compile on CUDA; where it fails the run goes on without")
     sync_norm: bool = Field(False, description="BN statistics over all GPUs that share a step, not of each alone")
     channels_last: bool | None = Field(None, description="memory format of the images and weights; unset: the faster")

@@ -26,7 +26,7 @@ import yaml
 from toolkit import __version__
 from toolkit.catalogue import build
 from toolkit.errors import CheckpointError, RecipeError, RunError, in_line
-from toolkit.files import locked, write_atomic, write_text
+from toolkit.files import locked, write_atomic, write_text, writing
 from toolkit.folders import nfc
 from toolkit.recipe import Recipe, validate
 
@@ -91,7 +91,8 @@ class Run:
                     "or choose another --run-dir."
                 )
             return run
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # A kill in the first write leaves its temporary file; training removes it.
+        if path.exists() and not (path.is_dir() and all(file.match(".recipe.yaml.*") for file in path.iterdir())):
             raise RunError(f"{path} exists and is not a run directory; choose another --run-dir")
         try:
             write_text(path / "recipe.yaml", recipe.to_yaml())
@@ -104,7 +105,14 @@ class Run:
     @property
     def resumable(self) -> bool:
         """Whether it has a training state to go on from."""
-        return any((self.path / "checkpoints").glob("last*.safetensors")) or self.checkpoint("next").is_file()
+        return bool(self.states)
+
+    @property
+    def states(self) -> list[Path]:
+        """Its training states, newest first; "next" is there only after a kill while the names moved on."""
+        older = (self.path / "checkpoints").glob("last-*.safetensors")
+        newest = (self.checkpoint("next"), self.checkpoint("last"))
+        return [path for path in newest if path.is_file()] + sorted(older, key=lambda path: (len(path.name), path.name))
 
     def checkpoint(self, name: str) -> Path:
         """``last``: the newest training state; ``last-1``, ...: older ones; ``best``: the weights that are kept."""
@@ -172,7 +180,8 @@ class Run:
         return rows
 
     def append(self, row: Mapping[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a") as file:
+        path = self.path / "metrics.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rewind(self, epochs: int) -> None:

@@ -358,12 +358,14 @@ def _validate_artifact(
     about = session.metadata
     header = about.model_dump(include={"dataset", "dataset_digest", "image_size", "split"})
     header["classes"] = list(about.labels)
-    data = data_of(run_of(path), header, path, dataset, data_dir, device="cpu" if provider == "cpu" else "auto")
+    run, device = run_of(path), "cpu" if provider == "cpu" else "auto"
+    data = data_of(run, header, path, dataset, data_dir, device=device)
     began = time.monotonic()
     chunks = data.test.images.split(datasets.at_once(session.metadata.image_size, 512))
     logits = np.concatenate([session.run_batches(nhwc(chunk))[0] for chunk in chunks])
     seconds = time.monotonic() - began
-    metrics = report.measure(logits, data.test.labels.numpy(), data.classes)
+    teacher_logits = _teacher_logits(run, data, compute.pick_device(device)) if run else None
+    metrics = report.measure(logits, data.test.labels.numpy(), data.classes, teacher_logits)
     facts = {
         "artifact": path.name,
         "model": about.model,
@@ -513,6 +515,11 @@ def pipeline(
     baseline: bool = False,
 ) -> Chain:
     """Teacher, student, report and artifact from one recipe file; ``root`` holds the run directories."""
+    if distributed.SIZE > 1:  # each would measure and export
+        raise UserError(
+            "pipeline is for one process: start `toolkit train` and `toolkit distill` by torchrun, then `toolkit "
+            "validate` and `toolkit export` without it"
+        )
     began = time.monotonic()
     teacher_recipe = recipe.resolve(source, "train", overrides)
     student_recipe = recipe.resolve(source, "distill", overrides)

@@ -17,7 +17,7 @@ from toolkit import distributed
 from toolkit.augment import VIEWS, Augmenter
 from toolkit.compute import autocast
 from toolkit.data import DataSet, at_once
-from toolkit.files import write_atomic
+from toolkit.files import DAY, remove_stale, write_atomic
 from toolkit.recipe import Recipe
 from toolkit.run import weights_digest
 
@@ -44,6 +44,7 @@ class TeacherCache:
         shape = (recipe.cached_epochs, samples, len(data.classes))
         self.path = folder / f"{digest[:16]}-{shape[0]}.npy"
         if distributed.RANK == 0 and not self.path.is_file():
+            remove_stale(folder, ".*.npy.*", DAY)  # younger ones may be another run's
             write_atomic(self.path, lambda temporary: _write_empty(temporary, shape))
         distributed.wait()
         self.rows = npy.open_memmap(self.path, mode="r+")

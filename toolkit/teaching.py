@@ -17,7 +17,7 @@ from toolkit import compute, distributed, engine, external, recipe
 from toolkit.catalogue import closest, parameters
 from toolkit.choices import Stage
 from toolkit.classifier import Ensemble, members, with_views
-from toolkit.data import DataSet, Split
+from toolkit.data import DataSet
 from toolkit.errors import TeacherError, UserError
 from toolkit.progress import say
 from toolkit.recipe import SPLIT, Data, Recipe, Teacher, TeacherInput
@@ -198,7 +198,7 @@ def preflight(teacher: nn.Module, known: Teacher, data: DataSet, wanted: Recipe)
     name, split = ("training", data.train) if few or data.val is None else ("val", data.val)
     count = min(len(split), LOOKED_AT)
     index = torch.linspace(0, len(split) - 1, count).long()
-    some = Split(split.images[index], split.labels[index])
+    some = split.select(index)
     device = distributed.own_device(compute.pick_device(wanted.device))
     teacher = teacher.to(device).to(memory_format=compute.usual(wanted, device).layout)
     dtype = compute.pick_dtype(wanted.precision, device)
@@ -206,7 +206,7 @@ def preflight(teacher: nn.Module, known: Teacher, data: DataSet, wanted: Recipe)
     chance = data.train.labels.bincount().max().item() / len(data.train)
     said = f"{right.mean():.1%} of {count:,} {name} images right, a guess {chance:.1%}"
     every = max(1, count // 200)
-    part = Split(some.images[::every], some.labels[::every])
+    part = some.select(torch.arange(0, count, every))
     hint = external.hint(members(teacher), lambda: engine.evaluate(teacher, part, device, dtype)[1])
     for one in (known, *known.also):
         if one.checkpoint is not None and not one.external:

@@ -205,23 +205,31 @@ def _announce(search: Search, slots: int, data: DataSet, cpus: int) -> None:
         estimate = Estimate(search, slots)
         # The base recipe itself need not be one of the points, nor meet the constraints.
         estimate.rate = _probe(search.recipe(search.trials[0].values), data, cpus)
-        say(f"the grid: {sizes}{out}; {estimate.told()}, judged by two steps on this machine")
+        say(f"the grid: {sizes}{out}; {estimate.told()}, judged by a few steps on this machine")
 
 
 def _probe(recipe: Recipe, data: DataSet, cpus: int) -> float:
-    """Seconds of training for one multiply-accumulate of one epoch, from a step of the recipe's model here."""
+    """Seconds of training for one multiply-accumulate of one epoch, from a step of the recipe's model here.
+
+    They include the teacher's: a mean over the epochs, where its answers are replayed.
+    """
     import torch
 
-    from toolkit import compute, learner
+    from toolkit import compute, learner, teaching
     from toolkit.catalogue import mac_count
+    from toolkit.compare import training_seconds
 
     model, threads = learner.new_model(recipe, data), torch.get_num_threads()
     torch.set_num_threads(cpus)
     try:
-        seconds = compute.seconds_an_image(model, recipe, backward=True)
+        learns, teaches = compute.seconds_an_image(model, recipe, backward=True), 0.0
+        if recipe.distils:
+            teacher, _, _ = teaching.load(recipe, data.classes)
+            teaches = compute.seconds_an_image(teacher, recipe, backward=False)
     finally:
         torch.set_num_threads(threads)
-    return seconds * len(data.train) / mac_count(model, recipe.data.image_size)
+    seconds = training_seconds(recipe, recipe.epochs, len(data.train), learns, teaches) / recipe.epochs
+    return seconds / mac_count(model, recipe.data.image_size)
 
 
 class Estimate:
