@@ -23,7 +23,7 @@ def colour_net(
     batch: int | str = "batch",
     softmax: bool = False,
     white: float = 1.0,
-    size: int | str = SIDE,
+    size: int | str | tuple[int, int] = SIDE,
     **told: str,
 ) -> Path:
     """An ONNX file that knows colours: the mean of each channel of what it wants, where white is ``white``."""
@@ -32,7 +32,8 @@ def colour_net(
     for column, name in enumerate(order):
         weights[channel.get(name, 0), column] = 30 / white if name in channel else -30 / white
     bias = np.array([-6.0] * len(order), np.float32)
-    shape = [batch, 3, size, size] if layout == "nchw" else [batch, size, size, 3]
+    sides = size if isinstance(size, tuple) else (size, size)
+    shape = [batch, 3, *sides] if layout == "nchw" else [batch, *sides, 3]
     axes = [2, 3] if layout == "nchw" else [1, 2]
     nodes = [
         helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),

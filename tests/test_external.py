@@ -185,6 +185,8 @@ def test_a_teacher_of_our_own_gets_images_of_its_size(chain: Chain) -> None:
         ({"image_size": "[16, 16]"}, {}, "says image_size = [16, 16] of its input"),
         ({"size": "side"}, {}, "takes images of any size: say which it was trained with by --teacher-image-size"),
         ({}, {"input": {"image_size": 32}}, "takes images of 16 pixels, not of 32"),
+        ({"size": (16, 24)}, {}, "takes images of 16 x 24 pixels, and only square ones are given"),
+        ({"size": (16, 24), "layout": "nhwc"}, {}, "takes images of 16 x 24 pixels"),
         ({"order": ("red", "blue")}, {}, "answers with 2 classes, the data has 3"),
         ({"names": '["a", "b"]'}, {}, "has 3 outputs, but 2 names of classes: a, b"),
         ({"names": '["cat", "red", "blue"]'}, {}, "do not map to the data's (1 are not mapped to: green)"),

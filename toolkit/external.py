@@ -227,8 +227,10 @@ def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, dict[
     if len(inputs) != 1 or len(shape) != 4:
         raise TeacherError(f"{path} is no classifier of images: its inputs are {listed([v.name for v in inputs])}")
     layout = given.setdefault("layout", "nhwc" if shape[3] == 3 and shape[1] != 3 else "nchw")
-    side = shape[2]
-    if side:
+    height, width = shape[2:] if layout == "nchw" else shape[1:3]
+    if 0 < height != width > 0:
+        raise TeacherError(f"{path} takes images of {height} x {width} pixels, and only square ones are given")
+    if side := height or width:
         if given.setdefault("image_size", side) != side:
             raise TeacherError(f"{path} takes images of {side} pixels, not of {given['image_size']}")
     elif "image_size" not in given:
