@@ -1,7 +1,7 @@
 """Minutes of mixed load on one server: good pictures must all be answered, hostile ones refused, memory stays flat.
 
 Good: PNG, JPEG and WebP of 32 to 1,600 pixels through the API, and the page's upload and call. Hostile, one request
-in three: a decompression bomb, cut and damaged JPEGs, no picture at all, wrong parameters, a body that is too large,
+in three: a decompression bomb, JPEGs that are cut, no picture at all, wrong parameters, a body that is too large,
 a client that goes away. Resident memory is read each second; the figure of a minute is its median.
 """
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import BoundedSemaphore, Thread
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from export.artifact import Metadata
 from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, decode
-from serve.engine import Answer, Closed, DeadlineExceeded, Engine, QueueFull
+from serve.engine import Answer, Closed, DeadlineExceeded, Engine, QueueFull, join
 from serve.limits import METRICS, Limits, refusal
 from serve.metrics import Metrics
 from toolkit import __version__
@@ -128,9 +129,8 @@ def build(
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Metrics]]:
         if reload:
             engine.watch()
-        warming = asyncio.create_task(asyncio.to_thread(_warm_up, engine))
+        engine.start("warm-up", partial(_warm_up, engine))
         yield {METRICS: engine.metrics}  # for the protocol, which refuses what never comes here
-        await warming
         await asyncio.to_thread(engine.close)
         classify.close()
 
@@ -257,7 +257,10 @@ class _Job:
 
 
 class Classifier:
-    """Images to answers for the event loop: decoded in a pool of threads, then queued in the engine."""
+    """Images to answers for the event loop: decoded in a pool of threads, then queued in the engine.
+
+    An image has its place in the engine's queue from the start.
+    """
 
     def __init__(self, engine: Engine, deadline: float, turns: BoundedSemaphore) -> None:
         self._engine, self._deadline, self._turns = engine, deadline, turns
@@ -265,22 +268,17 @@ class Classifier:
         self._pool = [Thread(target=self._work, name="decode", daemon=True) for _ in range(available_cores())]
         for thread in self._pool:
             thread.start()
-        self._pending = 0  # images that are being decoded, or wait
 
     async def __call__(self, images: Sequence[bytes], name: str | None) -> list[Answer]:
         """The answers in the order of ``images``. Raises ``ImageError`` and what ``Engine.submit`` raises."""
         most = self._engine.max_queue
         if len(images) > most:
             raise TooMany(f"at most {most} images are taken at once, and these are {len(images)}")
-        # Both, as images whose deadline has passed still lie in the pool's queue.
-        waiting = max(self._pending, self._jobs.qsize())
-        if waiting + len(images) > most:  # before any work is put into them
-            raise QueueFull(f"{waiting} images wait already: ask again in a moment")
+        self._engine.reserve(len(images), name)  # before any work is put into them
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[Answer]] = [loop.create_future() for _ in images]
         timer = loop.call_later(self._deadline, self._expire, answers)
         until = loop.time() + self._deadline
-        self._pending += len(images)
         jobs = [
             _Job(data, "the image" if len(images) == 1 else f"image {index + 1}", name, until, loop, answer)
             for index, (data, answer) in enumerate(zip(images, answers, strict=True))
@@ -290,16 +288,15 @@ class Classifier:
                 self._jobs.put(job)
             return [await answers[0]] if len(answers) == 1 else await asyncio.gather(*answers)
         finally:
-            self._pending -= len(images)
             for job in jobs:  # those whose turn has not come are nobody's now
                 job.data = b""
             timer.cancel()
 
     def close(self) -> None:
+        """End once nothing waits, or leave what does not end soon."""
         for _ in self._pool:
             self._jobs.put(None)
-        for thread in self._pool:
-            thread.join()
+        join(self._pool)
 
     def _work(self) -> None:
         # ThreadPoolExecutor would make a future of its own for each image, which costs as much as a small decode.
@@ -317,10 +314,12 @@ class Classifier:
         try:
             with self._turns:
                 if job.answer.done():  # past its deadline, or the client is gone
+                    self._engine.release(job.name)
                     return
                 pixels = decode(job.data, job.called)
-            queued = self._engine.submit(pixels, job.name, max(job.until - loop.time(), 1e-3))
+            queued = self._engine.submit(pixels, job.name, max(job.until - loop.time(), 1e-3), reserved=True)
         except Exception as error:
+            self._engine.release(job.name)
             loop.call_soon_threadsafe(_settle, job.answer, None, error)
         else:
             queued.add_done_callback(lambda done: loop.call_soon_threadsafe(_pass_on, done, job.answer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Collection, Sequence
@@ -53,10 +54,17 @@ class _Page(gr.Blocks):
         _check_files(inputs, Path(get_upload_folder()).resolve())
         if block_fn.api_name in OURS:  # and not Gradio's own, which load an example
             _check_kinds(inputs, block_fn.inputs)
+            return inputs  # Gradio's own checks would refuse all of them for one name that begins with a dot
         try:
             return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
         except Exception as error:  # say of a slider that got a picture
             raise gr.Error(ODD, print_exception=False) from error
+
+    async def process_api(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().process_api(*args, **kwargs)
+        except asyncio.CancelledError as error:  # its grace is over, and Gradio would write a traceback to the log
+            raise gr.Error("The server stopped before the answer was there.", print_exception=False) from error
 
 
 class _Functions(dict[int, Any]):

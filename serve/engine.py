@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from toolkit.errors import ArtifactError, UnknownNameError, UserError
 
 MAX_BATCH, MAX_QUEUE = 32, 256  # images
 RELOAD_SECONDS = 1.0  # between two looks at the files
+CLOSE_SECONDS = 2.0  # for what still runs at the end
 ASKED: dict[str, Provider] = {CPU: "cpu", CUDA: "cuda", TENSORRT: "tensorrt"}  # what gives the same provider again
 
 Stamp = tuple[int, int, int]
@@ -86,6 +87,13 @@ def named(artifacts: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
+def join(threads: Sequence[threading.Thread]) -> None:
+    """Wait until they end, but no more than ``CLOSE_SECONDS`` in all: a device that hangs never lets go of its own."""
+    end = time.monotonic() + CLOSE_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+
+
 class Engine:
     """Artifacts by name, ready to answer from any thread; the first is the default.
 
@@ -109,17 +117,30 @@ class Engine:
         self.metrics = Metrics()
         self.ready = False  # warmed up, and not stopping
         self._stop = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         stamps = {name: _stamp(path) for name, path in artifacts.items()}  # first: a file may change while it is opened
         sessions = {name: Session(path, provider, threads, tf32) for name, path in artifacts.items()}
         self._models = {
             name: _Model(name, artifacts[name], stamps[name], session, max_batch, max_queue, self.metrics)
             for name, session in sessions.items()
         }
+        for name, model in self._models.items():
+            self.start(f"model {name}", model.work)
 
     @property
     def closed(self) -> bool:
         return self._stop.is_set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether none of its threads runs any more."""
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def start(self, name: str, work: Callable[[], object]) -> None:
+        """Run ``work`` in a thread that ``close`` waits for."""
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     @property
     def names(self) -> list[str]:
@@ -133,16 +154,33 @@ class Engine:
         """The ONNX Runtime provider that runs the artifact. Raises ``UnknownNameError``."""
         return self._model(name).session.provider
 
+    def reserve(self, count: int, name: str | None = None) -> None:
+        """Hold places in the queue of an artifact for images that are not decoded yet.
+
+        Each is for a ``submit``, or to be given back with ``release``. Raises as ``submit``.
+        """
+        self._model(name).reserve(count)
+
+    def release(self, name: str | None = None) -> None:
+        """Give one place back."""
+        self._model(name).release(1)
+
     def submit(
-        self, pixels: NDArray[np.uint8], name: str | None = None, deadline: float | None = None
+        self,
+        pixels: NDArray[np.uint8],
+        name: str | None = None,
+        deadline: float | None = None,
+        *,
+        reserved: bool = False,
     ) -> Future[Answer]:
         """Queue one image, uint8 ``[H,W,3]`` of any size, for the artifact ``name`` (else the first one).
 
         It is resized here, in the caller's thread. The future raises ``DeadlineExceeded`` where the image's turn
         comes later than ``deadline`` seconds from now, and ``Closed`` where the engine stops before. Raises
-        ``QueueFull``, ``Closed`` and ``UnknownNameError`` at once.
+        ``QueueFull``, ``Closed`` and ``UnknownNameError`` at once. ``reserved`` tells that a place is held for it,
+        which it takes unless it raises.
         """
-        return self._model(name).submit(pixels, deadline)
+        return self._model(name).submit(pixels, deadline, reserved)
 
     def warm_up(self) -> None:
         """Run every batch size that the device will see once; ``ready`` is True from then on."""
@@ -152,17 +190,15 @@ class Engine:
 
     def watch(self, seconds: float = RELOAD_SECONDS) -> None:
         """From now on, take artifacts that change on disk; one that cannot run leaves the old one in place."""
-        self._watcher = threading.Thread(target=self._watch, args=(seconds,), name="reload", daemon=True)
-        self._watcher.start()
+        self.start("reload", lambda: self._watch(seconds))
 
     def close(self) -> None:
-        """Take nothing new, refuse what still waits, and end once the running batches are answered."""
+        """Take nothing new, refuse what still waits, and wait for the running batches, but not for long."""
         self.ready = False
         self._stop.set()
-        if self._watcher:
-            self._watcher.join()
         for model in self._models.values():
             model.close()
+        join(self._threads)
 
     def __enter__(self) -> Engine:
         return self
@@ -195,7 +231,7 @@ class _Item:
 
 
 class _Model:
-    """One artifact: its session, its queue, its thread. ``stamp`` is its file's from before it was opened."""
+    """One artifact: its session, its queue, its work. ``stamp`` is its file's from before it was opened."""
 
     def __init__(
         self,
@@ -211,23 +247,33 @@ class _Model:
         self.max_batch, self.max_queue, self.metrics = max_batch, max_queue, metrics
         self._seen = stamp
         self._waiting: deque[_Item] = deque()
+        self._places = 0  # taken: by what waits, and by what is still to be decoded
         self._changed = threading.Condition()
         self._open = True
         metrics.provider(name, session.provider)
-        self._thread = threading.Thread(target=self._work, name=f"model {name}", daemon=True)
-        self._thread.start()
+        metrics.waiting(name, 0)  # so that it can be seen from the start
 
-    def submit(self, pixels: NDArray[np.uint8], deadline: float | None) -> Future[Answer]:
+    def reserve(self, count: int) -> None:
+        with self._changed:
+            if not self._open:
+                raise Closed("the server is stopping: ask again in a moment")
+            if self._places + count > self.max_queue:
+                raise QueueFull(f"{self._places} images wait already: ask again in a moment")
+            self._places += count
+            self.metrics.waiting(self.name, count)
+
+    def release(self, count: int) -> None:
+        with self._changed:
+            self._places -= count
+            self.metrics.waiting(self.name, -count)
+
+    def submit(self, pixels: NDArray[np.uint8], deadline: float | None, reserved: bool) -> Future[Answer]:
         began = time.perf_counter()
         session = self.session  # a reload may change it, and the size of its images, at any moment
         item = _Item(session, fit(pixels, session.metadata.image_size), began, deadline and began + deadline, Future())
         with self._changed:
-            if not self._open:
-                raise Closed("the server is stopping: ask again in a moment")
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFull(f"{self.max_queue} images wait already: ask again in a moment")
+            self.reserve(0 if reserved else 1)
             self._waiting.append(item)
-            self.metrics.waiting(self.name, 1)
             self._changed.notify()
         return item.future
 
@@ -260,14 +306,14 @@ class _Model:
             self._open = False
             left = list(self._waiting)
             self._waiting.clear()
-            self.metrics.waiting(self.name, -len(left))
+            self.release(len(left))
             self._changed.notify()
         for item in left:
             if item.future.set_running_or_notify_cancel():
                 item.future.set_exception(Closed("the server stopped before this image's turn came"))
-        self._thread.join()
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """Answer what waits, until it is closed."""
         while items := self._take():
             now = time.perf_counter()
             live = []
@@ -291,7 +337,7 @@ class _Model:
                 if items and self._waiting[0].session is not items[0].session:
                     break
                 items.append(self._waiting.popleft())
-            self.metrics.waiting(self.name, -len(items))
+            self.release(len(items))
             return items
 
     def _answer(self, items: list[_Item]) -> None:

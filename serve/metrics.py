@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -11,10 +13,17 @@ SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where several processes keep what they co
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+
 
 def forget(pid: int) -> None:
     """Take a process that died out of the gauges; what it counted stays."""
     mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+@functools.cache  # few; Prometheus' own look-up takes about a microsecond
+def _of(metric: Metric, *labels: str) -> Metric:
+    return metric.labels(*labels)
 
 
 class Metrics:
@@ -31,7 +40,11 @@ class Metrics:
             "toolkit_batch_images", "Images that ran together", ["artifact"], buckets=IMAGES, registry=registry
         )
         self._waiting = Gauge(
-            "toolkit_queue_images", "Images that wait", ["artifact"], registry=registry, multiprocess_mode="livesum"
+            "toolkit_queue_images",
+            "Images that wait to be decoded, or for the model",
+            ["artifact"],
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self._provider = Gauge(
             "toolkit_provider",
@@ -45,23 +58,23 @@ class Metrics:
         )
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        self._requests.labels(path, str(status)).inc()
-        self._seconds.labels(path).observe(seconds)
+        _of(self._requests, path, str(status)).inc()
+        _of(self._seconds, path).observe(seconds)
 
     def reject(self, reason: str) -> None:
-        self._rejects.labels(reason).inc()
+        _of(self._rejects, reason).inc()
 
     def batch(self, artifact: str, images: int) -> None:
-        self._batches.labels(artifact).observe(images)
+        _of(self._batches, artifact).observe(images)
 
     def waiting(self, artifact: str, change: int) -> None:
-        self._waiting.labels(artifact).inc(change)
+        _of(self._waiting, artifact).inc(change)
 
     def provider(self, artifact: str, provider: str) -> None:
-        self._provider.labels(artifact, provider).set(1)
+        _of(self._provider, artifact, provider).set(1)
 
     def reload(self, artifact: str, result: str) -> None:
-        self._reloads.labels(artifact, result).inc()
+        _of(self._reloads, artifact, result).inc()
 
     def text(self) -> bytes:
         """All counters, in Prometheus' text format."""

@@ -37,6 +37,7 @@ from toolkit.machine import available_cores, hand_back_freed_memory
 BACKLOG = 1024  # connections that wait to be accepted
 MAX_FILES = 65_536
 SILENCE = 60  # seconds in which a worker must answer; it does not while it starts
+MARGIN = 5.0  # seconds after its grace in which a worker must end
 PAUSE = 10.0  # seconds before a worker whose artifact cannot be had any more is tried again
 UPLOADS, FOLDER = "GRADIO_TEMP_DIR", "toolkit-uploads-"
 OLD = 2 * 3600  # seconds; a server that runs touches its folder each hour
@@ -80,7 +81,8 @@ def read_key(path: Path) -> str:
 def run(settings: Settings, started: Callable[[str, str], None] = lambda url, where: None) -> None:
     """Serve until SIGINT or SIGTERM; ``started`` gets the address, which answers from then on, and what runs.
 
-    Call it from the main thread. Raises ``UserError`` for a port or an artifact that cannot be had.
+    Call it from the main thread. Raises ``UserError`` for a port or an artifact that cannot be had. Where a batch
+    does not end, the process does.
     """
     _allow_many_connections()
     with _listen(settings.host, settings.port) as listener:
@@ -104,6 +106,10 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        if not engine.ended:  # Python would wait for the page's calls, and take ONNX Runtime apart while it runs
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 @contextmanager
@@ -221,6 +227,14 @@ class _Supervisor(Multiprocess):
         for listener in self.sockets:  # else it takes connections as long as a worker has something to do
             listener.close()
         super().terminate_all()
+
+    def join_all(self) -> None:
+        """uvicorn's waits without end, say for a device that hangs."""
+        end = time.monotonic() + MARGIN + (self.config.timeout_graceful_shutdown or 0)
+        for process in self.processes:
+            process.process.join(max(0.0, end - time.monotonic()))
+            process.kill()
+            process.join()
 
 
 def _worker(settings: Settings, up: Connection) -> ASGIApp:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from serve.engine import DeadlineExceeded, Engine, QueueFull
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.session import Session
+from toolkit.errors import ImageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 PNG = encoded(PIXELS)
@@ -189,9 +191,12 @@ def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: py
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
         with monkeypatch.context() as patch:
             patch.setattr(Session, "run", lambda *_: held.wait(30))
+            assert asyncio.run(ask(hasty, 1)) == [(504, "deadline", None)]
             found = asyncio.run(ask(hasty, 4))
             assert sorted(found) == [(429, "queue_full", "1")] * 2 + [(504, "deadline", None)] * 2
             held.set()  # what the model gives now is no answer
+            while engine._model(None)._places:
+                time.sleep(0.01)
             assert asyncio.run(ask(app, 1)) == [(500, "internal", None)]
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
     assert asyncio.run(ask(app, 1)) == [(503, "stopping", "1")]
@@ -199,6 +204,10 @@ def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: py
 
 def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, decoded = threading.Event(), []
+
+    def depth() -> str:
+        (line,) = (line for line in engine.metrics.text().splitlines() if line.startswith(b"toolkit_queue_images{"))
+        return line.decode()
 
     def slow(data: bytes, called: str) -> np.ndarray:
         decoded.append(called)
@@ -211,16 +220,27 @@ def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.Mo
         with pytest.raises(DeadlineExceeded):
             await classifier([PNG] * 8, None)
         assert sorted(decoded) == ["image 1", "image 2"]
-        with pytest.raises(QueueFull, match="6 images wait already"):  # for nobody, but they hold their place
-            await classifier([PNG] * 3, None)
+        with pytest.raises(QueueFull, match="8 images wait already"):  # for nobody, but they hold their place
+            await classifier([PNG], None)
+        assert depth() == 'toolkit_queue_images{artifact="student"} 8.0'
         held.set()
+        await emptied()
         classifier._deadline = 10.0
-        assert len(await classifier([PNG] * 2, None)) == 2
-        assert sorted(decoded) == ["image 1", "image 1", "image 2", "image 2"]
+        with pytest.raises(ImageError):
+            await classifier([b""], None)
+        assert len(await classifier([PNG] * 8, None)) == 8
+        assert len(decoded) == 2 + 1 + 8
+        await emptied()
+
+    async def emptied() -> None:
+        async with asyncio.timeout(10):
+            while depth() != 'toolkit_queue_images{artifact="student"} 0.0':
+                await asyncio.sleep(0.01)
 
     monkeypatch.setattr(api, "available_cores", lambda: 2)
     monkeypatch.setattr(api, "decode", slow)
     with Engine({"student": path}, "cpu", max_queue=8) as engine:
+        assert depth() == 'toolkit_queue_images{artifact="student"} 0.0'
         classifier = api.Classifier(engine, 0.5, turns())
         asyncio.run(ask(classifier))
         classifier.close()

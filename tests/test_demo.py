@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import BoundedSemaphore
 from types import SimpleNamespace
 
+import gradio
 import httpx
 import numpy as np
 import pytest
@@ -100,6 +101,19 @@ def test_wrong_parameters_get_one_line(http: httpx.Client) -> None:
     assert "At most 64 pictures" in _call(http, "several", [picture] * 65, "student", "", 60)
 
 
+def test_a_name_spoils_no_other_picture(http: httpx.Client) -> None:
+    """Gradio refuses some names. macOS puts a file ._NAME, which is no picture, beside each NAME on foreign disks."""
+    uploads = [(b"\0\5\x16\7", "._cat.png"), (encoded(PIXELS), ".cat.png"), (encoded(PIXELS), "cat..png")]
+    pictures = [{**_file(_upload(http, data, name)), "orig_name": name} for data, name in uploads]
+    assert [Path(str(picture["path"])).name for picture in pictures] == [name for _, name in uploads]
+    html = _call(http, "several", pictures, "student", "", 60)
+    assert "3 pictures; 1 has no answer." in html
+    assert "._cat.png: no answer" in html
+    assert "This picture is not a PNG" in _call(http, "classify", pictures[0], "student", "", 60)
+    for picture in pictures[1:]:
+        assert "<article" in _call(http, "classify", picture, "student", "", 60)
+
+
 def test_where_a_model_looked_is_shown_if_it_is_asked_for(http: httpx.Client) -> None:
     picture = _file(_upload(http, encoded(PIXELS)))
     assert _call(http, "look", picture, "student", "", False) == ""
@@ -142,7 +156,6 @@ def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -
         ("classify", [[picture], "student", "", 60]),
         ("classify", [picture, [], "", 60]),
         *(("classify", [picture, "student", "", threshold]) for threshold in (None, "abc", -1, 10**400)),
-        ("classify", [_file(upload + "x" * 5000), "student", "", 60]),
         ("look", [picture, "student", "", 60]),
         ("several", [picture, "student", "", 60]),
         ("several", [[None], "student", "", 60]),
@@ -163,8 +176,8 @@ def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -
     assert http.post("gradio_api/run/predict", json=by_number).status_code == 200  # as the page itself asks
     nameless = json.dumps({"data": [[{**picture, "orig_name": "\ud800"}], "student", "", 60]})  # half a character
     assert http.post("gradio_api/run/several", content=nameless, headers=JSON).status_code == 200
-    gone = str(Path(upload).with_name("gone.png"))
-    assert "cannot be read" in _call(http, "classify", _file(gone), "student", "", 60)
+    for gone in (str(Path(upload).with_name("gone.png")), upload + "x" * 5000, str(Path(upload).parent)):
+        assert "This picture cannot be read: " in _call(http, "classify", _file(gone), "student", "", 60)
     assert http.get(f"gradio_api/file={secret}").status_code in (403, 404)
     assert "comes here" in _call(http, "classify", None, "student", "", 60)
 
@@ -231,6 +244,15 @@ def test_the_page_says_what_the_models_are(http: httpx.Client) -> None:
     text = str(config)
     for fact in ("small_net", "4,119", "93.75%", "ramps", "big_net", *LABELS, "CPUExecutionProvider", "ramp.png"):
         assert fact in text, fact
+
+
+def test_the_page_tells_no_paths_but_those_of_uploads(http: httpx.Client, path: Path) -> None:
+    uploads = f"{path.parent}/uploads/toolkit-uploads-"
+    for told in (http.get("config").text, http.get("").text):
+        assert uploads in told
+        rest = told.replace(uploads, "")
+        for folder in (path.parent, Path(demo.__file__).parents[1], Path(gradio.__file__).parents[1]):
+            assert str(folder) not in rest
 
 
 # --- as HTML -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What must not happen: hostile requests to a running server, which still answers a good one after each."""
 
 import asyncio
+import io
 import re
 import socket
 import struct
@@ -8,10 +9,12 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from served import Served, encoded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -67,7 +70,7 @@ def test_damaged_jpegs(http: httpx.Client) -> None:
     """With flipped bits, and every tenth cut."""
     random = np.random.default_rng(0)
     statuses = set()
-    for number in range(150):
+    for number in range(1000):
         data = np.frombuffer(JPEG, np.uint8).copy()
         for place in random.integers(0, 8 * len(data), random.integers(1, 20)):
             data[place // 8] ^= 1 << (place % 8)
@@ -83,6 +86,15 @@ def test_damaged_jpegs(http: httpx.Client) -> None:
     assert {200, 400} <= statuses
 
 
+def test_16_bits_and_inks_are_pictures(http: httpx.Client) -> None:
+    deep, grey = PIXELS[..., 0].astype(np.uint16) * 257, PIXELS[..., 0]
+    answers = [http.post("v1/predict", content=encoded(pixels)).json()["images"] for pixels in (deep, grey)]
+    assert answers[0] == answers[1]
+    inks = io.BytesIO()
+    Image.fromarray(PIXELS).convert("CMYK").save(inks, "JPEG")
+    assert http.post("v1/predict", content=inks.getvalue()).status_code == 200
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 60_000), (60_000, 1)])
 def test_thin_pictures_are_pictures(http: httpx.Client, height: int, width: int) -> None:
     picture = encoded(np.zeros((height, width, 3), np.uint8))
@@ -95,6 +107,7 @@ def test_thin_pictures_are_pictures(http: httpx.Client, height: int, width: int)
         b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
         b"<!doctype html><html><script>alert(1)</script></html>",
         encoded(PIXELS, "ICO"),
+        encoded(PIXELS, "TIFF"),
         b"%PDF-1.7\n",
     ],
 )
@@ -115,6 +128,16 @@ def test_names_mean_nothing(http: httpx.Client, name: str) -> None:
     answer = http.post("v1/predict", files=files)
     assert answer.status_code == 200, answer.text
     assert "etc" not in answer.text
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "../../../etc/passwd", "/etc/passwd", "a/../../b.png"])
+def test_uploads_stay_in_their_folder(server: Served, http: httpx.Client, name: str) -> None:
+    (path,) = http.post("gradio_api/upload", files={"files": (name, GOOD)}).raise_for_status().json()
+    uploads, place = server.artifact.parent / "uploads", Path(path)
+    assert place.read_bytes() == GOOD
+    assert place == place.resolve()
+    assert place.is_relative_to(uploads)
+    assert len(place.relative_to(uploads).parts) == 3  # the server's folder, the content's, the file
 
 
 def _chunks(size: int) -> Iterator[bytes]:

@@ -120,6 +120,29 @@ def test_what_was_asked_before_the_end_is_answered(path: Path, tmp_path: Path) -
         assert server.process.wait(20) == 0
 
 
+def test_a_batch_that_hangs_does_not_keep_the_server(path: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    with (
+        serving(path, "--grace", 1, patch=HOLD.format(path=str(held))) as server,
+        server.client() as http,
+        ThreadPoolExecutor() as pool,
+    ):
+        (upload,) = http.post("gradio_api/upload", files={"files": ("cat.png", GOOD)}).json()
+        held.touch()
+        page = {"data": [{"path": upload, "meta": {"_type": "gradio.FileData"}}, "student", "", 60]}
+        shown = pool.submit(httpx.post, f"{server.url}gradio_api/run/classify", json=page, timeout=30)
+        _wait((tmp_path / "entered").exists)
+        asked = pool.submit(httpx.post, f"{server.url}v1/predict", content=GOOD, timeout=30)
+        _wait(lambda: 'toolkit_queue_images{artifact="student"} 1.0' in http.get("metrics").text)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert 1 < time.monotonic() - began < 1 + 6
+        assert asked.result(5).status_code == 503
+        assert "The server stopped" in shown.result(5).text
+        assert not Path(upload).exists()
+
+
 def test_a_signal_during_the_start_ends_it(path: Path) -> None:
     with serving(path, ready=False):
         pass
@@ -220,13 +243,16 @@ class _Worker:
 
     def __init__(self, *_: object) -> None:
         self.exitcode: int | None = None
-        self.process = SimpleNamespace(is_alive=lambda: self.exitcode is None)
+        self.process = SimpleNamespace(is_alive=lambda: self.exitcode is None, join=lambda timeout: time.sleep(0))
         self.parent_conn = SimpleNamespace(send=lambda _: None, poll=lambda: False)
 
     def nothing(self) -> None:
         pass
 
-    start = kill = join = terminate = nothing
+    start = join = terminate = nothing
+
+    def kill(self) -> None:
+        self.exitcode = -signal.SIGKILL
 
 
 def test_a_worker_that_cannot_start_ends_all_only_before_one_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +286,8 @@ def test_a_worker_that_cannot_start_ends_all_only_before_one_is_up(monkeypatch: 
             assert (supervisor.processes[0] is first) == (not up)
             supervisor.terminate_all()
             assert listener.fileno() == -1
+            supervisor.join_all()  # though they hang
+            assert {process.exitcode for process in supervisor.processes} == {-signal.SIGKILL}
 
 
 def test_workers_that_cannot_start(path: Path, tmp_path: Path) -> None:

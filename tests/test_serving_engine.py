@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from small_net import LABELS, small_artifact, small_images
+from small_net import LABELS, SIZE, export, small_artifact, small_images, small_metadata, small_net
 
 from serve import engine as module
 from serve.engine import Closed, DeadlineExceeded, Engine, QueueFull, named
@@ -75,9 +75,11 @@ def test_what_waits_runs_together(engine: Engine, images: np.ndarray) -> None:
     gate = Gate(engine)
     gate.hold(engine, images[0])
     futures = [engine.submit(image) for image in images[:19]]
+    assert b'toolkit_queue_images{artifact="student"} 19.0' in engine.metrics.text()
     gate.open()
     assert [future.result(10).batch_size for future in futures] == [8] * 16 + [3] * 3
     assert gate.sizes == [1, 8, 8, 3]  # and no wait for more
+    assert b'toolkit_queue_images{artifact="student"} 0.0' in engine.metrics.text()
 
 
 def test_a_full_queue_refuses(engine: Engine, images: np.ndarray) -> None:
@@ -119,7 +121,36 @@ def test_closing_refuses_what_waits_and_what_comes(path: Path, images: np.ndarra
     closing.join(10)
     assert not closing.is_alive()
     assert engine.closed
+    assert engine.ended
     assert not engine.ready
+
+
+def test_closing_leaves_what_hangs(path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.1)
+    engine = Engine({"student": path}, "cpu")
+    gate = Gate(engine)
+    gate.hold(engine, images[0])
+    engine.close()
+    assert not engine.ended
+    gate.open()
+    engine.close()
+    assert engine.ended
+
+
+def test_a_new_artifact_of_another_size_takes_only_what_comes_after_it(tmp_path: Path, images: np.ndarray) -> None:
+    path = small_artifact(tmp_path / "student.onnx")
+    with Engine({"student": path}, "cpu", max_batch=8) as engine:
+        gate = Gate(engine)
+        gate.hold(engine, images[0])
+        before = [engine.submit(image) for image in images[1:4]]
+        export(small_net(), small_metadata().model_copy(update={"image_size": 2 * SIZE}), path)
+        engine._model(None).reload()
+        after = [engine.submit(image) for image in images[1:4]]
+        gate.open()
+        for futures, size in ((before, SIZE), (after, 2 * SIZE)):
+            answers = [future.result(10) for future in futures]
+            assert [answer.metadata.image_size for answer in answers] == [size] * 3
+            assert [answer.batch_size for answer in answers] == [3] * 3
 
 
 def test_a_failing_batch_is_told_and_the_next_one_runs(
