@@ -137,7 +137,7 @@ def test_a_batch_that_hangs_does_not_keep_the_server(path: Path, tmp_path: Path)
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
-        assert 1 < time.monotonic() - began < 1 + 6
+        assert 1 < time.monotonic() - began < 20  # the batch hangs for ever
         assert asked.result(5).status_code == 503
         assert "The server stopped" in shown.result(5).text
         assert not Path(upload).exists()
