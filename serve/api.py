@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -320,9 +320,14 @@ class Classifier:
             queued = self._engine.submit(pixels, job.name, max(job.until - loop.time(), 1e-3), reserved=True)
         except Exception as error:
             self._engine.release(job.name)
-            loop.call_soon_threadsafe(_settle, job.answer, None, error)
+            _tell(loop, _settle, job.answer, None, error)
         else:
-            queued.add_done_callback(lambda done: loop.call_soon_threadsafe(_pass_on, done, job.answer))
+            queued.add_done_callback(lambda done: _tell(loop, _pass_on, done, job.answer))
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: object) -> None:
+    with suppress(RuntimeError):  # the loop is closed: the server has stopped
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 def _pass_on(done: Future[Answer], answer: asyncio.Future[Answer]) -> None:

@@ -314,18 +314,24 @@ class _Model:
 
     def work(self) -> None:
         """Answer what waits, until it is closed."""
-        while items := self._take():
-            now = time.perf_counter()
-            live = []
-            for item in items:
-                if not item.future.set_running_or_notify_cancel():
-                    continue
-                if item.deadline is not None and now > item.deadline:
-                    item.future.set_exception(DeadlineExceeded("the answer did not come within the deadline"))
-                else:
-                    live.append(item)
-            if live:
-                self._answer(live)
+        while self._answer_some():
+            pass
+
+    def _answer_some(self) -> bool:
+        """Answer what waits; False once it is closed. While it waits it holds no image, and no session of the past."""
+        items = self._take()
+        now = time.perf_counter()
+        live = []
+        for item in items:
+            if not item.future.set_running_or_notify_cancel():
+                continue
+            if item.deadline is not None and now > item.deadline:
+                item.future.set_exception(DeadlineExceeded("the answer did not come within the deadline"))
+            else:
+                live.append(item)
+        if live:
+            self._answer(live)
+        return bool(items)
 
     def _take(self) -> list[_Item]:
         """What waits for one and the same session, at most ``max_batch``; empty once the model is closed."""

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from uvicorn.supervisors.multiprocess import Process
 
 from export import artifact
 from serve import decode, metrics
-from serve.engine import MAX_BATCH, MAX_QUEUE, Engine
+from serve.engine import MAX_BATCH, MAX_QUEUE, Engine, join
 from serve.limits import Protocol
 from serve.session import check_provider
 from toolkit.choices import Provider
@@ -95,6 +96,7 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
             _run_workers(settings, listener, lambda provider: started(url, f"{provider}, {settings.workers} processes"))
             return
         previous = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = threading.enumerate()
         try:
             engine = _engine(settings)
             started(url, engine.provider())
@@ -106,7 +108,10 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if not engine.ended:  # Python would wait for the page's calls, and take ONNX Runtime apart while it runs
+        # Python would wait for the page's calls, and take ONNX Runtime apart while it runs.
+        own = [thread for thread in threading.enumerate() if not (thread.daemon or thread in before)]
+        join(own)
+        if not engine.ended or any(thread.is_alive() for thread in own):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)

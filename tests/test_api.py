@@ -179,7 +179,7 @@ def test_docs_describe_the_api(http: httpx.Client) -> None:
 
 def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full queue, a deadline, a bug, an end: in this process, where the model can be held up."""
-    held = threading.Event()
+    held, entered = threading.Event(), threading.Event()
 
     async def ask(app: ASGIApp, count: int) -> list[tuple[int, str, str | None]]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
@@ -187,15 +187,18 @@ def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: py
         return [(a.status_code, a.json().get("error"), a.headers.get("retry-after")) for a in answers]
 
     with Engine({"student": path}, "cpu", max_queue=2) as engine:
-        app, hasty = build(engine, deadline=10, turns=turns()), build(engine, deadline=0.3, turns=turns())
+        app, hasty = build(engine, deadline=10, turns=turns()), build(engine, deadline=0.6, turns=turns())
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "run", lambda *_: held.wait(30))
+            patch.setattr(Session, "run", lambda *_: entered.set() or held.wait(30))
             assert asyncio.run(ask(hasty, 1)) == [(504, "deadline", None)]
+            assert entered.wait(30)
             found = asyncio.run(ask(hasty, 4))
             assert sorted(found) == [(429, "queue_full", "1")] * 2 + [(504, "deadline", None)] * 2
             held.set()  # what the model gives now is no answer
+            end = time.monotonic() + 30
             while engine._model(None)._places:
+                assert time.monotonic() < end
                 time.sleep(0.01)
             assert asyncio.run(ask(app, 1)) == [(500, "internal", None)]
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]

@@ -426,9 +426,13 @@ def test_as_many_states_are_kept_as_wanted_and_the_oldest_is_enough(tmp_path, da
     for name in states[:-1]:
         run.checkpoint(name).write_bytes(b"")
     (run.path / "summary.json").unlink()
-    engine.fit(recipe.model_copy(update={"keep_checkpoints": 2}), data, run)  # as --resume may ask for
+    run.checkpoint("last-whole").write_bytes(b"somebody's own copy")
+    run = Run.start(run.path, recipe.model_copy(update={"keep_checkpoints": 2}), resume=True)
+    assert run.recipe.keep_checkpoints == 2  # for those who go on without saying it again
+    assert run.checkpoint("last-whole") not in run.states
+    engine.fit(run.recipe, data, run)
     assert [row["train_loss"] for row in run.history()] == losses
-    assert sorted(p.stem for p in run.checkpoint("best").parent.iterdir()) == ["best", *states[:2]]
+    assert sorted(p.stem for p in run.checkpoint("best").parent.iterdir()) == ["best", *states[:2], "last-whole"]
 
 
 def test_a_disk_that_fills_leaves_the_last_state_to_go_on_from(tmp_path, data, monkeypatch):
@@ -563,13 +567,14 @@ def test_few_steps_and_a_bad_epoch_are_no_reason_to_give_up(data):
     assert not engine.gives_up(recipe, [{"train_top1": 0.3}, guess | {"epoch": 50, "step": 300}], data)
 
 
+OFF = {"loss.methods": {"fitnets": {}, "soft_targets": {"weight": 0}}}
 FEATURES, UNLABELLED = {"loss.methods": {"fitnets": {}}}, {"data.unlabelled": True, "data.dataset": "folder:photos"}
 
 
 @pytest.mark.parametrize(
     ("changes", "top1", "expected"),
-    [({}, 0.1, True), ({}, 0.3, False), (FEATURES, 0.1, False), (UNLABELLED, 0.1, False)],
-    ids=["a guess", "it learns", "features alone", "no labels"],
+    [({}, 0.1, True), ({}, 0.3, False), (FEATURES, 0.1, False), (OFF, 0.1, False), (UNLABELLED, 0.1, False)],
+    ids=["a guess", "it learns", "features alone", "the others off", "no labels"],
 )
 def test_a_teacher_alone_is_held_to_the_labels_where_they_tell_something(data, changes, top1, expected):
     alone = {"loss.ce_weight": 0, "loss.kd_weight": 1, "teacher.name": "resnet9_wide"}

@@ -27,7 +27,7 @@ def made(name: str, age: int, stage: Stage = "train", finished: bool = True, **s
 
 def test_a_kill_in_the_first_write_leaves_a_directory_that_can_be_used(nowhere: Path) -> None:
     recipe = resolve("digits", "train")
-    left = nowhere / "run/.recipe.yaml.k3x_81yz"
+    left = nowhere / "run/.recipe.yaml.k3x_81yz.tmp"
     left.parent.mkdir()
     left.write_text("epochs:")
     assert Run.start(left.parent, recipe, resume=False).recipe == recipe

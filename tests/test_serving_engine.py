@@ -1,7 +1,9 @@
 """The serving engine: batches, limits, reloads, and an end without lost answers."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -126,11 +128,12 @@ def test_closing_refuses_what_waits_and_what_comes(path: Path, images: np.ndarra
 
 
 def test_closing_leaves_what_hangs(path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.1)
     engine = Engine({"student": path}, "cpu")
     gate = Gate(engine)
     gate.hold(engine, images[0])
-    engine.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "CLOSE_SECONDS", 0.1)
+        engine.close()
     assert not engine.ended
     gate.open()
     engine.close()
@@ -151,6 +154,13 @@ def test_a_new_artifact_of_another_size_takes_only_what_comes_after_it(tmp_path:
             answers = [future.result(10) for future in futures]
             assert [answer.metadata.image_size for answer in answers] == [size] * 3
             assert [answer.batch_size for answer in answers] == [3] * 3
+        session = weakref.ref(engine._model(None).session)
+        small_artifact(path)
+        engine._model(None).reload()
+        end = time.monotonic() + 10
+        while session() is not None:  # a model that waits keeps no session of the past
+            assert time.monotonic() < end
+            gc.collect()
 
 
 def test_a_failing_batch_is_told_and_the_next_one_runs(

@@ -21,7 +21,7 @@ from PIL import Image
 from toolkit import compute, teaching, tune, tune_report
 from toolkit.catalogue import build, parameter_count
 from toolkit.data import DataSet, Split
-from toolkit.errors import SearchError, SpaceError
+from toolkit.errors import SearchError, SpaceError, TeacherError
 from toolkit.files import locked
 from toolkit.machine import available_cores
 from toolkit.recipe import resolve
@@ -468,15 +468,36 @@ def test_the_first_estimate_counts_the_teacher_and_both_copies_of_an_image(monke
     split = Split(torch.zeros(30, 3, 32, 32, dtype=torch.uint8), torch.arange(30) % 10)
     data = DataSet("noise", tuple("0123456789"), split, split, split, (0.5,) * 3, (0.2,) * 3, "d")
     twice, alone = {"augment.plain_copy": True}, {"loss.kd_weight": 0, "loss.ce_weight": 1}
-    for given, seconds in (
-        ({}, 30 * 5),
-        (twice, 60 * 5),
-        (alone, 30 * 4),
-        (twice | alone, 60 * 4),
-        ({"epochs": 10, "cached_epochs": 2}, 30 * 4 + 30 * 2 / 10),
+    for given, student, teacher in (
+        ({}, 30 * 4, 30 * 10),
+        (twice, 60 * 4, 60 * 10),
+        (alone, 30 * 4, 0),
+        ({"cached_epochs": 2}, 30 * 4, 30 * 2),
     ):
-        recipe = resolve("digits", "distill", {"cached_epochs": 0} | given)
-        assert tune._probe(recipe, data, 1) * measure(recipe, 10).macs == pytest.approx(seconds)
+        recipe = resolve("digits", "distill", {"epochs": 10, "cached_epochs": 0} | given)
+        rate, taught = tune._probe(recipe, data, 1)
+        assert rate * measure(recipe, 10).macs == pytest.approx(student)
+        assert taught == teacher
+
+
+@pytest.mark.parametrize(("cached", "seconds"), [(0, 3 * 300), (2, 60)])
+def test_the_grid_is_announced_with_its_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cached: int, seconds: float
+) -> None:
+    space = tiny(fields={"optimizer.lr": {"choices": [0.1, 0.2, 0.3]}})
+    search = prepared(tmp_path, plan(space, "grid", cached_epochs=cached))
+    monkeypatch.setattr(tune, "_probe", lambda *_: (0.0, 60.0 if cached else 300.0))
+    told = []
+    monkeypatch.setattr(tune, "clock", lambda left: told.append(left) or "soon")
+    tune._announce(search, 1, None, 1)
+    assert told == [seconds]
+
+    def find_none(*_: object) -> None:
+        raise TeacherError("no teacher")
+
+    monkeypatch.setattr(tune, "_probe", find_none)
+    tune._announce(search, 1, None, 1)
+    assert "no estimate: no teacher" in capsys.readouterr().err
 
 
 def test_asha_knows_the_trials_of_before(nowhere: Path) -> None:

@@ -222,8 +222,8 @@ def _run_at(path: Path) -> Run:
     """The run directory at ``path``, or ``RunError``, which says of a file in one what to give."""
     if not path.is_file():
         return Run(path)
-    own = stages.run_of(path)
-    advice = f"give {own.path}, in which it lies" if own else "`toolkit train` and `toolkit distill` make one"
+    own = next((folder for folder in path.resolve().parents[:2] if (folder / "recipe.yaml").is_file()), None)
+    advice = f"give {own}, in which it lies" if own else "`toolkit train` and `toolkit distill` make one"
     raise RunError(f"{path} is a file, and export takes a run directory: {advice}")
 
 

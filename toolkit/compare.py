@@ -276,11 +276,15 @@ def _estimate(
     base = plan.baseline
     learning = compute.seconds_an_image(learner.new_model(base, data), base, backward=True)
     teaching = compute.seconds_an_image(teacher, base, backward=False)
-    found = {}
+    found, kept = {}, set()
     for method, seed in waiting:
         recipe, path = plan.recipe(method, seed), plan.path(method, seed)
         done = len(Run(path).history()) if (path / "recipe.yaml").is_file() else 0
-        found[method, seed] = training_seconds(recipe, recipe.epochs - done, len(data.train), learning, teaching)
+        replayed = recipe.cached_epochs > 0 and _views(recipe) in kept
+        taught = 0.0 if replayed else teaching
+        found[method, seed] = training_seconds(recipe, recipe.epochs - done, len(data.train), learning, taught)
+        if recipe.distils:
+            kept.add(_views(recipe))
     return found
 
 

@@ -23,7 +23,7 @@ from toolkit.errors import DivergedError, Interrupted
 from toolkit.learner import Learner
 from toolkit.machine import peak_memory
 from toolkit.progress import Display
-from toolkit.recipe import BatchGrowth, FeatureMethod, Recipe
+from toolkit.recipe import BatchGrowth, FeatureMethod, Recipe, peak
 from toolkit.run import Run, save_tensors
 
 CHANCE_EPOCHS = 10  # some deep nets answer at chance for the first few epochs
@@ -224,7 +224,8 @@ def gives_up(recipe: Recipe, rows: Sequence[dict[str, Any]], data: DataSet) -> b
     row = rows[-1]
     if row["epoch"] < recipe.schedule.warmup_epochs + CHANCE_EPOCHS or row["step"] < CHANCE_STEPS:
         return False
-    methods, by_labels = recipe.loss.methods.values(), bool(recipe.loss.ce_weight)
+    methods = [method for method in recipe.loss.methods.values() if peak(method.weight)]
+    by_labels = bool(recipe.loss.ce_weight)
     by_features = bool(methods) and all(isinstance(method, FeatureMethod) for method in methods)
     if recipe.data.unlabelled or (by_features and not by_labels):  # which leave the last layer as it is
         return False

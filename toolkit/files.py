@@ -15,7 +15,7 @@ from typing import TypeVar
 from toolkit.errors import UserError
 
 DAY = 24 * 3600
-UNFINISHED = ".*.????????"  # the temporary names of ``write_atomic``: tempfile adds eight characters
+UNFINISHED = ".*.????????.tmp"  # the names of what ``write_atomic`` has not finished: tempfile's eight characters
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def write_atomic(path: Path, write: Callable[[Path], T]) -> T:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
         try:

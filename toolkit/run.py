@@ -85,11 +85,16 @@ class Run:
                     f"{path} already holds a different run; differing: {'; '.join(differences)}. "
                     f"Choose another --run-dir, {advice}."
                 )
-            if not run.finished and not resume and run.checkpoint("last").is_file():
+            if not run.finished and not resume and run.resumable:
                 raise RunError(
                     f"{path} holds an unfinished run of this recipe: add --resume to go on with it, "
                     "or choose another --run-dir."
                 )
+            if not run.finished and recipe.keep_checkpoints != run.recipe.keep_checkpoints:
+                # For those who go on without saying it again.
+                kept = run.recipe.model_copy(update={"keep_checkpoints": recipe.keep_checkpoints})
+                write_text(path / "recipe.yaml", kept.to_yaml())
+                run = cls(path)
             return run
         # A kill in the first write leaves its temporary file; training removes it.
         if path.exists() and not (path.is_dir() and all(file.match(".recipe.yaml.*") for file in path.iterdir())):
@@ -110,9 +115,11 @@ class Run:
     @property
     def states(self) -> list[Path]:
         """Its training states, newest first; "next" is there only after a kill while the names moved on."""
-        older = (self.path / "checkpoints").glob("last-*.safetensors")
-        newest = (self.checkpoint("next"), self.checkpoint("last"))
-        return [path for path in newest if path.is_file()] + sorted(older, key=lambda path: (len(path.name), path.name))
+        ages = {"next": -1, "last": 0}
+        for path in (self.path / "checkpoints").glob("last-*.safetensors"):
+            if (age := path.stem.removeprefix("last-")).isdecimal():  # and no copy that somebody made
+                ages[path.stem] = int(age)
+        return [self.checkpoint(name) for name in sorted(ages, key=ages.__getitem__) if self.checkpoint(name).is_file()]
 
     def checkpoint(self, name: str) -> Path:
         """``last``: the newest training state; ``last-1``, ...: older ones; ``best``: the weights that are kept."""

@@ -146,10 +146,9 @@ def _fit(
         teaching.tell_what_it_knows(learner.first_weights(wanted), data, wanted)
     with distributed.joined(distributed.own_device(compute.pick_device(wanted.device))):
         if distributed.RANK == 0:
-            state = path / "checkpoints/last.safetensors"
-            if extend and state.is_file():  # nothing is changed before that is known
+            if extend and not fresh and (states := Run(path).states):  # nothing is changed before that is known
                 with suppress(CheckpointError):  # a damaged state is passed over, and the one before it compared
-                    check_unchanged(data, load_header(state)["dataset_digest"], path)
+                    check_unchanged(data, load_header(states[0])["dataset_digest"], path)
             run = Run.start(path, wanted, resume, extend)
             if facts:
                 run.note(**facts)

@@ -204,15 +204,18 @@ def _announce(search: Search, slots: int, data: DataSet, cpus: int) -> None:
         out = f"; {search.left_out} points left out, which miss {search.constraints}" if search.left_out else ""
         estimate = Estimate(search, slots)
         # The base recipe itself need not be one of the points, nor meet the constraints.
-        estimate.rate = _probe(search.recipe(search.trials[0].values), data, cpus)
-        say(f"the grid: {sizes}{out}; {estimate.told()}, judged by a few steps on this machine")
+        recipe = search.recipe(search.trials[0].values)
+        try:
+            estimate.rate, taught = _probe(recipe, data, cpus)
+            estimate.taught = taught * (1 if recipe.cached_epochs else search.total)  # what is kept, all trials replay
+            said = f"{estimate.told()}, judged by a few steps on this machine"
+        except UserError as error:  # another point may have a teacher
+            said = f"no estimate: {error}"
+        say(f"the grid: {sizes}{out}; {said}")
 
 
-def _probe(recipe: Recipe, data: DataSet, cpus: int) -> float:
-    """Seconds of training for one multiply-accumulate of one epoch, from a step of the recipe's model here.
-
-    They include the teacher's: a mean over the epochs, where its answers are replayed.
-    """
+def _probe(recipe: Recipe, data: DataSet, cpus: int) -> tuple[float, float]:
+    """Seconds of a student for one multiply-accumulate of one epoch, and of the teacher in a trial: by steps here."""
     import torch
 
     from toolkit import compute, learner, teaching
@@ -228,8 +231,8 @@ def _probe(recipe: Recipe, data: DataSet, cpus: int) -> float:
             teaches = compute.seconds_an_image(teacher, recipe, backward=False)
     finally:
         torch.set_num_threads(threads)
-    seconds = training_seconds(recipe, recipe.epochs, len(data.train), learns, teaches) / recipe.epochs
-    return seconds / mac_count(model, recipe.data.image_size)
+    rate = training_seconds(recipe, 1, len(data.train), learns, 0) / mac_count(model, recipe.data.image_size)
+    return rate, training_seconds(recipe, recipe.epochs, len(data.train), 0, teaches)
 
 
 class Estimate:
@@ -239,6 +242,7 @@ class Estimate:
         self.search, self.slots = search, slots
         self.began: dict[int, tuple[float, int, float]] = {}  # clock, epochs and seconds at the start, by trial
         self.rate: float | None = None  # seconds of training for one multiply-accumulate of one epoch
+        self.taught = 0.0  # seconds of the teacher, where the rate does not hold them
         self.work = self.trained = 0.0  # of the trials that ended since this search was started
         self.beside: list[float] = []  # their seconds beside training: starting, reading data, val
 
@@ -266,7 +270,7 @@ class Estimate:
         work += undrawn * epochs * sum(trial.macs for trial in trials) / len(trials)
         count = len(undone) + undrawn
         beside = count * sum(self.beside) / max(len(self.beside), 1)
-        return (self.rate * work + beside) / max(1, min(self.slots, count))
+        return (self.rate * work + self.taught + beside) / max(1, min(self.slots, count))
 
     def told(self) -> str:
         left = self.left()
