@@ -145,6 +145,7 @@ def main(
         typer.Option(min=BATCH, help="Images a round, cut to whole batches of 128; else 1,280, on CUDA 25,600."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted, after one short warm-up.")] = 5,
+    nets: Annotated[list[str] | None, typer.Option("--net", help="Only this net; may be repeated. Else all.")] = None,
     data_dir: Annotated[Path, typer.Option(envvar="TOOLKIT_DATA", help="Folder that holds CIFAR-10.")] = Path("data"),
 ) -> None:
     """Print images a second of the three loops and their ratios for each net, and the geometric means."""
@@ -153,7 +154,7 @@ def main(
     threads = {"initializer": torch.set_num_threads, "initargs": (available_cores(),)}  # as many for all
     process = partial(ProcessPoolExecutor, 1, get_context("spawn"), **threads)
     gains, shares = [], []
-    for net in STUDENTS | (TEACHERS if cuda else {}):
+    for net in nets or STUDENTS | (TEACHERS if cuda else {}):
         # A process for ours and one for the stock loop, as each sets the allocator and cuDNN for itself; they take
         # turns, so that what else the machine does meets all of them.
         with process() as left, process() as right:

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from export.artifact import Metadata
-from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, decode
+from serve.decode import FORMATS, FORMATS_IN_WORDS, MAX_BYTES, decode
 from serve.engine import Answer, Closed, DeadlineExceeded, Engine, QueueFull, join
 from serve.limits import METRICS, Limits, refusal
 from serve.metrics import Metrics
@@ -374,10 +374,9 @@ def _bodies() -> dict[str, Any]:
     binary = {"type": "string", "format": "binary"}
     several = {"type": "array", "items": binary, "minItems": 1, "maxItems": MAX_IMAGES}
     form = {"type": "object", "properties": {"images": several}, "required": ["images"]}
-    kinds = ("png", "jpeg", "webp", "gif", "bmp")
     return {
         "multipart/form-data": {"schema": form},
-        **{f"image/{kind}": {"schema": {**binary, "maxLength": MAX_BYTES}} for kind in kinds},
+        **{f"image/{kind.lower()}": {"schema": {**binary, "maxLength": MAX_BYTES}} for kind in FORMATS},
         "application/octet-stream": {"schema": {**binary, "maxLength": MAX_BYTES}},
     }
 

@@ -340,9 +340,9 @@ def _answered(row: views.Row, asked: dict[str, Future[Answer]]) -> views.Row:
 def _looked(engine: Engine, pixels: NDArray[np.uint8], name: str, deadline: float) -> str:
     seen = fit(pixels, engine.metadata(name).image_size)
     asked = [engine.submit(image, name, deadline) for image in explain.covered(seen)]
-    opinions = [views.Opinion(name, future.result()) for future in asked]
-    found = explain.attention(np.stack([opinion.answer.probabilities for opinion in opinions]), seen.shape[0])
-    return views.looked(opinions[0], seen, explain.overlay(fit(pixels, SHOWN), found.heat), found)
+    answers = [future.result() for future in asked]
+    found = explain.attention(np.stack([answer.probabilities for answer in answers]), seen.shape[0])
+    return views.looked(views.Opinion(name, answers[0]), seen, explain.overlay(fit(pixels, SHOWN), found.heat), found)
 
 
 def _cards(engine: Engine) -> str:

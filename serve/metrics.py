@@ -21,7 +21,7 @@ def forget(pid: int) -> None:
     mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
-@functools.cache  # few; Prometheus' own look-up takes about a microsecond
+@functools.cache  # Prometheus' own look-up takes about a microsecond, and there are few sets of labels
 def _of(metric: Metric, *labels: str) -> Metric:
     return metric.labels(*labels)
 

@@ -210,7 +210,7 @@ def card(name: str, about: Metadata, provider: str) -> str:
         "Network": about.model,
         "Parameters": f"{about.parameters:,}",
         "Operations": macs,
-        "Test accuracy": "not measured" if about.accuracy is None else f"{about.accuracy:.2%}",
+        "Test accuracy": _accuracy(about),
         "Confidence": _confidence(about),
         "Learned from": about.dataset + (f", with {about.teacher} as its teacher" if about.teacher else ""),
         "Classes": ", ".join(about.labels),
@@ -233,6 +233,13 @@ def card(name: str, about: Metadata, provider: str) -> str:
         f'<article class="card"><h2>{escape(name)}</h2><h3>What it is</h3>'
         f'<table class="facts"><tbody>{rows}</tbody></table><h3>What it is not</h3><ul>{items}</ul></article>'
     )
+
+
+def _accuracy(about: Metadata) -> str:
+    if about.accuracy is None:
+        return "not measured"
+    views = f", as the mean over {about.views} views of each picture" if about.views > 1 else ""
+    return f"{about.accuracy:.2%}{views}"
 
 
 def _confidence(about: Metadata) -> str:
@@ -259,7 +266,11 @@ def _image(pixels: NDArray[np.uint8]) -> str:
 
 def _percent(share: float) -> str:
     """Rounded, but never to a certainty that the model does not have."""
-    return "over 99%" if 0.995 <= share < 1 else "under 1%" if 0 < share < 0.005 else f"{share:.0%}"
+    if 0.995 <= share < 1:
+        return "over 99%"
+    if 0 < share < 0.005:
+        return "under 1%"
+    return f"{share:.0%}"
 
 
 def _sentence(message: str) -> str:

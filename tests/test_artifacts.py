@@ -89,6 +89,9 @@ def test_everything_at_once(toolkit: Toolkit, chain: Chain, tolerant: None, monk
     inspected = toolkit("inspect", "out/any.onnx").stdout
     for words in ("resnet9", "CC0-1.0", "1970-01-01", "applied in the graph", about.dataset_digest, "2 views"):
         assert words in inspected
+    measured = toolkit("validate", "out/any.onnx").stdout
+    assert "with test-time augmentation in the graph (2 views)" in measured
+    assert "the graph averages 2 views of each image" in Path("out/any.report/report.md").read_text()
     card = toolkit("inspect", "out/any.onnx", "--card").stdout
     assert card == Path("out/any.md").read_text()
     assert card.startswith("# resnet9, an image classifier for digits\n")

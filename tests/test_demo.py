@@ -273,6 +273,8 @@ def test_the_page_says_whether_confidence_is_calibrated() -> None:
     assert html.count("confidence calibrated") == 1
     assert html.count('class="unsure"') == 1  # 79% is below 90%, 96% is not
     assert "calibrated here, with temperature 0.50" in views.card("fitted", fitted.answer.metadata, "CPU")
+    six = _opinion("six", [2, 0, 0], accuracy=0.9, views=6).answer.metadata
+    assert "<td>90.00%, as the mean over 6 views of each picture</td>" in views.card("six", six, "CPU")
 
 
 def test_two_artifacts_that_differ() -> None:

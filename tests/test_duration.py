@@ -71,7 +71,7 @@ def test_small_images_and_small_data_are_reckoned_with(tmp_path, data, monkeypat
     clock, seen = [0.0], []
 
     def fit(recipe, some, run, teacher, on_epoch):
-        seen.append((recipe.progressive.start, len(some.train)))
+        seen.append((recipe.progressive.start, len(some.train), recipe.schedule.warmup_epochs))
         for _ in range(recipe.epochs):
             clock[0] += 1
             on_epoch({"images_per_second": 100.0, "seconds": 1.0, "teacher_seconds": 0.0})
@@ -80,13 +80,14 @@ def test_small_images_and_small_data_are_reckoned_with(tmp_path, data, monkeypat
     monkeypatch.setattr(duration.engine, "fit", fit)
     monkeypatch.setattr(duration.time, "monotonic", lambda: clock[0])
     growing = {"progressive.start": 16, "progressive.over": 1, "data.image_size": 32}
-    timed = duration.with_epochs(recipe_of(minutes=2, **growing), tmp_path, data, None)
+    warm = {"schedule.warmup_epochs": 5, "epochs": 9}
+    timed = duration.with_epochs(recipe_of(**growing, **warm).model_copy(update={"minutes": 2}), tmp_path, data, None)
     share = sum(10 * side**2 for side in (*[16] * 2, *[20] * 3, *[24] * 2, *[28] * 3)) / (100 * 32**2)
     assert timed.epochs == pytest.approx((120 - 2) / (4 * share), abs=1.5)
     assert timed.progressive.start == 16
     clock[0] = 0
     assert duration.with_epochs(recipe_of(minutes=2, batch_size=1000), tmp_path, data, None).epochs == (120 - 2) // 4
-    assert seen == [(None, 400), (None, 400)]
+    assert seen == [(None, 400, 2), (None, 400, 0)]  # with the warm-up of a long run its first steps do not diverge
 
 
 def test_too_short_a_time_is_told(tmp_path, data, monkeypatch):

@@ -18,7 +18,7 @@ from conftest import Chain, Toolkit
 from PIL import Image
 
 from export.artifact import read
-from toolkit import compare, stages, teaching, tune
+from toolkit import compare, external, stages, teaching, tune
 from toolkit.data import DataSet, Split, load
 from toolkit.recipe import Data, Teacher, resolve
 from toolkit.run import Run, load_run
@@ -372,6 +372,9 @@ def test_teachers_look_at_the_views_that_they_are_given(chain: Chain) -> None:
         torch.testing.assert_close(third, plain)  # by its own mapping
         others = [load(also=[{"name": "", "checkpoint": other, "views": views}])[1].weights for views in (None, "flip")]
         assert others[0] != others[1]  # another ensemble
+        assert external.titles(known) == (
+            f"{chain.teacher} (mean over views: flip) and {chain.teacher} (mean over views: flip) and {chain.teacher}"
+        )
         again = load(**known.model_dump())[0]  # as the run's recipe keeps it
         torch.testing.assert_close(again(images), model(images))
 

@@ -326,20 +326,25 @@ def test_timm_is_strict(timm_weights: Path, tmp_path: Path) -> None:
         external.load(Teacher(name="timm:test_resnet"), tuple(COLOURS), "cpu", True)
 
 
-def test_a_teacher_that_would_get_more_right_by_a_flag_teaches_and_is_told(
+def test_a_teacher_that_would_get_more_right_by_a_flag_does_not_teach_until_it_is_said(
     coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher = loaded(colour_net(tmp_path / "t.onnx", white=3.8))  # so dark that it sees no green
+    file = colour_net(tmp_path / "t.onnx", white=3.8)  # so dark that it sees no green
+    teacher = loaded(file)
     data = datasets.load(recipe.Data(dataset=f"folder:{coloured}", val_size=0))
     wanted = recipe.resolve({"teacher": {"name": "t.onnx"}, "student": {"name": "resnet9"}}, "distill")
-    found = teaching.preflight(teacher, Teacher(name="t.onnx"), data, wanted)
-    share = f"{found['top1']:.1%}"
-    assert capsys.readouterr().err == (
-        f"the teacher t.onnx gets {share} of 29 training images right, a guess 34.5%; with --teacher-scale 255 it "
-        f"would get 100.0% of some of them, against {share}\n"
+    with pytest.raises(TeacherError) as refusal:
+        teaching.preflight(teacher, Teacher(name="t.onnx"), data, wanted)
+    share = top1(teacher, coloured)  # it is left as it was given
+    assert share < 0.7
+    assert str(refusal.value) == (
+        "the teacher t.onnx does not say how its images are normalised, and was given 16x16 pixels, (image - mean) / "
+        f"std * scale with mean 0, std 1, scale 1: it gets {share:.1%} of 29 training images right, a guess 34.5%; "
+        f"with --teacher-scale 255 it would get 100.0% of some of them, against {share:.1%}. Say which is right: "
+        "--teacher-scale 1 leaves it as it is."
     )
-    assert top1(teacher, coloured) == pytest.approx(found["top1"])  # it is left as it was given
-    assert found["top1"] < 0.7
+    teacher = loaded(file, input={"scale": 1})
+    assert teaching.preflight(teacher, Teacher(name="t.onnx"), data, wanted)["top1"] == pytest.approx(share)
 
 
 def test_a_teacher_that_finds_the_rare_class_has_something_to_teach(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,46 @@ def test_layers_that_do_not_fit_are_told_with_those_that_do(layers, words):
     assert len(str(caught.value)) < 700
 
 
+class Tokens(torch.nn.Module):
+    """A teacher whose features are tokens, maps with the channels last, and a pooled map."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.last, self.pool = (torch.nn.Identity() for _ in range(3))
+
+    def forward(self, images):
+        self.tokens(images.flatten(2).mT)
+        self.last(images.permute(0, 2, 3, 1))
+        return self.pool(images.mean((2, 3), keepdim=True)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "words"),
+    [
+        (
+            "relational_kd",
+            [["network.head", "tokens"]],
+            "'tokens' of the teacher puts out [1024, 3], and relati",
+        ),
+        ("fitnets", [["network.stages", "last"]], "'last' of the teacher puts out [32, 32, 3], and fitnets compares"),
+        ("attention_transfer", [["network.stages", "pool"]], "maps of one position have nowhere else to look"),
+        (
+            "attention_transfer",
+            [],
+            "one of the nets has no feature maps [C,S,S] to compare; give pairs of modules.",
+        ),
+    ],
+)
+def test_what_is_no_map_of_an_image_is_refused(method, layers, words):
+    student, _ = nets("resnet9")
+    methods = {method: {"layers": layers}}
+    tree = TREE | {"teacher": TEACHER, "loss": {"kd_weight": 1, "methods": methods}}
+    with pytest.raises(RecipeError) as caught:
+        Objective(resolve(tree, "distill"), student, Tokens())
+    assert words in str(caught.value)
+    assert ("tokens [1024, 3]" in str(caught.value)) == (not layers)  # what there is is listed
+
+
 def test_layers_within_an_onnx_file_are_told_not_to_be_there(tmp_path):
     student, _ = nets()
     teacher = loaded(colour_net(tmp_path / "t.onnx"))
@@ -134,6 +174,14 @@ def test_any_output_will_do_where_images_are_related():
             "loss.kd_weight.over = 2: input should be less than or equal",
         ),
         ({"kd_weight": {"start": 0, "end": 0}, "ce_weight": 0}, "ce_weight and kd_weight are both 0"),
+        (
+            {"kd_weight": {"start": 1, "end": 0, "over": 0.5}, "ce_weight": {"start": 1, "end": 0, "over": 0.1}},
+            "loss: all weights come down to 0 before the end",
+        ),
+        (
+            {"ce_weight": 0, "methods": {"dkd": {"weight": {"start": 1, "end": 0, "over": 0.9}}}},
+            "loss: all weights come down to 0 before the end",
+        ),
     ],
 )
 def test_losses_that_are_none(loss, message):
@@ -165,6 +213,11 @@ def test_a_written_recipe_holds_every_setting_of_its_methods():
     written = yaml.safe_load(recipe.to_yaml())
     assert resolve(written, "distill") == recipe
     assert (written["loss"]["methods"]["dkd"]["beta"], written["loss"]["methods"]["relational_kd"]["angle"]) == (2, 50)
+
+
+def test_weights_may_come_down_with_the_run():
+    loss = {"ce_weight": 0, "kd_weight": {"start": 1, "end": 0}, "methods": {"dkd": {}}}
+    assert resolve(TREE | {"teacher": TEACHER, "loss": loss}, "distill").distils
 
 
 def test_a_ramp_goes_straight_and_stays():

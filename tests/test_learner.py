@@ -81,3 +81,21 @@ def test_a_gradient_is_clipped_to_its_largest_norm(tmp_path, data):
     learner.step(learner.order[:50], done=1)
     moved = [new.detach() - old for new, old in zip(trained, before, strict=True)]
     assert torch.nn.utils.get_total_norm(moved).item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_what_a_method_trains_is_not_decayed(tmp_path, data):
+    distil = {"teacher.name": "resnet9_wide", "loss.kd_weight": 1, "loss.methods": {"fitnets": {}}}
+    teacher = build("resnet9_wide", "teacher", 10, widths=[8, 16, 32])
+    learner = learning(tmp_path / "run", data, teacher, **{"optimizer.name": "adamw"}, **distil)
+    assert learner.optimizer.param_groups[-1]["weight_decay"] == 0
+
+
+def test_logits_beyond_half_precision_are_kept_as_its_largest(tmp_path, data):
+    class Sure(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([1e6, -1e6, 0]).repeat(len(images), 4)[:, :10]
+
+    taught = {"teacher.name": "wrn28", "loss.kd_weight": 1, "cached_epochs": 1}
+    learner = learning(tmp_path / "run", data, Sure(), **taught)
+    learner.start_epoch(0, lambda: True)
+    assert learner.replayed.unique().tolist() == [-65504, 0, 65504]

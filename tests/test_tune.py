@@ -371,7 +371,7 @@ def test_another_search_in_the_same_folder_is_refused(nowhere: Path) -> None:
         with pytest.raises(SearchError, match=f"different search; differing: .*{difference}"):
             tune.resumed(output, other, None)
     with pytest.raises(SearchError, match="add --resume"):
-        tune.tune(wanted, output, tune.Resources())
+        tune.tune(wanted, output)
     with locked(output, SearchError), pytest.raises(SearchError, match="another process"), locked(output, SearchError):
         pass
 
@@ -413,7 +413,7 @@ def test_images_without_labels_get_the_teacher_s(nowhere: Path, monkeypatch: pyt
     monkeypatch.setattr(tune, "_ray", lambda address: None)
     tree = tiny(recipe="own-images", set={"device": "cpu"}, fields={"optimizer.lr": {"range": [0.1, 0.5]}})
     with pytest.raises(SearchError, match="no Ray cluster answers there"):
-        tune.tune(plan(tree, trials=2, **given), Path("out"), tune.Resources(address="127.0.0.1:1"))
+        tune.tune(plan(tree, trials=2, **given), Path("out"), address="127.0.0.1:1")
     for path in ("teacher.name", "data.unlabelled"):
         others = {key: value for key, value in given.items() if key != path}
         with pytest.raises(SpaceError, match=f"{path}: decides what a trial is measured on"):
@@ -430,19 +430,20 @@ def test_a_trial_whose_process_died_has_failed(tmp_path: Path) -> None:
     search = prepared(tmp_path, plan(tiny(), trials=1))
     trial = search.next()
     Run.start(search.path(trial), search.recipe(trial.values), resume=False)
-    assert search.ended(trial, failed=True)
+    search.ended(trial, failed=True)
     assert (trial.status, trial.error) == ("failed", "its process died (out of memory, or killed)")
 
 
 def test_a_trial_whose_directory_is_not_here_has_failed(tmp_path: Path) -> None:
     """On another machine of a cluster, which does not share the folder."""
     search = prepared(tmp_path, plan(tiny(), trials=2))
-    assert search.ended(search.next())
+    search.ended(search.next())
     assert search.trials[0].status == "failed"
     assert "must share this folder" in search.trials[0].error
     trial = search.next()
     Run.start(search.path(trial), search.recipe(trial.values), resume=False)
-    assert not search.ended(trial)
+    search.ended(trial)
+    assert trial.status == "stopped"
 
 
 def test_the_rest_is_estimated_by_multiply_accumulates(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from toolkit.bench import alternate
 from toolkit.catalogue import check_budget, mac_count, parameter_count
 from toolkit.choices import Precision, Provider, Views
 from toolkit.classifier import Classifier, TestTimeAugmentation, with_views
+from toolkit.compute import without_tf32
 from toolkit.errors import ArtifactError, DataError, DeviceError, ParityError, RunError, UserError, in_line
 from toolkit.files import check_free, check_writable, write_bytes, write_text
 from toolkit.progress import say
@@ -60,8 +61,8 @@ class Options:
     """
 
     precision: Literal[Precision, "auto"] = "fp32"
-    max_drop: float = 0.002
-    opset: int = 20
+    max_drop: float = parity.MAX_DROP
+    opset: int = onnx_export.OPSET
     any_size: bool = False
     calibrated: bool = False
     views: Views | None = None
@@ -159,9 +160,10 @@ def export(
     if options.calibrated and temperature is None:
         raise DataError("--calibrate needs a validation split to fit the temperature on: data.val_size is 0")
     about = describe(header, model, options, temperature)
-    reference = parity.Reference(
-        onnx_export.deployed(network, about), data.test.images, data.test.labels, any_size=options.any_size
-    )
+    with without_tf32():  # which a training on CUDA in this process has allowed
+        reference = parity.Reference(
+            onnx_export.deployed(network, about), data.test.images, data.test.labels, any_size=options.any_size
+        )
     plain = reference.expected[0] if options.views is None else engine.predict(model, data.test.images, CPU)
     about = about.model_copy(update={"plain_accuracy": float((plain.argmax(1) == reference.labels).mean())})
 
@@ -425,8 +427,9 @@ def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
     if run.recipe.role == "student":
         changes["teacher"] = own["student"] | {"checkpoint": run.path}
         changes["loss"] = {"ce_weight": 0, "kd_weight": 1, "temperature": 1}
-    # What belongs to the length of the whole training is left at its defaults.
-    dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select")
+    # What belongs to the length of the whole training, or to its machine, is left at its defaults.
+    dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select",
+               "device")  # fmt: skip
     wanted = Recipe.model_validate({key: value for key, value in own.items() if key not in dropped} | changes)
     # The digests tell apart what was trained on since, and the places that it was called by.
     folder = run.path / f"int8-{epochs}-{run.recipe.digest()[:8]}-{wanted.digest()[:8]}"

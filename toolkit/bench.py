@@ -22,7 +22,6 @@ from torch import nn
 from export import onnx_export
 from export.artifact import Metadata
 from serve.session import CPU, CUDA, Session
-from toolkit import stages
 from toolkit.choices import Provider
 from toolkit.classifier import TestTimeAugmentation
 from toolkit.compute import without_tf32
@@ -92,7 +91,8 @@ def bench(
         stems = [path.stem for path in dict.fromkeys(paths)]
         for (path, _), session in sessions.items():
             about = session.metadata
-            name = f"{path.stem if stems.count(path.stem) == 1 else path} {about.precision} on {_where(session)}"
+            where = session.provider.removesuffix("ExecutionProvider")
+            name = f"{path.stem if stems.count(path.stem) == 1 else path} {about.precision} on {where}"
             contestants.append(
                 Contestant(name, about.precision, session.provider != CPU, session.run, _operations(about))
             )
@@ -182,10 +182,6 @@ def _by_batch(session: Session) -> Callable[[np.ndarray], object]:
     return lambda images: bound(len(images))(images)
 
 
-def _where(session: Session) -> str:
-    return session.provider.removesuffix("ExecutionProvider")
-
-
 def _operations(about: Metadata) -> int | None:
     """Of one image; a multiply-accumulate is two."""
     return about.macs and 2 * about.macs * about.views
@@ -196,7 +192,7 @@ def _pytorch(sessions: dict[Path, Session], compiled: bool) -> list[Contestant]:
     models: dict[tuple[Path, int], tuple[Run, nn.Module, Session]] = {}
     for path, session in sessions.items():
         try:
-            run = stages.run_of(path)
+            run = Run.of(path)
             if run is None:
                 raise RunError("it does not lie in a run directory")
             models[run.path, session.metadata.views] = run, load_run(run)[0], session

@@ -16,11 +16,12 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from toolkit.choices import Role
 from toolkit.errors import BudgetError, RecipeError, UnknownNameError
@@ -28,7 +29,7 @@ from toolkit.errors import BudgetError, RecipeError, UnknownNameError
 if TYPE_CHECKING:
     from toolkit.classifier import Classifier
 
-ROLES: tuple[Role, ...] = ("teacher", "student")
+ROLES: tuple[Role, ...] = get_args(Role)
 BUDGET = 5_000_000
 # In place of a path:
 PRETRAINED = "pretrained"  # the weights in students/pretrained/
@@ -84,7 +85,7 @@ def builder(name: str, role: Role) -> Callable[..., Any]:
     return getattr(importlib.import_module(_modules(role)[name]), name)
 
 
-def parameters(name: str, role: Role) -> list[str]:
+def argument_names(name: str, role: Role) -> list[str]:
     """The arguments that a recipe may give to the builder."""
     return [key for key in list(inspect.signature(builder(name, role)).parameters)[1:] if key != "image_size"]
 
@@ -106,7 +107,7 @@ def build(
     """
     from toolkit.classifier import Classifier
 
-    known = parameters(name, role)
+    known = argument_names(name, role)
     for key in arguments:
         if key not in known:
             raise RecipeError(f"{role}.{key}: {name} takes no such argument{closest(key, known)}")
@@ -177,11 +178,11 @@ def check_budget(name: str, parameters: int, budget: int, num_classes: int) -> N
     """Raise ``BudgetError`` unless ``parameters`` is less than ``budget``."""
     if parameters < budget:
         return
-    fitting = [
-        entry
-        for entry in (info(other, "student", num_classes=num_classes, budget=budget) for other in names("student"))
-        if entry.fits_budget
-    ]
+    fitting = []
+    for other in names("student"):
+        with suppress(RecipeError):  # a file of the user's own that cannot be built
+            entry = info(other, "student", num_classes=num_classes, budget=budget)
+            fitting += [entry] if entry.fits_budget else []
     fitting.sort(key=lambda entry: -entry.parameters)
     nearest = ", ".join(f"{entry.name} ({entry.parameters:,})" for entry in fitting[:3]) or "none"
     raise BudgetError(

@@ -514,7 +514,7 @@ def tune(
         )
     plan = tuning.resumed(output, wanted, trials, overrides) if resume else wanted
     assert plan is not None
-    search = tuning.tune(plan, output, tuning.Resources(cpus_per_trial, gpus_per_trial, address), resume)
+    search = tuning.tune(plan, output, resume, cpus_per_trial, gpus_per_trial, address)
     from toolkit import tune_report
 
     tune_report.show(search)
@@ -683,7 +683,7 @@ def inspect(
 
 
 def _provider(name: str) -> str:
-    """Typer takes no list of literals."""
+    """One of ``Provider``, or wrong usage: Typer takes no list of literals."""
     if name not in get_args(Provider):
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(get_args(Provider))}")
     return name
@@ -805,14 +805,14 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Classify images from the shell."""
-    from serve.decode import read_image
+    from serve.decode import FORMATS_IN_WORDS, read_image
     from serve.session import Session
     from toolkit import folders
 
     session = Session(artifact or _newest_artifact("predicting with"), provider)
     files = [file for path in images for file in (folders.images(path) if path.is_dir() else [path])]
     if not files:
-        raise UserError(f"no PNG, JPEG, WebP, GIF or BMP files in {', '.join(map(str, images))}")
+        raise UserError(f"no {FORMATS_IN_WORDS} files in {', '.join(map(str, images))}")
     document: list[dict[str, Any]] = []
     broken = 0
     for path in files:  # one at a time: many photos in full size take more than the memory
@@ -962,7 +962,8 @@ def _print_run(run: Any) -> None:
 def _print_metrics(metrics: dict[str, Any]) -> None:
     print(f"model     {metrics['model']} on {metrics['dataset']} ({metrics['n']:,} test images, {metrics['provider']})")
     top5 = f", top-5 {metrics['top5']:.2%}" if "top5" in metrics else ""
-    print(f"accuracy  top-1 {metrics['top1']:.2%}{top5}")
+    views = f", with test-time augmentation in the graph ({metrics['views']} views)" if "views" in metrics else ""
+    print(f"accuracy  top-1 {metrics['top1']:.2%}{top5}{views}")
     if "tta_top1" in metrics:
         print(f"          top-1 {metrics['tta_top1']:.2%} with test-time augmentation ({metrics['tta_views']})")
     print(f"calibration  NLL {metrics['nll']:.4f}, ECE {metrics['ece']:.4f}")

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,23 +33,8 @@ if TYPE_CHECKING:
     from toolkit.data import DataSet
 
 BASELINE = "baseline"
-# What all methods share, else a difference says nothing of the method.
-SHARED = (
-    "data",
-    "teacher",
-    "student",
-    "epochs",
-    "minutes",
-    "batch_size",
-    "batch_growth",
-    "augment.plain_copy",  # which makes an epoch twice as long
-    "early_stop",
-    "seed",
-    "budget",
-    "precision",
-    "start_from",
-    "device",
-)
+# What a method may be made of. All else is shared, or a difference would say nothing of the method.
+OWN = ("loss", "augment", "cached_epochs")
 
 
 # --- what is compared --------------------------------------------------------------------------------------
@@ -110,20 +94,20 @@ def make_plan(
             found[name] = recipes.resolve(source, "distill", {**overrides, **changes})
         except RecipeError as error:
             raise RecipeError(f"{method}: {error}") from error
-        for field in SHARED:
-            if attrgetter(field)(found[name]) != attrgetter(field)(base):
-                raise RecipeError(f"{method} sets {field}, which must be the same for all methods")
+        if shared := [path for path in changes if path.partition(".")[0] not in OWN]:
+            raise RecipeError(f"{method} sets {shared[0]}, which all methods share: it may set {', '.join(OWN)}")
+        if found[name].augment.copies != base.augment.copies:  # an epoch would be twice as long
+            raise RecipeError(f"{method} sets augment.plain_copy, which all methods share")
     from toolkit.stages import without_teacher  # imports torch: a misspelt name is told before that
 
-    output = output or RUNS / f"compare-{base.model.name}-{base.data.dataset.split(':')[0]}-{base.digest()[:8]}"
+    output = output or RUNS / f"compare-{base.model.name}-{base.data.kind}-{base.digest()[:8]}"
     return Plan({BASELINE: without_teacher(base), **found}, range(base.seed, base.seed + seeds), output)
 
 
 def _read_method(method: str, base: Recipe) -> tuple[str, dict[str, Any]]:
     """The name of a method and, by their paths, the recipe fields that it sets."""
     if Path(method).suffix in (".yaml", ".yml"):
-        tree = recipes.read_tree(method, Path(), "method", RecipeError)
-        return Path(method).stem, recipes.flattened({path: value for path, value in tree.items() if path != "name"})
+        return Path(method).stem, recipes.as_overrides(recipes.read_mapping(method, Path(), "method", RecipeError))
     if method not in losses.names():
         raise RecipeError(f"there is no method {method!r}, and it is no YAML file{closest(method, losses.names())}")
     if not base.distils:
@@ -147,7 +131,7 @@ class Result:
     method: str
     seed: int
     run: str
-    val_top1: float | None
+    val_top1: float
     top1: float
     agreement: float
     kl: float
@@ -176,6 +160,8 @@ def compare(plan: Plan) -> Comparison:
     from toolkit import stages, teaching
 
     data = stages.check(plan.baseline)
+    if data.val is None:
+        raise RecipeError("without a val split the test images would choose the best method: set data.val_size above 0")
     base = next(recipe for recipe in plan.methods.values() if recipe.teacher is not None)
     teacher, known, _ = teaching.load(_with_its_teacher(base, plan), data.classes)
     methods = {  # whichever is the newest run later on: the teacher stays the same
@@ -194,7 +180,8 @@ def _with_its_teacher(base: Recipe, plan: Plan) -> Recipe:
     if base.teacher.checkpoint is None and not base.teacher.external:
         for method, seed in plan.runs:
             path = plan.path(method, seed)
-            known = Run(path).recipe.teacher if (path / "recipe.yaml").is_file() else None
+            run = Run.at(path)
+            known = run.recipe.teacher if run else None
             same = known is not None and (known.name, known.arguments) == (base.teacher.name, base.teacher.arguments)
             weights = known.checkpoint if known is not None and same else None
             if weights is not None and weights.is_file():
@@ -253,7 +240,7 @@ def _waiting(plan: Plan, data: DataSet) -> list[tuple[str, int]]:
     waiting = []
     for method, seed in plan.runs:
         path = plan.path(method, seed)
-        run = Run(path) if (path / "recipe.yaml").is_file() else None
+        run = Run.at(path)
         if run is not None and (differences := run.recipe.differences(plan.recipe(method, seed))):
             raise RunError(
                 f"{path} holds another run; differing: {'; '.join(differences)}. Choose another --output, or call the "
@@ -278,8 +265,8 @@ def _estimate(
     teaching = compute.seconds_an_image(teacher, base, backward=False)
     found, kept = {}, set()
     for method, seed in waiting:
-        recipe, path = plan.recipe(method, seed), plan.path(method, seed)
-        done = len(Run(path).history()) if (path / "recipe.yaml").is_file() else 0
+        recipe, run = plan.recipe(method, seed), Run.at(plan.path(method, seed))
+        done = len(run.history()) if run else 0
         replayed = recipe.cached_epochs > 0 and _views(recipe) in kept
         taught = 0.0 if replayed else teaching
         found[method, seed] = training_seconds(recipe, recipe.epochs - done, len(data.train), learning, taught)
@@ -359,7 +346,7 @@ def _measure(plan: Plan, data: DataSet, teacher: nn.Module, known: Teacher) -> C
         "epochs": plan.baseline.epochs,
         "dataset": data.name,
         "train_images": len(data.train),
-        "val_images": 0 if data.val is None else len(data.val),
+        "val_images": len(data.val or ()),
         "test_images": len(test),
         "teacher": " and ".join(one.name for one in (known, *known.also)),
         "teacher_checkpoint": external.titles(known),

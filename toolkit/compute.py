@@ -124,7 +124,7 @@ def chosen(model: nn.Module, recipe: Recipe, device: torch.device, run: Run) -> 
     best = 0
     if distributed.RANK == 0:
         best = _kept_or_probed(model, recipe, device, run, choices)
-    return choices[int(distributed.of_first((best, 0), device)[0])]
+    return choices[int(distributed.of_first([best], device)[0])]
 
 
 def _kept_or_probed(model: nn.Module, recipe: Recipe, device: torch.device, run: Run, choices: list[Numbers]) -> int:
@@ -182,5 +182,5 @@ def _step_seconds(model: nn.Module, images: Tensor, numbers: Numbers, backward: 
     if backward:
         logits.float().sum().backward()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return (time.monotonic() - began) / len(images)

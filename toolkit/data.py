@@ -94,20 +94,17 @@ class DataSet:
 
 def load(config: recipe.Data) -> DataSet:
     """The data set that the recipe names. Raises ``DataError``."""
-    kind, _, path = config.dataset.partition(":")
+    path = config.dataset.partition(":")[2]
     files: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
     version = ""  # images that never come in groups have always been split the same
-    if kind == "folder":
+    if config.kind == "folder":
         if not path:
             raise DataError("the data set is a folder, but which? Give --dataset folder:PATH, or --data-dir PATH")
-        root = Path(path).expanduser()
-        name = f"folder:{root.resolve().stem}"
-        classes, parts, files, broken = _folder(root, config)
+        classes, parts, files, broken = _folder(Path(path).expanduser(), config)
         version = f"{SPLITTING}"
     else:
-        name = kind
-        classes, parts = _digits(config) if kind == "digits" else _cifar(kind, config)
+        classes, parts = _digits(config) if config.kind == "digits" else _cifar(config.kind, config)
 
     digest = _digest(classes, parts, version)
     train, val, test = parts["train"], parts.get("val"), parts["test"]
@@ -115,7 +112,7 @@ def load(config: recipe.Data) -> DataSet:
         count = _val_count(train, config.val_size, classes)
         train, val = _hold_out(train, count, config.split_seed, classes, rare_may_lack=True)
     mean, std = _statistics(train.images)
-    return DataSet(name, classes, train, val, test, mean, std, digest, broken, files)
+    return DataSet(config.title, classes, train, val, test, mean, std, digest, broken, files)
 
 
 # --- the built-in data set ---------------------------------------------------------------------------------
@@ -440,12 +437,11 @@ def _missing(labels: Tensor, classes: Sequence[str]) -> list[str]:
 def _statistics(images: Tensor | StoredImages) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of each channel in [0,1], exactly: from the counts of the 256 values."""
     values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for chunk in images.split(at_once(images.shape[-1])):
+        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in chunk.unbind(1)])
     mean, std = [], []
-    for channel in range(3):
-        counts = torch.zeros(256, dtype=torch.float64)
-        for chunk in images.split(at_once(images.shape[-1])):
-            counts += torch.bincount(chunk[:, channel].flatten(), minlength=256)
-        share = counts / counts.sum()
+    for share in counts / counts.sum(1, keepdim=True):
         mean.append(float(share @ values))
         # A channel that never changes has no spread to divide by.
         std.append(max(float(share @ (values - mean[-1]) ** 2) ** 0.5, 1 / 255))

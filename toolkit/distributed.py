@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,16 +22,12 @@ SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", SIZE))  # of them on this machine
 
 
-@contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """The group of all processes: NCCL on GPUs, Gloo on CPUs."""
-    if SIZE == 1 or dist.is_initialized():
-        yield
+def join(device: torch.device) -> None:
+    """Make the group of all processes: NCCL on GPUs, Gloo on CPUs."""
+    if SIZE == 1 or dist.is_initialized():  # a second group of the same processes would find the first one's addresses
         return
-    # Once in a process: a second group of the same processes would find the addresses of the first.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
-    yield
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -85,14 +80,13 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return bool(flags)
 
 
-def of_first(values: tuple[float, float], device: torch.device) -> tuple[float, float]:
-    """Two numbers as rank 0 has them."""
+def of_first(values: Sequence[float], device: torch.device) -> Sequence[float]:
+    """Numbers as rank 0 has them."""
     if SIZE == 1:
         return values
-    both = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.broadcast(both, 0)
-    first, second = both.tolist()
-    return first, second
+    shared = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    return shared.tolist()
 
 
 def wait() -> None:

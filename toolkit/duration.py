@@ -32,8 +32,8 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     """
     if recipe.minutes is None:
         return recipe
-    if (path / "recipe.yaml").is_file():
-        return recipe.model_copy(update={"minutes": None, "epochs": Run(path).recipe.epochs})
+    if run := Run.at(path):
+        return recipe.model_copy(update={"minutes": None, "epochs": run.recipe.epochs})
     if distributed.SIZE > 1:
         raise RecipeError(f"minutes (={recipe.minutes:g}) is for one process: set epochs for several")
     began = time.monotonic()
@@ -47,23 +47,29 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     gpu = pick_device(recipe.device).type == "cuda"
     count = min((TIMED_STEPS_GPU if gpu else TIMED_STEPS) * recipe.batch_size, len(data.train))
     some = dataclasses.replace(data, train=data.train.select(torch.arange(count)))  # read as all of them will be
-    schedule = recipe.schedule.model_copy(update={"warmup_epochs": 0})
+
+    def short(epochs: int) -> Recipe:
+        warmup = min(recipe.schedule.warmup_epochs, epochs)  # without it the loss may grow beyond all numbers
+        schedule = recipe.schedule.model_copy(update={"warmup_epochs": warmup})
+        length = {"minutes": None, "epochs": epochs, "eval_epochs": 1}
+        return recipe.model_copy(update=length | {"schedule": schedule, "swa_start": None})
+
     # The second epoch is timed: the first includes one-off costs, on a GPU the last includes writing the state.
-    length = {"minutes": None, "epochs": 3 if gpu else 2, "eval_epochs": 1}
-    short = recipe.model_copy(update=length | {"schedule": schedule, "swa_start": None})
+    timed_recipe = short(3 if gpu else 2)
     say("timing a few short epochs")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent, ".timed-*", DAY)  # younger ones may be another run's
+    passes = {}
+    if gpu:  # what a process has compiled once starts at once; one epoch is enough, unless image or batch size grow
+        grows = recipe.progressive.start or recipe.batch_growth.milestones or recipe.batch_growth.patience
+        passes["compiled"] = timed_recipe if grows else short(1)
+    # In whole images: how much less the small ones take is known.
+    passes["timed"] = timed_recipe.model_copy(update={"progressive": Progressive()})
     with tempfile.TemporaryDirectory(prefix=".timed-", dir=path.parent) as folder:  # on the disk that the run is on
-        for name in ("compiled", "timed") if gpu else ("timed",):  # what a process has compiled once starts at once
+        for name, timed in passes.items():
             started = time.monotonic()
             ends.clear()
             rows.clear()
-            # On a GPU a first pass only compiles. One epoch is enough, unless image or batch size grow.
-            grows = short.progressive.start or short.batch_growth.milestones or short.batch_growth.patience
-            timed = short if grows else short.model_copy(update={"epochs": 1})
-            if name == "timed":  # in whole images: how much less the small ones take is known
-                timed = short.model_copy(update={"progressive": Progressive()})
             try:
                 # A folder of its own: the teacher's answers are kept beside a run.
                 engine.fit(timed, some, Run.start(Path(folder, name, "run"), timed, False), teacher, on_epoch)

@@ -1,4 +1,4 @@
-"""``fit`` and ``predict``: the only training loop, and the only loop over images that does not train."""
+"""``fit`` and ``predict``: the only training loop, and the loop that measures."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def fit(
     if run.finished:
         return run.summary()
     device = distributed.own_device(pick_device(recipe.device))
-    with run.lock() if distributed.RANK == 0 else contextlib.nullcontext(), distributed.joined(device):
+    distributed.join(device)
+    with run.lock() if distributed.RANK == 0 else contextlib.nullcontext():
         return _fit(recipe, data, run, device, teacher, on_epoch)
 
 

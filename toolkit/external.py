@@ -34,7 +34,7 @@ GUESSES: dict[str, dict[str, Any]] = {
 TOLD = ("image_size", "layout", "scale", "mean", "std")
 CPU = torch.device("cpu")
 NAMES = ("labels", "classes", "names")  # of class names in a file's metadata
-MORE = 0.02  # of top-1: what makes another input worth telling
+MORE = 0.05  # of top-1: by so much better another input is not better by chance
 
 
 class External(nn.Module):
@@ -192,12 +192,14 @@ def load(teacher: Teacher, classes: Sequence[str] | None, device: str, offline: 
 
 
 def title(teacher: Teacher) -> str:
-    """What messages call a teacher: its run directory, its file, or the name of one of timm's."""
+    """What messages call a teacher: its run directory, its file, or the name of one of timm's; and its views."""
     path = teacher.checkpoint
     if path is None or teacher.name.startswith("timm:"):
-        return teacher.name
-    folder = path.parent.parent
-    return str(folder if (folder / "recipe.yaml").is_file() and not teacher.external else path)
+        name = teacher.name
+    else:
+        folder = path.parent.parent
+        name = str(folder if (folder / "recipe.yaml").is_file() and not teacher.external else path)
+    return f"{name} (mean over views: {teacher.views})" if teacher.views else name
 
 
 def titles(teacher: Teacher) -> str:
@@ -441,7 +443,7 @@ def _text(file: Path) -> str:
 
 
 def hint(members: Sequence[nn.Module], top1: Callable[[], float]) -> str:
-    """Flags under which a single teacher that was told nothing about its input gets more right, or nothing to say."""
+    """Flags under which a single teacher that was told nothing of its input gets clearly more right; else nothing."""
     teacher = members[0]
     if len(members) > 1 or not isinstance(teacher, External) or teacher.stated:
         return ""

@@ -60,7 +60,10 @@ def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> 
     if not method.layers:
         pairs = list(zip(deepest(student), deepest(teacher), strict=False))
         if not pairs:
-            raise RecipeError(f"{where}: one of the nets has no feature maps to compare; give pairs of modules")
+            raise RecipeError(
+                f"{where}: one of the nets has no feature maps [C,S,S] to compare; give pairs of modules. The student "
+                f"has {listed(student)}; the teacher has {listed(teacher)}"
+            )
         return pairs if method.maps else pairs[:1]
     for paths in method.layers:
         for whose, path, shapes in zip(("student", "teacher"), paths, (student, teacher), strict=True):
@@ -70,13 +73,19 @@ def pair(method: FeatureMethod, name: str, student: Shapes, teacher: Shapes) -> 
                 raise RecipeError(
                     f"{where}: the {whose} has no module {path!r} that puts out a tensor. {there}: {listed(shapes)}"
                 )
-            if method.maps and len(shapes[path]) != 3:
-                maps: Shapes = {path: shape for path, shape in shapes.items() if len(shape) == 3}
+            if not (is_map(shapes[path]) or (len(shapes[path]) == 1 and not method.maps)):
+                known: Shapes = {path: shape for path, shape in shapes.items() if is_map(shape)}
                 raise RecipeError(
-                    f"{where}: {path!r} of the {whose} puts out {list(shapes[path])}, and {name} compares feature maps "
-                    f"[C,H,W]. With such: {listed(maps)}"
+                    f"{where}: {path!r} of the {whose} puts out {list(shapes[path])}, and {name} compares "
+                    f"{'feature maps [C,S,S]' if method.maps else 'vectors [C] or feature maps [C,S,S]'}. "
+                    f"Maps: {listed(known)}"
                 )
     return list(method.layers)
+
+
+def is_map(shape: tuple[int, ...]) -> bool:
+    """Whether it is ``[C,S,S]``: images are square here, so other numbers are tokens, or have the channels last."""
+    return len(shape) == 3 and shape[1] == shape[2]
 
 
 def outer(shapes: Shapes) -> Shapes:
@@ -86,8 +95,8 @@ def outer(shapes: Shapes) -> Shapes:
 
 def deepest(shapes: Shapes) -> list[str]:
     """The last outer modules that put out feature maps of each resolution, from the deepest to the third deepest."""
-    last = {shape[1:]: path for path, shape in outer(shapes).items() if len(shape) == 3 and shape[1:] != (1, 1)}
-    return list(last.values())[: -RESOLUTIONS - 1 : -1]
+    last = {shape[1:]: path for path, shape in outer(shapes).items() if is_map(shape) and shape[1] > 1}
+    return list(reversed(last.values()))[:RESOLUTIONS]
 
 
 def listed(shapes: Shapes) -> str:

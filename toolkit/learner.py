@@ -28,7 +28,7 @@ from toolkit.rounding import Int8
 from toolkit.run import Run, load_tensors, weights_of
 from toolkit.teacher_cache import TeacherCache
 
-PREPARE_IMAGES = 5000
+PREPARE_IMAGES = 5000  # training images from which a net may take its first weights (``Classifier.prepare``)
 RECOMPILED = 256  # nets and batch sizes that one process may compile
 NORM_IMAGES = 5000  # training images that BN's statistics are measured anew on
 
@@ -54,8 +54,7 @@ class Learner:
         self.shared = distributed.share(self.model, device, recipe.sync_norm)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.deterministic  # every batch of a run has the same shape
-            if recipe.deterministic:
-                torch.use_deterministic_algorithms(True)
+            torch.use_deterministic_algorithms(recipe.deterministic)
             torch.set_float32_matmul_precision("high")
         self.cache: TeacherCache | None = None
         if teacher is not None:
@@ -69,10 +68,12 @@ class Learner:
         # After the copy that is averaged: its hooks are for the trained weights.
         self.objective = Objective(recipe, self.model, teacher, weights).to(device)
         self.optimizer = make_optimizer(recipe.optimizer, self.model, self.dtype)
-        self.measured: nn.Module = self.objective
+        self.loss: nn.Module = self.objective
         if trained := list(self.objective.parameters()):  # not a part of the model: neither averaged nor kept
-            self.optimizer.add_param_group({"params": trained, "lr_factor": 1.0, "orthogonal": False})
-            self.measured = distributed.share(self.objective, device, recipe.sync_norm)
+            self.optimizer.add_param_group(
+                {"params": trained, "lr_factor": 1.0, "orthogonal": False, "weight_decay": 0.0}
+            )
+            self.loss = distributed.share(self.objective, device, recipe.sync_norm)
         images, labels = on_device(data.train.images, device), data.train.labels.to(device)
         balanced = recipe.balance == "sampling"
         self.augmenter = Augmenter(images, labels, len(data.classes), recipe.augment, recipe.seed, balanced)
@@ -114,27 +115,28 @@ class Learner:
         """Learn from these samples; their mean loss and the share that is right, float64 [2], on the device."""
         set_lr(self.optimizer, self.lr(done))
         self.objective.progress = done / self.recipe.epochs
-        config = self.recipe.optimizer
-        while True:
-            sums = None
-            try:
-                sums = self._backward(index)
-                if config.sam_radius:
-                    with ascended(self.model, self.optimizer, config.sam_radius):
-                        self._backward(index)
-                break
-            except torch.OutOfMemoryError:
-                pass
-            # Behind the block: within it the traceback holds what the step had made.
+        while (sums := self._gradients(index)) is None:
             self.optimizer.zero_grad()
             self.micro_batch = smaller(min(self.micro_batch, len(index)))
-        if config.grad_clip:
+        if clip := self.recipe.optimizer.grad_clip:
             trained = itertools.chain(self.model.parameters(), self.objective.parameters())
-            nn.utils.clip_grad_norm_(trained, config.grad_clip)
+            nn.utils.clip_grad_norm_(trained, clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.model)
+        return sums
+
+    def _gradients(self, index: Tensor) -> Tensor | None:
+        """What ``step`` returns, with the gradients to step by; None where the device's memory does not hold it."""
+        radius = self.recipe.optimizer.sam_radius
+        try:
+            sums = self._backward(index)
+            if radius:
+                with ascended(self.model, self.optimizer, radius):
+                    self._backward(index)
+        except torch.OutOfMemoryError:
+            return None
         return sums
 
     def _backward(self, index: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ class Learner:
                     teacher_logits = None
                 with self.rounding():
                     logits = self.shared(resized(images, self.side))
-            loss = self.measured(logits, labels, teacher_logits) * (len(part) / len(index))
+            loss = self.loss(logits, labels, teacher_logits) * (len(part) / len(index))
             loss.backward()
             correct = (logits.detach().argmax(1) == labels.argmax(1)).sum()
             sums += torch.stack([loss.detach().double(), correct / len(index)])

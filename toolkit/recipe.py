@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -39,7 +39,7 @@ from toolkit.choices import Balance, Role, Stage, Views
 from toolkit.errors import RecipeError, UserError, in_line, listing
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("train", "distill")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 # Where a run happens, not what it computes: left out of its identity.
 PLACES = (
     "data.data_dir",
@@ -100,6 +100,17 @@ class Data(Section):
         "has one) stay on one side of a split",
     )
     unlabelled: bool = Field(False, description="a folder's images have no classes: the teacher's answers are taken")
+
+    @property
+    def kind(self) -> str:
+        """``cifar10``, ``cifar100``, ``digits`` or ``folder``."""
+        return self.dataset.partition(":")[0]
+
+    @property
+    def title(self) -> str:
+        """What it is called: of a folder by the last part of its path, without the places that lead there."""
+        kind, _, path = self.dataset.partition(":")
+        return f"{kind}:{Path(path).expanduser().resolve().stem}" if path else kind
 
     @property
     def split(self) -> dict[str, Any]:
@@ -392,6 +403,10 @@ class Loss(Section):
             )
         if self.methods and not any(peak(method.weight) for method in self.methods.values()):
             raise ValueError(f"the weights of all methods ({', '.join(self.methods)}) are 0: one must be positive")
+        late = 1 - 1e-6  # a ramp to 0 that takes the whole run is one
+        methods = [at(method.weight, late) for method in self.methods.values()] or [1.0]
+        if at(self.ce_weight, late) + at(self.kd_weight, late) * sum(methods) == 0:
+            raise ValueError("all weights come down to 0 before the end: from there on nothing would be learnt")
         return self
 
 
@@ -623,11 +638,8 @@ class Recipe(Section):
         """The recipe without the fields that only say where it runs."""
         tree = self.model_dump(mode="json")
         for path in (*PLACES, *TITLES):
-            *parents, leaf = path.split(".")
-            node: Any = tree
-            for parent in parents:
-                node = (node or {}).get(parent)
-            if node:
+            parent, _, leaf = path.rpartition(".")
+            if node := at_path(tree, parent) if parent else tree:
                 node.pop(leaf, None)
         return tree
 
@@ -637,20 +649,24 @@ class Recipe(Section):
 
     def differences(self, other: Recipe) -> list[str]:
         """One line ``field: mine -> theirs`` for each field of the identity that differs."""
-        mine, theirs = _flatten(self.identity()), _flatten(other.identity())
-        return [
-            f"{key}: {mine.get(key)} -> {theirs.get(key)}"
-            for key in sorted({*mine, *theirs})
-            if mine.get(key) != theirs.get(key)
-        ]
+        return differing(_flatten(self.identity()), _flatten(other.identity()))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def shipped() -> list[str]:
-    """Names of the recipes that come with the toolkit."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """One line ``key: mine -> theirs`` for each key whose values differ."""
+    return [
+        f"{key}: {mine.get(key)} -> {theirs.get(key)}"
+        for key in sorted({*mine, *theirs})
+        if mine.get(key) != theirs.get(key)
+    ]
+
+
+def shipped(folder: Path = RECIPES) -> list[str]:
+    """Names of the recipes (or what else the folder holds) that come with the toolkit."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -658,7 +674,7 @@ def read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
 
     A stage may be another recipe's name: it is then that recipe's own run of this stage.
     """
-    tree, readers = _mapping(source, RECIPES, "recipe", RecipeError), (*readers, str(source))
+    tree, readers = read_mapping(source, RECIPES, "recipe", RecipeError), (*readers, str(source))
     tree.setdefault("name", str(source))  # by which a later command finds it again
     for stage in STAGES:
         if isinstance(tree.get(stage), str):
@@ -672,21 +688,13 @@ def read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
     return tree
 
 
-def read_tree(source: str | Path, folder: Path, what: str, wrong: type[UserError]) -> dict[str, Any]:
-    """The mapping in a YAML file, by path or by its name in ``folder``; it knows its ``name``. Raises ``wrong``."""
-    tree = _mapping(source, folder, what, wrong)
-    tree.setdefault("name", Path(source).stem)
-    return tree
-
-
-def _mapping(source: str | Path, folder: Path, what: str, wrong: type[UserError]) -> dict[str, Any]:
+def read_mapping(source: str | Path, folder: Path, what: str, wrong: type[UserError]) -> dict[str, Any]:
+    """The mapping in a YAML file, by path or by its name in ``folder``. Raises ``wrong``."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         path = folder / f"{source}.yaml"
         if not path.is_file():
-            raise wrong(
-                f"no {what} named {str(source)!r}{closest(str(source), sorted(p.stem for p in folder.glob('*.yaml')))}"
-            )
+            raise wrong(f"no {what} named {str(source)!r}{closest(str(source), shipped(folder))}")
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -698,7 +706,7 @@ def _mapping(source: str | Path, folder: Path, what: str, wrong: type[UserError]
     return tree
 
 
-def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+def as_overrides(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe fields by their paths, as ``resolve`` takes them: of a section those that it names, the others stay."""
     found: dict[str, Any] = {}
     for path, value in tree.items():
@@ -761,7 +769,7 @@ def resolve(
             given[path] = value
         elif head == stage:
             given[rest] = value
-    if any(path not in INCIDENTAL and value != _at(tree, path) for path, value in given.items()):
+    if any(path not in INCIDENTAL and value != at_path(tree, path) for path, value in given.items()):
         tree |= {"source": None, "reported_top1": None}  # those of another run
     for key in ("teacher", "student"):
         node, name = tree.get(key), given.get(f"{key}.name")
@@ -837,6 +845,13 @@ def _explain(item: Any) -> str:
         known = _fields(item["loc"][:-1]) if item["loc"][1:] else [*_fields(()), *(s for s in STAGES if s != leaf)]
         nearest = f"; did you mean {elsewhere}?" if elsewhere else closest(leaf, known)
         return f"{path}: there is no such field{nearest}"
+    if item["type"] == "string_pattern_mismatch" and (field := _field(item["loc"])):
+        item["msg"] = f"should be {field}"
+    return explained(path, item)
+
+
+def explained(path: str, item: Mapping[str, Any]) -> str:
+    """One line for an item of pydantic's ``ValidationError.errors()``."""
     message = item["msg"].removeprefix("Value error, ")
     if not path:
         return message
@@ -844,9 +859,6 @@ def _explain(item: Any) -> str:
         return f"{path}: is missing"
     if item["type"] == "value_error":
         return f"{path}: {message}"
-    if item["type"] == "string_pattern_mismatch":
-        field = _field(item["loc"])
-        message = f"should be {field}" if field else message
     return f"{path} = {item['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
@@ -891,7 +903,8 @@ def with_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
     return changed
 
 
-def _at(tree: Any, path: str) -> Any:
+def at_path(tree: Any, path: str) -> Any:
+    """What a tree has at a path such as ``optimizer.lr``, or None where there is nothing."""
     for key in path.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree

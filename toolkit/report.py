@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax
 
 from toolkit.errors import DivergedError
-from toolkit.files import write_bytes
+from toolkit.files import write_bytes, write_text
 
 Pictures = Callable[[NDArray[np.int64]], NDArray[np.uint8]]  # indices [n] to images [n,H,W,3]
 ECE_BINS = 15
@@ -143,8 +143,7 @@ def write(
     write_bytes(folder / "confusion.png", as_image(_confusion(np.asarray(metrics["confusion"]), classes)))
     grid = _predictions(images, np.asarray(labels), np.asarray(probabilities), classes)
     write_bytes(folder / "predictions.png", as_image(grid))
-    page = _page(title, metrics, history, classes, facts, layer_table)
-    write_bytes(folder / "report.md", page.encode())
+    write_text(folder / "report.md", _page(title, metrics, history, classes, facts, layer_table))
 
 
 # Files

@@ -1,9 +1,10 @@
 """The run directory: everything that one run wrote.
 
 recipe.yaml  environment.json  metrics.jsonl  summary.json (once finished)  images.json (of a folder)
+probe.json (on a CPU)  tensorboard/ (where it is asked for)  .lock (while a process writes)
 checkpoints/last.safetensors   all of the training state, to resume from; last-1, ... are the ones before it
 checkpoints/best.safetensors   the weights that are kept, with what they are in the header
-report/  export/
+report/  export/  int8-.../ (a run of its own: the fine-tuning before INT8)
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ class Run:
             self.recipe: Recipe = validate(yaml.safe_load(source.read_text()))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecipeError) as error:
             raise RunError(f"{source} is damaged, or of another version of the toolkit: {in_line(error)}") from error
+
+    @classmethod
+    def at(cls, path: Path) -> Run | None:
+        """The run directory at ``path``, if it is one."""
+        return cls(path) if (path / "recipe.yaml").is_file() else None
+
+    @classmethod
+    def of(cls, artifact: Path) -> Run | None:
+        """The run directory in which an artifact lies, if it does."""
+        return cls.at(artifact.resolve().parent.parent)
 
     @classmethod
     def start(cls, path: Path, recipe: Recipe, resume: bool, extend: bool = False) -> Run:
@@ -241,11 +252,10 @@ def newest_artifact() -> Path:
 
 def default_path(recipe: Recipe) -> Path:
     """``runs/<what>-<digest>``: the same recipe finds its own run again."""
-    dataset = recipe.data.dataset.split(":")[0]
     parts = [recipe.model.name]
     if recipe.distils and recipe.teacher:
         parts += ["from", recipe.teacher.name]
-    return RUNS / "-".join([*parts, dataset, recipe.digest()[:8]])
+    return RUNS / "-".join([*parts, recipe.data.kind, recipe.digest()[:8]])
 
 
 def environment() -> dict[str, Any]:

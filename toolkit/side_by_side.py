@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 from toolkit import report
 from toolkit.catalogue import info
 from toolkit.errors import RunError, UserError, in_line
-from toolkit.files import write_bytes
+from toolkit.files import write_bytes, write_text
 from toolkit.progress import say
 from toolkit.run import RUNS, Run
 
@@ -256,9 +256,9 @@ def write(folder: Path, entries: Sequence[Entry], left_out: Mapping[str, str]) -
     write_bytes(folder / "comparison.csv", report.as_csv([asdict(entry.row) for entry in entries]))
     for panel in PANELS:
         write_bytes(folder / f"{panel}.png", report.as_image(_figure(entries, panel, "light")))
-    write_bytes(folder / "comparison.md", _markdown(entries, left_out).encode())
+    write_text(folder / "comparison.md", _markdown(entries, left_out))
     page = folder / "comparison.html"
-    write_bytes(page, _html(entries, left_out).encode())
+    write_text(page, _html(entries, left_out))
     return page
 
 

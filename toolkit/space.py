@@ -134,7 +134,7 @@ class Space(Section):
 
 def read_space(source: str | Path) -> dict[str, Any]:
     """The tree of a shipped space (by name) or of a file (by path). Raises ``SpaceError``."""
-    return recipes.read_tree(source, SPACES, "space", SpaceError)
+    return {"name": Path(source).stem, **recipes.read_mapping(source, SPACES, "space", SpaceError)}
 
 
 class Plan(Section):
@@ -152,22 +152,13 @@ class Plan(Section):
 
     def differences(self, other: Plan) -> list[str]:
         """One line ``what: mine -> theirs`` for each difference that makes it another search."""
-        lines = self.base.differences(other.base)
-        for key in ("sampler", "scheduler"):
-            if getattr(self, key) != getattr(other, key):
-                lines.append(f"{key}: {getattr(self, key)} -> {getattr(other, key)}")
-        mine, theirs = (ranges(plan.space) for plan in (self, other))
-        lines += [
-            f"{key}: {mine.get(key)} -> {theirs.get(key)}"
-            for key in dict.fromkeys([*mine, *theirs])
-            if mine.get(key) != theirs.get(key)
-        ]
-        return lines
+        return self.base.differences(other.base) + recipes.differing(self.drawn(), other.drawn())
 
-
-def ranges(space: Space) -> dict[str, Any]:
-    tree = space.model_dump(mode="json", exclude_none=True)
-    return {"stage": tree["stage"], "constraints": tree["constraints"], **tree["fields"]}
+    def drawn(self) -> dict[str, Any]:
+        """What decides the trials, beside the recipe."""
+        space = self.space.model_dump(mode="json", exclude_none=True)
+        chosen = {"sampler": self.sampler, "scheduler": self.scheduler}
+        return {**chosen, "stage": space["stage"], "constraints": space["constraints"], **space["fields"]}
 
 
 def make_plan(
@@ -221,12 +212,7 @@ def _explain(item: Any) -> str:
         models: list[type[BaseModel]] = [Space, Constraints, Domain]  # by depth: constraints.KEY, fields.PATH.KEY
         known = models[len(item["loc"]) - 1].model_fields
         return f"{path}: there is no such key{closest(str(item['loc'][-1]), known)}"
-    if item["type"] == "missing":
-        return f"{path}: is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path} = {item['input']!r}: {message[:1].lower()}{message[1:]}"
+    return recipes.explained(path, item)
 
 
 def _check_field(
@@ -247,7 +233,7 @@ def _check_field(
     for value in known.ends():
         try:
             recipe = recipes.resolve(tree, stage, {path: value})
-            if value_at(recipe, path) is None and value is not None:
+            if recipes.at_path(recipe.model_dump(mode="json"), path) is None and value is not None:
                 problems.append(f"{path}: there is no such field in the recipe of `toolkit {stage}`")
         except RecipeError as error:
             # Other lines speak of fields that do not go together: other trials may have them otherwise.
@@ -265,14 +251,6 @@ def _argument_is_known(recipe: Recipe, path: str, problems: list[str]) -> None:
         measure(recipe, 10)
     except RecipeError as error:
         problems += [str(error)] if str(error).startswith(f"{path}:") else []
-
-
-def value_at(recipe: Recipe, path: str) -> Any:
-    """The value of a recipe's field as it stands in a file, or None where there is none."""
-    node: Any = recipe.model_dump(mode="json")
-    for part in path.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
 
 
 def measure(recipe: Recipe, classes: int) -> ModelInfo:

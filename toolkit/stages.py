@@ -144,32 +144,32 @@ def _fit(
     fresh = not (path / "recipe.yaml").exists()
     if fresh and wanted.start_from is not None and not wanted.starts_from_teacher:
         teaching.tell_what_it_knows(learner.first_weights(wanted), data, wanted)
-    with distributed.joined(distributed.own_device(compute.pick_device(wanted.device))):
-        if distributed.RANK == 0:
-            if extend and not fresh and (states := Run(path).states):  # nothing is changed before that is known
-                with suppress(CheckpointError):  # a damaged state is passed over, and the one before it compared
-                    check_unchanged(data, load_header(states[0])["dataset_digest"], path)
-            run = Run.start(path, wanted, resume, extend)
-            if facts:
-                run.note(**facts)
-        distributed.wait()
-        run = Run(path)
-        if run.finished:
-            check_unchanged(data, run.summary()["dataset_digest"], run.path)
-            say(f"{run.path} is finished already; its results are kept")
-        else:
-            say(f"{_doing(wanted, data)} in {run.path}")
-        try:
-            if data.files and distributed.RANK == 0 and not run.finished and not run.resumable:
-                write_text(run.images, json.dumps(data.files))  # an image that comes later is no part of it
-            board = tensorboard(run.path / "tensorboard") if log and distributed.RANK == 0 else None
-            engine.fit(wanted, data, run, teacher, _watch(on_epoch, board))
-        except RunError:  # another process writes it
-            raise
-        except UserError:
-            if fresh and distributed.RANK == 0 and not run.checkpoint("last").is_file():
-                shutil.rmtree(path)  # nothing was reached
-            raise
+    distributed.join(distributed.own_device(compute.pick_device(wanted.device)))
+    if distributed.RANK == 0:
+        if extend and not fresh and (states := Run(path).states):  # nothing is changed before that is known
+            with suppress(CheckpointError):  # a damaged state is passed over, and the one before it compared
+                check_unchanged(data, load_header(states[0])["dataset_digest"], path)
+        run = Run.start(path, wanted, resume, extend)
+        if facts:
+            run.note(**facts)
+    distributed.wait()
+    run = Run(path)
+    if run.finished:
+        check_unchanged(data, run.summary()["dataset_digest"], run.path)
+        say(f"{run.path} is finished already; its results are kept")
+    else:
+        say(f"{_doing(wanted, data)} in {run.path}")
+    try:
+        if data.files and distributed.RANK == 0 and not run.finished and not run.resumable:
+            write_text(run.images, json.dumps(data.files))  # an image that comes later is no part of it
+        board = tensorboard(run.path / "tensorboard") if log and distributed.RANK == 0 else None
+        engine.fit(wanted, data, run, teacher, _watch(on_epoch, board))
+    except RunError:  # another process writes it
+        raise
+    except UserError:
+        if fresh and distributed.RANK == 0 and not run.checkpoint("last").is_file():
+            shutil.rmtree(path)  # nothing was reached
+        raise
     return run
 
 
@@ -357,7 +357,7 @@ def _validate_artifact(
     about = session.metadata
     header = about.model_dump(include={"dataset", "dataset_digest", "image_size", "split"})
     header["classes"] = list(about.labels)
-    run, device = run_of(path), "cpu" if provider == "cpu" else "auto"
+    run, device = Run.of(path), "cpu" if provider == "cpu" else "auto"
     data = data_of(run, header, path, dataset, data_dir, device=device)
     began = time.monotonic()
     chunks = data.test.images.split(datasets.at_once(session.metadata.image_size, 512))
@@ -374,6 +374,9 @@ def _validate_artifact(
         "data": f"{data.name}, {len(data.test):,} test images",
         "teacher": about.teacher or "none",
     }
+    if about.views > 1:
+        metrics["views"] = about.views
+        facts["test-time augmentation"] = f"the graph averages {about.views} views of each image"
     where = _report_beside(path)
     return _reported(where, path.name, about.model, session.provider, seconds, metrics, data, logits, facts)
 
@@ -457,9 +460,7 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
         name = header["dataset"]
         if dataset is None and name.startswith("folder"):
             raise DataError(f"the model was trained on {name}; say where it is by --dataset folder:PATH")
-        kind, _, folder = (dataset or name).partition(":")
-        same = name == (f"{kind}:{Path(folder).expanduser().resolve().stem}" if folder else kind)
-        split = header.get("split", {}) if same else {}
+        split = header.get("split", {}) if Data(dataset=dataset or name).title == name else {}
         of_run = Data.model_validate(
             {"dataset": dataset or name, "image_size": header["image_size"], **split, "val_size": 0}
         )
@@ -487,12 +488,6 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
         return None
     teacher = teacher.to(device).to(memory_format=torch.channels_last)
     return engine.predict(teacher, data.test.images, device)
-
-
-def run_of(artifact: Path) -> Run | None:
-    """The run directory that an artifact lies in, if it does."""
-    folder = artifact.resolve().parent.parent
-    return Run(folder) if (folder / "recipe.yaml").is_file() else None
 
 
 # --- the whole chain ---------------------------------------------------------------------------------------

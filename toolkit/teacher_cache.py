@@ -21,6 +21,8 @@ from toolkit.files import DAY, remove_stale, write_atomic
 from toolkit.recipe import Recipe
 from toolkit.run import weights_digest
 
+LARGEST = 65504.0  # float16's: infinity would make a loss of NaN
+
 
 class TeacherCache:
     """Logits, float16 ``[R,N,K]`` in a file, of the views of epochs 0 to R-1 (``recipe.cached_epochs``).
@@ -66,7 +68,7 @@ class TeacherCache:
             images, _ = augmenter.batch(torch.from_numpy(part).to(augmenter.device))
             images = images.contiguous(memory_format=torch.channels_last)
             with torch.no_grad(), autocast(images.device, self.dtype):
-                rows[part] = self.teacher(images).float().cpu().numpy()
+                rows[part] = self.teacher(images).float().clamp(-LARGEST, LARGEST).cpu().numpy()
         distributed.wait()
         return torch.from_numpy(rows.copy()).to(augmenter.device)
 

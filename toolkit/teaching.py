@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from toolkit import compute, distributed, engine, external, recipe
-from toolkit.catalogue import closest, parameters
+from toolkit.catalogue import argument_names, closest
 from toolkit.choices import Stage
 from toolkit.classifier import Ensemble, members, with_views
 from toolkit.data import DataSet
@@ -70,11 +70,11 @@ def options(wanted: Recipe, stage: Stage, file: str | None = None) -> str:
     file = file or wanted.name
     given = ["--recipe", file, "--dataset", wanted.data.dataset]
     data, teacher = wanted.data, wanted.teacher
-    if data.dataset.startswith("folder") or data.image_size != Data().image_size:
+    if data.kind == "folder" or data.image_size != Data().image_size:
         given += ["--image-size", str(data.image_size)]
     given += ["--group-by", data.group_by] if data.group_by else []
     given += ["--skip-broken"] * data.skip_broken + ["--skip-leaks"] * data.skip_leaks
-    if data.data_dir is not None and data.dataset.startswith("cifar"):
+    if data.data_dir is not None and data.kind.startswith("cifar"):
         given += ["--data-dir", str(data.data_dir)]
     try:
         tree = recipe.of_stage(recipe.read(file), stage)
@@ -146,17 +146,15 @@ def _load_member(
     model, header = load_model(teacher.checkpoint)
     where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
     if teacher.name in ("", header["model"]):  # else it is another teacher, which `load` says
-        _check_arguments(teacher, header["model"], parameters(header["model"], header["role"]))
+        _check_arguments(teacher, header["model"], argument_names(header["model"], header["role"]))
     digest = hashlib.sha256(teacher.checkpoint.read_bytes()).hexdigest()
     if classes is not None and theirs != list(classes) and teacher.classes is None and set(theirs) != set(classes):
-        kind, _, folder = wanted.data.dataset.partition(":")
-        ours = f"{kind}:{Path(folder).stem}" if folder else kind
         differing = next(
             (f"{a!r} where the data has {b!r}" for a, b in zip(theirs, classes, strict=False) if a != b), ""
         )
         raise TeacherError(
             f"{where} knows {len(theirs)} classes of {header['dataset']}, the data has {len(classes)} of "
-            f"{ours}{'; first difference: ' + differing if differing else ''}; --teacher-classes FILE "
+            f"{wanted.data.title}{'; first difference: ' + differing if differing else ''}; --teacher-classes FILE "
             "maps one to the other"
         )
     names, columns = external.match_classes(where, theirs, len(theirs), classes, teacher.classes)
@@ -191,8 +189,8 @@ def _check_arguments(teacher: Teacher, title: str, known: Sequence[str]) -> None
 def preflight(teacher: nn.Module, known: Teacher, data: DataSet, wanted: Recipe) -> dict[str, Any]:
     """``top1`` of a teacher on up to 1,000 val ``images``, or training images where they are few; and which ``split``.
 
-    The classes and their order were compared by ``load``, and normalisation is a part of the model. Raises
-    ``TeacherError`` where the answers are hardly better than the commonest class.
+    The classes and their order were compared by ``load``. Raises ``TeacherError`` where the answers are hardly better
+    than the commonest class, or clearly better with another normalisation than that of a file that states none.
     """
     few = data.val is None or len(data.val) < TOO_FEW
     name, split = ("training", data.train) if few or data.val is None else ("val", data.val)
@@ -216,7 +214,12 @@ def preflight(teacher: nn.Module, known: Teacher, data: DataSet, wanted: Recipe)
             f"the teacher {external.title(known)} has nothing to teach: it gets {said}. "
             + (hint or _why(known, members(teacher), data, wanted))
         )
-    say(f"the teacher {external.title(known)} gets {said}" + (f"; {hint}" if hint else ""))
+    if hint:
+        raise TeacherError(
+            f"the teacher {external.title(known)} does not say how its images are normalised, and was given "
+            f"{members(teacher)[0]}: it gets {said}; {hint}. Say which is right: --teacher-scale 1 leaves it as it is."
+        )
+    say(f"the teacher {external.title(known)} gets {said}")
     return {"top1": float(right.mean()), "images": count, "split": name}
 
 

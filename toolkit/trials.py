@@ -261,30 +261,31 @@ class Search:
                 worst = max(worst, max(over, 1) / max(count, 1))
         return worst
 
-    def ended(self, trial: Trial, failed: bool = False) -> bool:
-        """Read from the run directory what came of a trial; whether it failed, which it did where there is none."""
-        lost = not failed and not (self.path(trial) / "recipe.yaml").is_file()
-        failed = failed or lost
-        finished = (self.path(trial) / "summary.json").is_file()
-        trial.status = "failed" if failed else "finished" if finished else "stopped"
-        if lost:
-            trial.error = "its run directory is not here: all machines of a cluster must share this folder"
-        elif failed:
+    def ended(self, trial: Trial, failed: bool = False) -> None:
+        """Read from the run directory what came of a trial, which failed where there is none."""
+        from toolkit.run import Run
+
+        run = Run.at(self.path(trial))
+        if failed:
             file = error_file(self.path(trial))
             died = "its process died (out of memory, or killed)"
-            trial.error = file.read_text().partition("\n")[0] if file.is_file() else died
+            trial.status, trial.error = "failed", file.read_text().partition("\n")[0] if file.is_file() else died
+        elif run is None:
+            lost = "its run directory is not here: all machines of a cluster must share this folder"
+            trial.status, trial.error = "failed", lost
+        else:
+            trial.status = "finished" if run.finished else "stopped"
         self.read(trial)
         self.sampler.learn(trial)
         self.write()
-        return failed
 
     def read(self, trial: Trial) -> None:
         """Take epochs, seconds and val top-1 from the rows of the run directory."""
         from toolkit.run import Run
 
-        if not (self.path(trial) / "recipe.yaml").is_file():
+        run = Run.at(self.path(trial))
+        if run is None:
             return
-        run = Run(self.path(trial))
         history = run.history()
         trial.epochs = len(history)
         trial.seconds = round(sum(row["seconds"] for row in history), 1)

@@ -26,7 +26,6 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -41,7 +40,7 @@ from toolkit.files import locked, one_at_a_time, write_bytes, write_text
 from toolkit.machine import available_cores
 from toolkit.progress import clock, say
 from toolkit.recipe import Section
-from toolkit.space import Plan, ranges
+from toolkit.space import Plan
 from toolkit.trials import Search, Trial, error_file, not_installed, read_trials
 
 if TYPE_CHECKING:
@@ -55,20 +54,19 @@ ASHA_GRACE = 0.1  # share of the epochs before which no trial is given up
 # --- the search ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one trial takes, and the cluster that gives it (None: this machine)."""
-
-    cpus: int = 1
-    gpus: float | None = None
-    address: str | None = None
-
-
-def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -> Search:
+def tune(
+    plan: Plan,
+    output: Path,
+    resume: bool = False,
+    cpus: int = 1,
+    gpus: float | None = None,
+    address: str | None = None,
+) -> Search:
     """Run the plan's trials in the output directory, and write table, figures and ``best.yaml``.
 
-    Raises ``SearchError`` where the directory holds another search, or an unfinished one without ``resume``;
-    ``Interrupted`` after Ctrl-C or SIGTERM.
+    A trial takes ``cpus`` and ``gpus`` (None: one where the recipe's device is a GPU) of the cluster at ``address``
+    (None: of this machine). Raises ``SearchError`` where the directory holds another search, or an unfinished one
+    without ``resume``; ``Interrupted`` after Ctrl-C or SIGTERM.
     """
     from toolkit import compute, stages, teaching
     from toolkit.run import Run
@@ -79,12 +77,11 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     if not started and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SearchError(f"{output} exists and holds no search; choose another --output")
     base = plan.base
-    gpus = resources.gpus
     if gpus is None:
         gpus = 1 if compute.pick_device(base.device).type == "cuda" else 0
     if not gpus and base.device.startswith("cuda"):
         raise SearchError(f"--device {base.device} was asked for, but a trial gets no GPU: give --gpus-per-trial")
-    ray = _ray(resources.address)
+    ray = _ray(address)
     data = stages.load_data(base.data, base, base.device)
     if base.distils and base.teacher is not None and not any(p.startswith("teacher.") for p in plan.space.fields):
         # All trials, and those after --resume, learn from the same teacher.
@@ -94,9 +91,9 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     search = Search(plan, output, len(data.classes), read_trials(output))
     for trial in search.kept:
         path = search.path(trial)
-        run = Run(path) if (path / "summary.json").is_file() else None  # a trial's directory may have been removed
+        run = Run.at(path)  # it may have been removed
         # A search over fields of the data has trials on other images.
-        if run is not None and teaching.same_images(run.recipe.data, base.data):
+        if run is not None and run.finished and teaching.same_images(run.recipe.data, base.data):
             stages.check_unchanged(data, run.summary()["dataset_digest"], path, "choose another --output")
     if search.bounds and not search.trials:
         say(f"drawing trials with {search.constraints}")
@@ -105,7 +102,7 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
     with contextlib.ExitStack() as stack:
         slots = 0
         if search.count("planned") or len(search.trials) < search.total:
-            slots = stack.enter_context(cluster(ray, resources.address, resources.cpus, gpus))
+            slots = stack.enter_context(cluster(ray, address, cpus, gpus))
         stack.enter_context(locked(output, SearchError))
         for lock in (output / "trials").glob("*/.lock"):  # of a killed search: Ray's processes notice that later
             with one_at_a_time(lock, lambda: say("waiting for processes of the search that was killed")):
@@ -113,9 +110,9 @@ def tune(plan: Plan, output: Path, resources: Resources, resume: bool = False) -
         write_text(output / "search.yaml", yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
         search.write()
         if slots:
-            _announce(search, slots, data, resources.cpus)
+            _announce(search, slots, data, cpus)
             try:
-                problem = _run(search, resources.cpus, gpus, slots)
+                problem = _run(search, cpus, gpus, slots)
             except KeyboardInterrupt:
                 done = search.count("finished", "stopped", "failed")
                 raise Interrupted(
@@ -167,7 +164,7 @@ def default_output(plan: Plan) -> Path:
     """``runs/tune-<space>-<digest>``: the same search finds its directory again."""
     from toolkit.run import RUNS
 
-    identity: list[Any] = [plan.base.identity(), ranges(plan.space), plan.sampler, plan.scheduler]
+    identity: list[Any] = [plan.base.identity(), plan.drawn()]
     if teacher := _named_teacher(plan):
         identity.append(teacher)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -298,8 +295,8 @@ def finish(search: Search) -> None:
     if search.plan.sampler == "grid" and len(search.plan.space.fields) == 2:
         write_bytes(search.output / "heatmap.png", as_image(heatmap(search)))
     # The run's own recipe says which teacher it learnt from; its directory may have been removed.
-    path = search.path(best)
-    recipe = Run(path).recipe if (path / "recipe.yaml").is_file() else search.recipe(best.values)
+    run = Run.at(search.path(best))
+    recipe = run.recipe if run else search.recipe(best.values)
     recipe = recipe.model_copy(update={"name": "best", "device": search.base.device})  # not that of a worker
     file = search.output / "best.yaml"
     header = (
@@ -482,9 +479,9 @@ def _run(search: Search, cpus: int, gpus: float, slots: int) -> UserError | None
 
         def end(self, trial: Any, failed: bool) -> None:
             found = mine(trial)
-            failed = search.ended(found, failed)
+            search.ended(found, failed)
             estimate.ended(found)
-            result = found.error if failed else f"val top-1 {found.val_top1:.2%} after {found.epochs} epochs"
+            result = found.error or f"val top-1 {found.val_top1:.2%} after {found.epochs} epochs"
             done = search.count("finished", "stopped", "failed")
             left = f", {estimate.told()} left" if done < search.total and estimate.told() else ""
             say(f"trial {found.number} {found.status}: {result} ({found.told}); {done} of {search.total} done{left}")
@@ -564,10 +561,8 @@ def _asha(search: Search) -> Any:
     for trial in search.kept:
         stand_in = SimpleNamespace(trial_id=f"kept-{trial.number}")
         scheduler.on_trial_add(None, stand_in)
-        path = search.path(trial)
-        there = (path / "recipe.yaml").is_file()  # where it was removed, the table still knows the last epoch
-        last = [{"epoch": trial.epochs, "val_top1": trial.val_top1}]
-        for row in Run(path).history() if there else last:
+        run = Run.at(search.path(trial))  # where it was removed, the table still knows the last epoch
+        for row in run.history() if run else [{"epoch": trial.epochs, "val_top1": trial.val_top1}]:
             if row["val_top1"] is not None:
                 scheduler.on_trial_result(None, stand_in, row)
     return scheduler

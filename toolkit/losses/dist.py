@@ -23,9 +23,9 @@ class Term(nn.Module):
     """``T^2 (beta mean_i (1 - r(s_i, t_i)) + gamma mean_k (1 - r(s^k, t^k)))``.
 
     For probabilities s and t ``[B,K]`` at the temperature T: ``r`` is Pearson's correlation, ``s_i`` a row (one image),
-    ``s^k`` a column (one class). A correlation does not ask for the teacher's scale. The factor T squared is the
-    authors'. The images are those of one part of a batch where it is taken in parts; a single one has no relations
-    between images, and the second term is left out. The first one needs three classes: two numbers are always
+    ``s^k`` a column (one class). A correlation has no unit, and does not ask for the teacher's scale. The factor T
+    squared is the authors'. The images are those of one part of a batch where it is taken in parts; a single one has no
+    relations between images, and the second term is left out. The first one needs three classes: two numbers are always
     correlated by 1 or -1, which has no gradient. With two ``RecipeError`` is raised where ``gamma`` is 0.
     """
 

@@ -12,14 +12,16 @@ from toolkit.recipe import FeatureMethod
 
 
 class Params(FeatureMethod):
-    """The weight is 1: the paper trains on hints alone before it turns to the labels, and needs none."""
+    """The weight is ours: the paper trains on hints alone, of one pair, before it turns to the labels."""
 
 
 class Term(nn.Module):
     """``mean((r(s) - t)^2)``, summed over the pairs of feature maps s and t ``[B,C,H,W]``.
 
     ``r`` is a regressor for each pair, a 1x1 conv from the student's channels to the teacher's and BN. It is trained
-    with the student and is no part of it. Of two maps of different size the larger one is averaged to the other's.
+    with the student and is no part of it (the paper's has no BN, and its loss is half of the sum instead of the mean).
+    The unit is that of the teacher's features, squared. Of two maps of different size the larger one is averaged to
+    the other's.
     """
 
     def __init__(self, params: Params, shapes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:

@@ -31,7 +31,8 @@ class Term(nn.Module):
 
     s and t ``[B,C]`` are embeddings, feature maps ``[B,C,H,W]`` being averaged over their positions; ``d`` is the L2
     distance divided by the mean of all that are not 0, ``c`` the cosine of the angle at the first of three, and ``h``
-    Huber's loss. i, j and k run over groups of the batch, and the result is summed over the pairs of layers.
+    Huber's loss; none has a unit. i, j and k run over groups of the batch, and the result is summed over the pairs of
+    layers.
     """
 
     def __init__(self, params: Params, shapes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
