@@ -106,19 +106,31 @@ def test_epochs_that_are_asked_for_win():
     assert resolve("cifar10-gpu", "distill").minutes
 
 
+SMALL = {
+    "data.dataset": "digits", "data.image_size": 16, "data.val_size": 0.1, "device": "cpu", "probe": False,
+    "teacher.depth": 10, "teacher.width": 1, "distill.student.stem": 4, "distill.student.widths": [4, 4, 8],
+    "distill.student.blocks": [1, 1, 1],
+    "train.augment.cutout": 0, "train.augment.policy": "none", "batch_size": 64, "schedule.warmup_epochs": 0,
+    "distill.cached_epochs": 2,
+}  # fmt: skip
+
+
+def test_a_run_has_the_epochs_that_fit_into_its_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(duration, "TIMED_STEPS", 2)
+    run = stages.train("cifar10-gpu", tmp_path / "teacher", settings=SMALL | {"train.minutes": 0.1})
+    assert run.recipe.minutes is None
+    assert [row["epoch"] for row in run.history()] == [*range(1, run.recipe.epochs + 1)]
+    again = stages.train("cifar10-gpu", tmp_path / "teacher", settings=SMALL | {"train.minutes": 0.1})
+    assert again.recipe == run.recipe
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
 def test_the_chain_of_the_gpu_recipe_in_small(tmp_path, monkeypatch):
     """Teacher and student of ``toolkit pipeline --recipe cifar10-gpu`` on the digits: smaller nets, a few epochs."""
-    small = {
-        "data.dataset": "digits", "data.image_size": 16, "data.val_size": 0.1, "device": "cpu", "probe": False,
-        "teacher.depth": 10, "teacher.width": 1, "distill.student.stem": 4, "distill.student.widths": [4, 4, 8],
-        "distill.student.blocks": [1, 1, 1],
-        "train.augment.cutout": 0, "train.augment.policy": "none", "batch_size": 64, "schedule.warmup_epochs": 0,
-        "distill.cached_epochs": 2,
-    }  # fmt: skip
     few = {"minutes": None, "epochs": 8}
     monkeypatch.setattr(stages, "with_epochs", lambda recipe, *_: recipe.model_copy(update=few))
-    teacher = stages.train("cifar10-gpu", tmp_path / "teacher", settings=small)
-    wanted = stages.from_teacher(resolve("cifar10-gpu", "distill", small), teacher)
+    teacher = stages.train("cifar10-gpu", tmp_path / "teacher", settings=SMALL)
+    wanted = stages.from_teacher(resolve("cifar10-gpu", "distill", SMALL), teacher)
     student = stages.distill(wanted, tmp_path / "student")
     assert student.recipe.augment.mixup == 1
     assert [row["epoch"] for row in student.history()] == [*range(1, 9)]
