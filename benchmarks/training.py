@@ -150,6 +150,10 @@ def main(
 ) -> None:
     """Print images a second of the three loops and their ratios for each net, and the geometric means."""
     cuda = torch.cuda.is_available()
+    if unknown := {*(nets or ())} - {*STUDENTS, *TEACHERS}:
+        raise typer.BadParameter(
+            f"{', '.join(unknown)}: there are {', '.join(STUDENTS | TEACHERS)}", param_hint="--net"
+        )
     images = (images or (25_600 if cuda else 1_280)) // BATCH * BATCH
     threads = {"initializer": torch.set_num_threads, "initargs": (available_cores(),)}  # as many for all
     process = partial(ProcessPoolExecutor, 1, get_context("spawn"), **threads)

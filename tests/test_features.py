@@ -146,7 +146,7 @@ def test_layers_within_an_onnx_file_are_told_not_to_be_there(tmp_path):
     )
 
 
-def test_any_output_will_do_where_images_are_related():
+def test_a_vector_will_do_where_images_are_related():
     student, teacher = nets()
     layers = [["network.head", "network.norm"]]
     tree = TREE | {"teacher": TEACHER, "loss": {"kd_weight": 1, "methods": {"relational_kd": {"layers": layers}}}}

@@ -66,8 +66,10 @@ def test_its_weights_are_right_as_often_as_the_card_says(toolkit: Toolkit, real_
     result = toolkit("validate", WEIGHTS, "--data-dir", real_cifar, "--device", "cpu", "--tta", "flip", "--json")
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout)
-    views = {"with test-time augmentation (mean of the logits)": f"{100 * metrics['tta_top1']:.2f}"}
-    assert (as_found(metrics) | views).items() <= as_told(2).items()
+    found = as_found(metrics) | {"with test-time augmentation (mean of the logits)": f"{100 * metrics['tta_top1']:.2f}"}
+    told = as_told(2)  # another CPU may round an image or two otherwise
+    for name, value in found.items():
+        assert float(value) == pytest.approx(float(told[name]), abs=0.11 if name in metrics["per_class"] else 0.02)
 
 
 def test_it_answers_where_there_is_no_run(toolkit: Toolkit, nowhere: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from colour_net import colour_net
-from conftest import Toolkit
+from conftest import Chain, Toolkit
 from PIL import Image
 
 from toolkit import compute, teaching, tune, tune_report
@@ -25,7 +25,7 @@ from toolkit.errors import SearchError, SpaceError, TeacherError
 from toolkit.files import locked
 from toolkit.machine import available_cores
 from toolkit.recipe import resolve
-from toolkit.run import Run
+from toolkit.run import Run, load_tensors, save_tensors
 from toolkit.space import SPACES, Domain, Plan, make_plan, measure, read_space
 from toolkit.trials import Search, Trial, read_trials
 
@@ -374,6 +374,18 @@ def test_another_search_in_the_same_folder_is_refused(nowhere: Path) -> None:
         tune.tune(wanted, output)
     with locked(output, SearchError), pytest.raises(SearchError, match="another process"), locked(output, SearchError):
         pass
+
+
+def test_a_poor_teacher_is_told_before_the_first_trial(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = chain.teacher / "checkpoints/best.safetensors"
+    tensors, header = load_tensors(weights)
+    save_tensors(weights, tensors | {"network.head.weight": torch.zeros_like(tensors["network.head.weight"])}, header)
+    monkeypatch.setattr(tune, "_ray", lambda address: None)
+    space = {"recipe": "digits", "fields": {"optimizer.lr": {"range": [0.1, 0.2]}}}
+    wanted = make_plan(space, None, {"teacher.checkpoint": str(chain.teacher)}, "random", "none", 2)
+    with pytest.raises(TeacherError, match="has nothing to teach"):
+        tune.tune(wanted, Path("out"))
+    assert not Path("out").exists()
 
 
 def test_a_search_goes_on_with_its_own_teacher_and_refuses_another(nowhere: Path) -> None:

@@ -177,7 +177,7 @@ def export(
     tuned = graph
     if wants(options, "int8") and options.tuning_epochs:
         images = stages.data_config(run, header, None, data_dir)
-        model = load_run(fine_tuned(run, images, options.tuning_epochs))[0]
+        model = load_run(fine_tuned(run, images, options.tuning_epochs, device))[0]
         tuned = onnx_export.build(with_views(model, options.views), about, options.opset)
 
     def half() -> Candidate:
@@ -407,7 +407,7 @@ def best_int8(
     return best, about.model_copy(update={"precision": "int8", "quantisation": words})
 
 
-def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
+def fine_tuned(run: Run, images: Data, epochs: int, device: str) -> Run:
     """A short run of the one training loop from this run's weights, in which convs and products round as INT8 does.
 
     Data and augmentation are those of the run. A student is taught by its own fp32 weights, as the artifact will be
@@ -423,13 +423,13 @@ def fine_tuned(run: Run, images: Data, epochs: int) -> Run:
         "optimizer": {"name": "sgd", "lr": TUNING_LR, "weight_decay": 0},
         "schedule": {"name": "cosine"},
         "probe": False,
+        "device": device,  # of this machine, which need not be the one that the run was made on
     }
     if run.recipe.role == "student":
         changes["teacher"] = own["student"] | {"checkpoint": run.path}
         changes["loss"] = {"ce_weight": 0, "kd_weight": 1, "temperature": 1}
-    # What belongs to the length of the whole training, or to its machine, is left at its defaults.
-    dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select",
-               "device")  # fmt: skip
+    # What belongs to the length of the whole training is left at its defaults.
+    dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select")
     wanted = Recipe.model_validate({key: value for key, value in own.items() if key not in dropped} | changes)
     # The digests tell apart what was trained on since, and the places that it was called by.
     folder = run.path / f"int8-{epochs}-{run.recipe.digest()[:8]}-{wanted.digest()[:8]}"

@@ -369,7 +369,7 @@ def distill(
 
 
 @app.command()
-@takes("data_memory", "deterministic", "budget", "keep")
+@takes(*TEACHER, "data_memory", "deterministic", "budget", "keep")
 def compare(
     ctx: typer.Context,
     methods: Annotated[
@@ -451,7 +451,7 @@ def pipeline(
 
 
 @app.command()
-@takes("teacher_checkpoint", "budget")
+@takes(*TEACHER, "budget")
 def tune(
     ctx: typer.Context,
     space: Annotated[

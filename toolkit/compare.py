@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 BASELINE = "baseline"
 # What a method may be made of. All else is shared, or a difference would say nothing of the method.
 OWN = ("loss", "augment", "cached_epochs")
+WITHOUT_VAL = "without a val split the test images would choose the best method: set data.val_size above 0"
 
 
 # --- what is compared --------------------------------------------------------------------------------------
@@ -80,6 +81,8 @@ def make_plan(
     if base.teacher is None:
         raise TeacherError(f"the recipe {base.name} names no teacher: give one by --teacher NAME")
     recipes.check_length(base)
+    if base.data.kind != "folder" and not base.data.val_size:  # a folder may bring its own
+        raise RecipeError(WITHOUT_VAL)
     if base.starts_from_teacher:
         raise RecipeError(
             "start_from=teacher gives the methods weights that the baseline cannot have: name others by "
@@ -107,7 +110,9 @@ def make_plan(
 def _read_method(method: str, base: Recipe) -> tuple[str, dict[str, Any]]:
     """The name of a method and, by their paths, the recipe fields that it sets."""
     if Path(method).suffix in (".yaml", ".yml"):
-        return Path(method).stem, recipes.as_overrides(recipes.read_mapping(method, Path(), "method", RecipeError))
+        changes = recipes.as_overrides(recipes.read_mapping(method, Path(), "method", RecipeError))
+        changes.pop("name", None)
+        return Path(method).stem, {path.removeprefix("distill."): value for path, value in changes.items()}
     if method not in losses.names():
         raise RecipeError(f"there is no method {method!r}, and it is no YAML file{closest(method, losses.names())}")
     if not base.distils:
@@ -161,7 +166,7 @@ def compare(plan: Plan) -> Comparison:
 
     data = stages.check(plan.baseline)
     if data.val is None:
-        raise RecipeError("without a val split the test images would choose the best method: set data.val_size above 0")
+        raise RecipeError(WITHOUT_VAL)
     base = next(recipe for recipe in plan.methods.values() if recipe.teacher is not None)
     teacher, known, _ = teaching.load(_with_its_teacher(base, plan), data.classes)
     methods = {  # whichever is the newest run later on: the teacher stays the same

@@ -295,9 +295,9 @@ def _notes(comparison: Comparison) -> list[str]:
         "chance.",
         "The interval covers weights, order and views; it does not cover other test images or another teacher.",
         "The weights of a run and the best method are chosen on val; the test images are read when all runs are done.",
-        "A method that is given by its name has its paper's settings, beside the recipe's `ce_weight`, `kd_weight` and "
-        "`temperature`, which all share; the papers of dkd, dist, attention_transfer and relational_kd have both "
-        "weights at 1. A YAML file gives a method its own.",
+        "A method that is given by its name has the settings that the recipe gives it, else its paper's, beside the "
+        "recipe's `ce_weight`, `kd_weight` and `temperature`, which all share; the papers of dkd, dist, "
+        "attention_transfer and relational_kd have both weights at 1. A YAML file gives a method its own.",
         "Agreement is the share of test images that student and teacher answer alike. KL is KL(teacher ‖ student) in "
         "nats, at temperature 1.",
         "Training holds the teacher's forward passes where it runs in every step. The teacher's pass is the one that "

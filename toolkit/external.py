@@ -34,7 +34,7 @@ GUESSES: dict[str, dict[str, Any]] = {
 TOLD = ("image_size", "layout", "scale", "mean", "std")
 CPU = torch.device("cpu")
 NAMES = ("labels", "classes", "names")  # of class names in a file's metadata
-MORE = 0.05  # of top-1: by so much better another input is not better by chance
+MORE = 0.05  # of top-1, and three standard deviations of it: what makes another input clearly better
 
 
 class External(nn.Module):
@@ -442,8 +442,11 @@ def _text(file: Path) -> str:
         raise TeacherError(f"{file} is not text in UTF-8: {in_line(error)}") from error
 
 
-def hint(members: Sequence[nn.Module], top1: Callable[[], float]) -> str:
-    """Flags under which a single teacher that was told nothing of its input gets clearly more right; else nothing."""
+def hint(members: Sequence[nn.Module], top1: Callable[[], float], images: int) -> str:
+    """Flags under which a single teacher that was told nothing of its input gets clearly more right; else nothing.
+
+    ``top1`` measures it, on so many ``images``.
+    """
     teacher = members[0]
     if len(members) > 1 or not isinstance(teacher, External) or teacher.stated:
         return ""
@@ -454,6 +457,6 @@ def hint(members: Sequence[nn.Module], top1: Callable[[], float]) -> str:
         found[flags] = top1()
     teacher.set_input(before)
     best = max(found, key=found.__getitem__)
-    if found[best] < plain + MORE:
+    if found[best] < plain + max(MORE, 3 * (plain * (1 - plain) / images) ** 0.5):
         return ""
     return f"with {best} it would get {found[best]:.1%} of some of them, against {plain:.1%}"

@@ -51,7 +51,7 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     """``[R,C]`` with its singular values brought towards 1, by Newton-Schulz iterations.
 
     The quintic polynomial, its coefficients and the number of ``steps`` are those of airbench94_muon. It is steep at 0:
-    after three steps what was above a hundredth of the matrix's norm is between about 0.5 and 1.2.
+    after three steps what was above an eightieth of the matrix's norm is between about 0.5 and 1.2.
     """
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)

@@ -351,12 +351,12 @@ class Method(Section):
 class FeatureMethod(Method):
     """A method that compares outputs of modules within the nets, not their logits."""
 
-    maps: ClassVar[bool] = True  # it takes feature maps [B,C,H,W]; else any output [B,...]
+    maps: ClassVar[bool] = True  # it takes feature maps [B,C,S,S] alone; else vectors [B,C] too
 
     layers: tuple[tuple[str, str], ...] = Field(
         (),
         description="pairs of a module of the student and one of the teacher, by path (network.stages.1); none: the "
-        "last ones of the three lowest resolutions, in turn, or of the lowest alone where any output would do",
+        "last ones of the three lowest resolutions, in turn, or of the lowest alone where vectors would do too",
     )
 
 

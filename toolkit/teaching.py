@@ -205,7 +205,7 @@ def preflight(teacher: nn.Module, known: Teacher, data: DataSet, wanted: Recipe)
     said = f"{right.mean():.1%} of {count:,} {name} images right, a guess {chance:.1%}"
     every = max(1, count // 200)
     part = some.select(torch.arange(0, count, every))
-    hint = external.hint(members(teacher), lambda: engine.evaluate(teacher, part, device, dtype)[1])
+    hint = external.hint(members(teacher), lambda: engine.evaluate(teacher, part, device, dtype)[1], len(part))
     for one in (known, *known.also):
         if one.checkpoint is not None and not one.external:
             tell_what_it_knows(one.checkpoint, data, wanted)

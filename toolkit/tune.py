@@ -87,6 +87,9 @@ def tune(
         # All trials, and those after --resume, learn from the same teacher.
         teacher = base.teacher.model_copy(update={"checkpoint": teaching.find(base)})
         pinned = base.model_copy(update={"teacher": teacher})
+        if not started and not base.data.unlabelled:  # a poor teacher is told before the first trial
+            model, known, _ = teaching.load(pinned, data.classes)
+            teaching.preflight(model, known, data, pinned)
         plan = plan.model_copy(update={"recipe": pinned.model_dump(mode="json")})
     search = Search(plan, output, len(data.classes), read_trials(output))
     for trial in search.kept:
