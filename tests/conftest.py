@@ -5,12 +5,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import util
 from pathlib import Path
 from types import ModuleType
 
 import httpx
 import hypothesis
+import numpy as np
 import pytest
 from click.testing import Result
 from served import Served, encoded, serving
@@ -124,6 +126,38 @@ def chain(pipeline: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     shutil.copytree(pipeline.folder, folder)
     monkeypatch.chdir(folder)
     return Chain(folder, pipeline.teacher, pipeline.student, pipeline.artifact, pipeline.example, pipeline.output)
+
+
+@pytest.fixture
+def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what comes after an export's comparison with PyTorch."""
+    from export import parity  # torch
+
+    monkeypatch.setattr(parity, "Reference", partial(parity.Reference, batches=(1,)))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose pictures nobody looks at: drawing them takes longer than measuring a small model."""
+    from toolkit import report
+
+    monkeypatch.setattr(report, "as_image", lambda figure, kind="png": b"\x89PNG")
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small artifact, alone in its folder; for reading."""
+    from small_net import small_artifact  # torch
+
+    return small_artifact(tmp_path_factory.mktemp("artifact") / "student.onnx")
+
+
+@pytest.fixture(scope="session")
+def images() -> np.ndarray:
+    """40 images as the small artifact takes them; for reading."""
+    from small_net import small_images  # torch
+
+    return small_images(40).permute(0, 2, 3, 1).numpy()
 
 
 @pytest.fixture(scope="session")

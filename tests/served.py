@@ -3,10 +3,12 @@
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +100,21 @@ def wait_until_ready(server: Served, seconds: float = 120) -> None:
     raise AssertionError("the server is not ready")
 
 
-def encoded(pixels: np.ndarray, format: str = "PNG", **options: object) -> bytes:
-    """uint8 ``[H,W,3]`` or ``[H,W]`` as the bytes of an image file."""
+def encoded(pixels: np.ndarray | Image.Image, format: str = "PNG", **options: object) -> bytes:
+    """An image, or uint8 ``[H,W,3]`` or ``[H,W]``, as the bytes of an image file."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format, **options)
+    image.save(file, format, **options)
     return file.getvalue()
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: Iterable[bytes]) -> bytes:
+    """A PNG that declares this, whatever rows it has."""
+    packer = zlib.compressobj()
+    packed = b"".join([*map(packer.compress, rows), packer.flush()])
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")

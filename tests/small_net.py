@@ -1,10 +1,13 @@
 """A small trained-looking classifier and its artifact, for the tests of export and serving."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from export import parity
@@ -95,6 +98,41 @@ def _content() -> bytes:
 def export(model: nn.Module, metadata: Metadata, path: Path, opset: int = OPSET) -> None:
     """An artifact in fp32, without the gate."""
     save(build(model, metadata, opset), metadata, path)
+
+
+def changed(artifact: Path, change: Callable[[onnx.ModelProto], None]) -> bytes:
+    """The content of another artifact, which differs in this."""
+    proto = onnx.load(artifact)
+    change(proto)
+    return bytes(proto.SerializeToString())
+
+
+def with_property(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
+    """Another value of a metadata property."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        next(item for item in proto.metadata_props if item.key == key).value = value
+
+    return change
+
+
+def with_weight(change: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[onnx.ModelProto], None]:
+    """Another value of the first weight for which ``change`` gives something."""
+
+    def edit(proto: onnx.ModelProto) -> None:
+        for tensor in proto.graph.initializer:
+            new = change(numpy_helper.to_array(tensor).copy())
+            if new is not None:
+                tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+                return
+        raise AssertionError("nothing to change")
+
+    return edit
+
+
+def with_unknown_operator(proto: onnx.ModelProto) -> None:
+    """What can be read, and not run."""
+    proto.graph.node[3].op_type = "NoSuchOperator"
 
 
 def check(

@@ -33,11 +33,6 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 PNG = encoded(PIXELS)
 
 
-@pytest.fixture
-def path(server: Served) -> Path:
-    return server.artifact
-
-
 def _best(path: Path, pixels: np.ndarray, top_k: int) -> list[dict[str, object]]:
     prediction = Session(path, "cpu").predict(pixels, top_k)
     return [
@@ -80,7 +75,7 @@ def test_several_images_are_answered_in_their_order(http: httpx.Client, path: Pa
     [
         ({"content": b""}, 400, "image_broken", "the image is empty"),
         ({"content": PNG[:9000]}, 400, "image_broken", "broken or cut short"),
-        ({"content": b"hello"}, 415, "image_format", "not a PNG, JPEG, WebP, GIF or BMP image"),
+        ({"content": b"hello"}, 415, "image_format", "not a PNG"),
         ({"json": {"image": "x"}}, 415, "image_format", "not a PNG"),
         ({"files": [("a", PNG), ("b", b"hello")]}, 415, "image_format", "image 2 is not a PNG"),
         ({"files": [("a", PNG)] * 65}, 413, "too_large", "at most 64 images are taken at once"),

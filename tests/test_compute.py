@@ -61,7 +61,7 @@ def test_the_usual_choice_yields_only_to_a_clear_difference(
         assert not (run.path / "probe.json").exists()
 
 
-def test_a_probed_run_is_the_run_that_was_told_its_numbers(open_recipe, monkeypatch, tmp_path):
+def test_a_probed_run_is_the_run_that_was_told_its_numbers(monkeypatch, tmp_path):
     whole = datasets.load(resolve(TREE, "distill", {"data.image_size": 16}).data)
     data = dataclasses.replace(whole, train=Split(whole.train.images[:200], whole.train.labels[:200]), val=None)
     alike = {"loss.ce_weight": 1, "loss.kd_weight": 0, "epochs": 1, "data.image_size": 16, "batch_size": 100}

@@ -34,11 +34,6 @@ Json = dict[str, object]
 # --- over HTTP ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def path(server: Served) -> Path:
-    return server.artifact
-
-
 def _upload(http: httpx.Client, data: bytes, name: str = "picture.png") -> str:
     path: str = http.post("gradio_api/upload", files={"files": (name, data)}).raise_for_status().json()[0]
     return path
@@ -76,8 +71,8 @@ def test_a_picture_gets_the_answer_of_the_session(http: httpx.Client, path: Path
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"hello", "not a PNG, JPEG, WebP, GIF or BMP image"),
-        (encoded(PIXELS, "TIFF"), "not a PNG, JPEG, WebP, GIF or BMP image"),
+        (b"hello", "not a PNG"),
+        (encoded(PIXELS, "TIFF"), "not a PNG"),
         (encoded(PIXELS)[:3000], "cut short"),
         (b"", "empty"),
     ],
@@ -123,13 +118,13 @@ def test_where_a_model_looked_is_shown_if_it_is_asked_for(http: httpx.Client) ->
         assert [image.size for image in shown] == [(SIZE, SIZE), (demo.SHOWN, demo.SHOWN)] * count
 
 
-def test_only_uploads_are_read(http: httpx.Client, path: Path, tmp_path: Path) -> None:
+def test_only_uploads_are_read(server: Served, http: httpx.Client, tmp_path: Path) -> None:
     upload = _upload(http, encoded(PIXELS))
     secret = tmp_path / "secret.png"
     secret.write_bytes(Path(upload).read_bytes())
     link = Path(upload).with_name("link.png")
     link.symlink_to(secret)
-    elsewhere = [str(secret), str(path), f"{upload}/../../../{secret.name}", str(link), "ramp.png"]
+    elsewhere = [str(secret), str(server.artifact), f"{upload}/../../../{secret.name}", str(link), "ramp.png"]
     addresses = ["http://127.0.0.1:9/cat.png", "https://example.org/cat.png", "data:image/png;base64,AAAA"]
     odd = [{"url": "https://example.org/cat.png"}, {"path": None}, {"path": 3}]
     for wrong in [_file(name) for name in elsewhere + addresses] + odd:
@@ -246,12 +241,13 @@ def test_the_page_says_what_the_models_are(http: httpx.Client) -> None:
         assert fact in text, fact
 
 
-def test_the_page_tells_no_paths_but_those_of_uploads(http: httpx.Client, path: Path) -> None:
-    uploads = f"{path.parent}/uploads/toolkit-uploads-"
+def test_the_page_tells_no_paths_but_those_of_uploads(server: Served, http: httpx.Client) -> None:
+    home = server.artifact.parent
+    uploads = f"{home}/uploads/toolkit-uploads-"
     for told in (http.get("config").text, http.get("").text):
         assert uploads in told
         rest = told.replace(uploads, "")
-        for folder in (path.parent, Path(demo.__file__).parents[1], Path(gradio.__file__).parents[1]):
+        for folder in (home, Path(demo.__file__).parents[1], Path(gradio.__file__).parents[1]):
             assert str(folder) not in rest
 
 

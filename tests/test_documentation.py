@@ -6,7 +6,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from textwrap import dedent
@@ -154,9 +153,9 @@ def test_the_program_that_asks_a_server(
     assert [each["label"] for each in ast.literal_eval(capsys.readouterr().out)] == list(expected.labels)
 
 
+@pytest.mark.usefixtures("few_batches", "no_pictures")
 def test_plain_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parity, "Reference", partial(parity.Reference, batches=(1,)))
     epochs = '"epochs": 4'
     narrow = f'{epochs}, "teacher.widths": [8, 16, 32]'
     given: dict[str, Any] = {}

@@ -355,7 +355,6 @@ def test_cached_logits_replay_the_run_that_had_its_teacher(tmp_path, data):
 
 
 def test_everything_that_decides_the_logits_decides_their_file(tmp_path, data):
-    torch.manual_seed(0)
     teacher, other = Plain(), Plain()
     given = {"loss.kd_weight": 1, "teacher.name": "wrn28", "cached_epochs": 2}
 
@@ -375,7 +374,6 @@ def test_everything_that_decides_the_logits_decides_their_file(tmp_path, data):
 
 
 def test_an_ensemble_is_the_mean_of_probabilities():
-    torch.manual_seed(0)
     members = [Plain() for _ in range(3)]
     images = torch.rand(5, 3, 16, 16)
     together = Ensemble(members)(images)
@@ -601,9 +599,10 @@ def test_a_state_of_another_model_is_refused(tmp_path, data):
         engine.fit(other.recipe, data, other)
 
 
-def test_metrics_of_a_kill_are_valid_and_rewound(tmp_path, data):
-    recipe, run = start(tmp_path / "run", epochs=2)
-    engine.fit(recipe, data, run)
+def test_metrics_of_a_kill_are_valid_and_rewound(tmp_path):
+    _, run = start(tmp_path / "run")
+    run.append({"epoch": 1})
+    run.append({"epoch": 2})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"epoch": 3}) + "\n" + '{"epoch": 4, "st')
     assert [row["epoch"] for row in run.history()] == [1, 2, 3]

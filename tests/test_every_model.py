@@ -21,40 +21,25 @@ from toolkit.footprint import footprint
 
 MODELS = [(role, name) for role in ROLES for name in names(role)]
 SIBLINGS = {"tpsnet_333", "tpsnet_777", "tpsnet_17", "tpsnet_23"}  # of tpsnet: other depths and widths
-# The depth at which those that are slow to export show all of their code.
+# The depth at which those that are slow show all of their code.
 SMALLER = {
     "wrn28": {"depth": 10, "width": 2},
     "batch_doubling_resnet": {"blocks": (1, 1, 1)},
     "tpsnet": {"blocks": (1, 1, 1)},
+    "se_resnet_443": {"blocks": (2, 1, 1)},
+    "resnet18_42": {"blocks": (2, 1, 1, 1)},
 }
-EXPORTED = [(role, name, SMALLER.get(name, {}), 32) for role, name in MODELS if name not in SIBLINGS]
+OTHERS = {"resnet9_wide", "resnet18_242_k7"}  # of the code of resnet9 and resnet18_242_k3
+EXPORTED = [(role, name, SMALLER.get(name, {}), 32) for role, name in MODELS if name not in SIBLINGS | OTHERS]
 EXPORTED += [("student", "resnet9", {}, 64), ("student", "resnet18_242_k7", {}, 128)]
 EXPORTED += [("student", "tpsnet", SMALLER["tpsnet"], 224)]
-SLOW = [(role, name, {}, 32) for role, name in MODELS if name in SIBLINGS | SMALLER.keys()]
+SLOW = [(role, name, {}, 32) for role, name in MODELS if name in SIBLINGS | OTHERS | SMALLER.keys()]
 EXPORTED += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
-PARAMETERS = {
-    "wrn28": 36_479_194,
-    "batch_doubling_resnet": 17_386_570,
-    "resnet9_wide": 9_918_776,
-    "resnet9": 3_190_456,
-    "resnet18_242_k3": 4_984_152,
-    "resnet18_242_k7": 4_991_832,
-    "resnet18_256_dropout": 4_996_866,
-    "se_resnet_443": 4_697_742,
-    "resnet18_42": 4_815_940,
-    "resnet_large": 4_903_242,
-    "tpsnet": 4_959_770,
-    "tpsnet_333": 4_865_580,
-    "tpsnet_777": 4_971_680,
-    "tpsnet_17": 4_987_384,
-    "tpsnet_23": 4_976_470,
-}
 
 
 @pytest.mark.parametrize(("role", "name"), MODELS)
 def test_counts_are_those_of_source_and_docstring(role, name):
     entry = info(name, role)
-    assert entry.parameters == PARAMETERS[name]
     assert entry.source
     assert entry.fits_budget == (entry.parameters < 5_000_000)
     assert entry.fits_budget or role == "teacher"
@@ -168,8 +153,7 @@ def test_quirks_of_the_reports():
 
 @pytest.mark.parametrize(("role", "name"), MODELS)
 def test_shapes_and_finite_gradients(role, name):
-    torch.manual_seed(0)
-    model = build(name, role, 100)
+    model = build(name, role, 100, **SMALLER.get(name, {}))
     logits = model(torch.rand(2, 3, 32, 32))
     assert logits.shape == (2, 100)
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
@@ -209,7 +193,6 @@ def test_the_normalisation_is_inside():
 
 
 def test_the_first_conv_whitens_the_images_it_was_shown():
-    torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.rand(200, 3, 6, 6), 32, mode="bilinear")
     images = 0.5 * smooth + 0.5 * smooth.mean(1, keepdim=True)  # neighbours and channels go together
     model = build("resnet9", "student", 10, widths=(8, 8, 8))

@@ -122,12 +122,6 @@ def test_systems_of_reports_say_what_was_reported(name):
     claim = f"{recipe.reported_top1:.2%}"
     assert f"Reported test top-1: {claim}" in header_of(name)
     assert info(recipe.model.name, recipe.role).source.startswith(f"{recipe.source} ({claim} on CIFAR-10")
-    assert not recipe.optimizer.nesterov or recipe.optimizer.name == "adamw"
-    assert recipe.select == "last" or recipe.data.val_size
-
-
-def test_the_reports_have_twelve_systems():
-    assert len({resolve(name, *stages_of(name)).model.name for name in REPORTS}) == 12
 
 
 def test_contradictions_come_at_once_too():
@@ -276,6 +270,8 @@ def test_the_digest_knows_what_is_computed_and_not_where():
     elsewhere = resolve(STUDENT, "distill", {"data.data_dir": "/tmp/x", "device": "cpu", "teacher.checkpoint": "a",
                                            "checkpoint_minutes": 1})  # fmt: skip
     assert elsewhere.digest() == recipe.digest()
+    folders = [{"data.dataset": "folder", "data.data_dir": name} for name in "ab"]  # here it says which images
+    assert len({resolve(STUDENT, "distill", each).digest() for each in folders}) == 2
     other = resolve(STUDENT, "distill", {"optimizer.lr": 0.2, "student.dropout": 0.1})
     assert recipe.differences(other) == ["optimizer.lr: 0.1 -> 0.2", "student.dropout: None -> 0.1"]
 

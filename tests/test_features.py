@@ -138,12 +138,8 @@ def test_layers_within_an_onnx_file_are_told_not_to_be_there(tmp_path):
     teacher = loaded(colour_net(tmp_path / "t.onnx"))
     layers = [["network.head", "network.layer4"]]
     tree = TREE | {"teacher": TEACHER, "loss": {"kd_weight": 1, "methods": {"relational_kd": {"layers": layers}}}}
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match=r"no module 'network\.layer4' .* gives logits alone: network \[3\]"):
         Objective(resolve(tree, "distill"), student, teacher)
-    assert str(caught.value) == (
-        "loss.methods.relational_kd.layers: the teacher has no module 'network.layer4' that puts out a tensor. An ONNX "
-        "file gives logits alone: network [3]"
-    )
 
 
 def test_a_vector_will_do_where_images_are_related():
@@ -162,11 +158,8 @@ def test_a_vector_will_do_where_images_are_related():
     [
         ({"methods": {"dkx": {}}}, "loss.methods.dkx: there is no such method; did you mean 'dkd'?"),
         ({"methods": {"dkd": {"bata": 1}}}, "loss.methods.dkd.bata: there is no such field; did you mean 'beta'?"),
-        ({"methods": {"dkd": {"beta": -1}}}, "loss.methods.dkd.beta = -1: input should be greater than or equal to 0"),
         ({"methods": {"dkd": {"weight": 0}, "dist": {"weight": 0}}}, "weights of all methods (dkd, dist) are 0"),
-        ({"methods": ["dkd"]}, "loss.methods = ['dkd']: input should be a valid dictionary"),
         ({"methods": {"fitnets": {"layers": [["a"]]}}}, "loss.methods.fitnets.layers.0.1: is missing"),
-        ({"temperature": 0}, "loss.temperature = 0: input should be greater than 0"),
         ({"temperature": {"start": 4, "end": 0}}, "loss.temperature: start (=4) and end (=0) must be greater than 0"),
         ({"temperature": {"start": 4}}, "loss.temperature.end: is missing"),
         (
@@ -297,11 +290,4 @@ def test_a_teacher_that_knows_other_classes_is_refused(toolkit: Toolkit, chain: 
     refused(toolkit(*distil), chain.teacher, *words)
     save_tensors(weights, tensors | {head: tensors[head].roll(1, 0)}, header | {"image_size": 64})
     refused(toolkit(*distil), "It was trained on other images: image_size 64 there, 32 here")
-    assert not Path("new").exists()
-
-
-def test_a_layer_that_is_not_there_leaves_no_run(toolkit: Toolkit, chain: Chain) -> None:
-    layers = "loss.methods.fitnets.layers=[[network.stage.1, network.stages.1]]"
-    distil = ("distill", "--recipe", "digits", "--teacher-checkpoint", chain.teacher, "--run-dir", "new")
-    refused(toolkit(*distil, "--set", layers), "no module 'network.stage.1'", "network.stages.1 [32, 7, 7]")
     assert not Path("new").exists()

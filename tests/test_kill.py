@@ -8,23 +8,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from small_run import TREE, small_digits
 
-from toolkit import data as datasets
 from toolkit import engine
-from toolkit.data import DataSet, Split
 from toolkit.learner import Learner
 from toolkit.recipe import resolve
 from toolkit.run import Run
-
-TREE = {
-    "data": {"dataset": "digits", "image_size": 16},
-    "student": {"name": "tpsnet", "blocks": [1, 1, 1], "base": 4, "dropout": 0.2},
-    "optimizer": {"lr": 0.05, "lookahead_steps": 3},
-    "checkpoint_minutes": 1e-9,
-    "probe": False,  # two runs might choose differently
-    "precision": "fp32",
-    "batch_size": 50,
-}
 
 
 def train(run: Run, moment: int | None) -> None:
@@ -48,18 +37,14 @@ def train(run: Run, moment: int | None) -> None:
     safetensors.torch.save_file = deadly(save)
     Path.replace, Run.append, Learner.step = deadly(Path.replace), deadly(Run.append), deadly(Learner.step)
     engine.READ_SECONDS = 0.0  # a state every step
-    whole = datasets.load(run.recipe.data)
-    parts = ((whole.train, 200), (whole.val, 100), (whole.test, 100))
-    some = (Split(part.images[:n], part.labels[:n]) for part, n in parts)
-    data = DataSet("digits", whole.classes, *some, whole.mean, whole.std, "d")
-    engine.fit(run.recipe, data, run)
+    engine.fit(run.recipe, small_digits(), run)
 
 
-@pytest.mark.parametrize("most", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, most):
     """As many kills as epochs, of four steps each: five such moments a step, and a few at an epoch's end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["toolkit.engine", "toolkit.data", "sklearn.datasets", "torch._dynamo"])
+    context.set_forkserver_preload(["toolkit.engine", "small_run", "sklearn.datasets", "torch._dynamo"])
     moments, states = random.Random(0), set()
 
     def trained(run, moment):
@@ -68,7 +53,8 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, most):
         process.join(120)
         return process.exitcode
 
-    recipe = resolve(TREE, "distill", {"epochs": most})
+    changes = {"epochs": most, "checkpoint_minutes": 1e-9, "optimizer.lookahead_steps": 3}
+    recipe = resolve(TREE, "distill", changes)
     whole, killed = (Run.start(tmp_path / name, recipe, resume=True) for name in ("whole", "killed"))
     assert trained(whole, None) == 0
     for _ in range(most):

@@ -93,7 +93,6 @@ def test_the_average_holds_the_buffers_of_batch_norm_too():
 
 
 def test_swa_is_the_mean_of_the_epochs_after_its_start():
-    torch.manual_seed(0)
     model = net()
     average = make_average(model, resolve({"student": {"name": "tpsnet"}, "epochs": 9, "swa_start": 2}, "distill"))
     seen = []
@@ -109,7 +108,6 @@ def test_swa_is_the_mean_of_the_epochs_after_its_start():
 
 
 def test_norms_are_estimated_as_means_over_the_batches_and_nothing_else_is_changed():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.Dropout(0.9), nn.Conv2d(4, 2, 1))
     model.append(nn.BatchNorm2d(2))
     for _ in range(3):
@@ -128,7 +126,6 @@ def test_norms_are_estimated_as_means_over_the_batches_and_nothing_else_is_chang
 
 def test_sam_takes_the_gradient_where_the_loss_has_risen_and_comes_back():
     """Against Foret et al.'s equations 2 and 3, on a net with BN, whose statistics see the first pass alone."""
-    torch.manual_seed(0)
     model, images, labels = net(), torch.rand(6, 3, 3, 3), torch.tensor([0, 1, 0, 1, 1, 0])
     twin = net()
     twin.load_state_dict(model.state_dict())
@@ -161,7 +158,6 @@ def test_sam_takes_the_gradient_where_the_loss_has_risen_and_comes_back():
 
 
 def test_lookahead_is_the_papers_two_lines():
-    torch.manual_seed(0)
     model = nn.Linear(4, 2)
     slow = [parameter.detach().clone() for parameter in model.parameters()]
     changes = {"student.name": "tpsnet", "optimizer.lookahead_steps": 3, "optimizer.lookahead_alpha": 0.3}
@@ -184,7 +180,6 @@ def test_lookahead_is_the_papers_two_lines():
 @pytest.mark.parametrize("shape", [(8, 27), (40, 12), (16, 16)])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
 def test_the_orthogonal_matrix_keeps_the_directions_of_the_gradient(shape, size):
-    torch.manual_seed(0)
     matrix = size * torch.randn(shape)
     u, sizes, v = torch.linalg.svd(matrix, full_matrices=False)
     found = u.T @ orthogonal(matrix) @ v.T  # diagonal where the singular vectors are kept
@@ -204,7 +199,6 @@ def test_muon_takes_filters_that_are_zero():
 
 
 def test_muon_steps_filters_by_their_rate_and_the_rest_as_sgd():
-    torch.manual_seed(0)
     model = net()
     config = Optimizer(name="muon", lr=0.1, weight_decay=0, momentum=0.9, filter_lr=0.25, filter_momentum=0.5)
     optimizer, sgd = make_optimizer(config, model), torch.optim.SGD(

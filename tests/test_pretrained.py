@@ -13,6 +13,7 @@ from export.inspection import describe
 from toolkit.machine import lacks_vnni
 from toolkit.run import SHIPPED, newest_artifact
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 CARD = SHIPPED.with_name("README.md").read_text()
 WEIGHTS = SHIPPED.with_suffix(".safetensors")
 

@@ -70,7 +70,7 @@ def test_fp16_keeps_inputs_outputs_and_answers(graph: onnx.ModelProto, tmp_path:
     np.testing.assert_allclose(answers(halved, tmp_path), answers(graph, tmp_path), atol=0.05)
 
 
-def test_fp16_of_a_net_that_resizes_within(graph: onnx.ModelProto, tmp_path: Path) -> None:
+def test_fp16_of_a_net_that_resizes_within(tmp_path: Path) -> None:
     """The scales of ONNX's Resize are fp32 in any graph."""
     net = small_net()
     net.net.insert(3, nn.Upsample(scale_factor=2, mode="bilinear"))

@@ -19,12 +19,11 @@ from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
-import onnx
 import pytest
 import uvicorn
 from conftest import Toolkit
 from served import Served, encoded, serving, wait_until_ready
-from small_net import small_artifact
+from small_net import changed, small_artifact, with_property, with_unknown_operator
 
 from serve import api, demo
 from serve import engine as engine_module
@@ -32,11 +31,6 @@ from serve import server as server_module
 from serve.session import NoCudaError, Session
 
 GOOD = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_artifact(tmp_path_factory.mktemp("server") / "student.onnx")
 
 
 @contextmanager
@@ -80,6 +74,8 @@ def wait(self, images):
     return run(self, images)
 Session.run = wait
 """
+# What still runs at the end is not waited for as long as it usually is.
+BRIEFLY = "import serve.engine; serve.engine.CLOSE_SECONDS = 0.3"
 
 
 def _wait(for_: Callable[[], object]) -> None:
@@ -123,7 +119,7 @@ def test_what_was_asked_before_the_end_is_answered(path: Path, tmp_path: Path) -
 def test_a_batch_that_hangs_does_not_keep_the_server(path: Path, tmp_path: Path) -> None:
     held = tmp_path / "held"
     with (
-        serving(path, "--grace", 1, patch=HOLD.format(path=str(held))) as server,
+        serving(path, "--grace", 1, patch=HOLD.format(path=str(held)) + BRIEFLY) as server,
         server.client() as http,
         ThreadPoolExecutor() as pool,
     ):
@@ -163,8 +159,7 @@ def test_what_a_killed_server_left_is_deleted(tmp_path: Path, monkeypatch: pytes
 
 def test_an_artifact_is_replaced_under_load_and_then_the_server_is_ended(tmp_path: Path) -> None:
     path = small_artifact(tmp_path / "student.onnx")
-    proto = onnx.load(path)
-    next(item for item in proto.metadata_props if item.key == "model").value = '"newer_net"'
+    newer = changed(path, with_property("model", '"newer_net"'))
     with serving(path, "--reload") as server, server.client() as http:
 
         def until(text: str) -> None:
@@ -177,7 +172,7 @@ def test_an_artifact_is_replaced_under_load_and_then_the_server_is_ended(tmp_pat
             path.write_bytes(b"junk")
             until('toolkit_reloads_total{artifact="student",result="refused"} 1.0')
             assert '"model":"small_net"' in http.get("v1/model").text
-            path.write_bytes(proto.SerializeToString())
+            path.write_bytes(newer)
             until('"model":"newer_net"')
             assert seen.keys() == {200}
             assert http.get("readyz").status_code == 200
@@ -291,9 +286,7 @@ def test_a_worker_that_cannot_start_ends_all_only_before_one_is_up(monkeypatch: 
 
 
 def test_workers_that_cannot_start(path: Path, tmp_path: Path) -> None:
-    proto = onnx.load(path)
-    proto.graph.node[3].op_type = "NoSuchOperator"
-    (tmp_path / "bad.onnx").write_bytes(proto.SerializeToString())
+    (tmp_path / "bad.onnx").write_bytes(changed(path, with_unknown_operator))
     start = "from toolkit.cli import main; main()"
     command = [sys.executable, "-c", start, "serve", tmp_path / "bad.onnx", "--port", "0", "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -10,22 +10,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from small_net import LABELS, SIZE, export, small_artifact, small_images, small_metadata, small_net
+from small_net import (
+    LABELS,
+    SIZE,
+    changed,
+    export,
+    small_artifact,
+    small_metadata,
+    small_net,
+    with_property,
+    with_weight,
+)
 
 from serve import engine as module
 from serve.engine import Closed, DeadlineExceeded, Engine, QueueFull, named
 from serve.session import Session
 from toolkit.errors import ArtifactError, UnknownNameError, UserError
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_artifact(tmp_path_factory.mktemp("engine") / "student.onnx")
-
-
-@pytest.fixture(scope="module")
-def images() -> np.ndarray:
-    return small_images(40).permute(0, 2, 3, 1).numpy()
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_artifacts_by_name(path: Path, images: np.ndarray) -> None:
             engine.submit(images[0], "c")
 
 
-def test_names_come_from_files_or_are_given(tmp_path: Path) -> None:
+def test_names_come_from_files_or_are_given() -> None:
     paths = named(["runs/x/student.onnx", "int8=runs/x/student.int8.onnx", "teacher.onnx"])
     assert paths == {
         "student": Path("runs/x/student.onnx"),
@@ -225,20 +225,13 @@ def test_an_artifact_that_cannot_be_opened(tmp_path: Path) -> None:
 
 def _replace(path: Path, change: Callable[[onnx.ModelProto], None]) -> None:
     """Put another artifact in the place of ``path``, as ``toolkit export`` does."""
-    proto = onnx.load(path)
-    change(proto)
     new = path.with_suffix(".new")
-    onnx.save(proto, new)
+    new.write_bytes(changed(path, change))
     new.replace(path)
 
 
-def _rename(proto: onnx.ModelProto) -> None:
-    next(item for item in proto.metadata_props if item.key == "model").value = '"newer_net"'
-
-
-def _spoil(proto: onnx.ModelProto) -> None:
-    weight = next(item for item in proto.graph.initializer if len(item.dims) == 2)
-    weight.CopyFrom(onnx.numpy_helper.from_array(np.full(weight.dims, np.nan, np.float32), weight.name))
+RENAMED = with_property("model", '"newer_net"')
+SPOILED = with_weight(lambda weight: np.full_like(weight, np.nan) if weight.ndim == 2 else None)
 
 
 def test_reload_takes_what_is_good_and_keeps_what_was(
@@ -260,12 +253,12 @@ def test_reload_takes_what_is_good_and_keeps_what_was(
         until("kept the old artifact student: ")
         path.unlink()
         path.write_bytes(good)
-        _replace(path, _spoil)
+        _replace(path, SPOILED)
         until("no probabilities")
         path.write_bytes(good[: len(good) // 2])
         until("is not an ONNX file, or it is cut short")
         path.write_bytes(good)
-        _replace(path, _rename)
+        _replace(path, RENAMED)
         end = time.monotonic() + 20
         while engine.submit(images[0]).result(10).metadata.model != "newer_net":
             assert time.monotonic() < end, caplog.text
@@ -276,7 +269,7 @@ def test_a_file_that_changes_during_the_start_is_taken(tmp_path: Path, monkeypat
 
     def opened(path: Path, *arguments: object) -> Session:
         session = Session(path, *arguments)
-        _replace(path, _rename)
+        _replace(path, RENAMED)
         return session
 
     with monkeypatch.context() as patch:

@@ -11,10 +11,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
-from small_net import LABELS, SIZE, small_artifact, small_images, small_metadata
+from small_net import LABELS, SIZE, changed, small_metadata, with_property, with_unknown_operator
 
 from serve import session as module
 from serve.session import Session
@@ -25,18 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_artifact(tmp_path_factory.mktemp("session") / "student.onnx")
-
-
-@pytest.fixture(scope="module")
 def session(path: Path) -> Session:
     return Session(path, "cpu")
-
-
-@pytest.fixture(scope="module")
-def images() -> np.ndarray:
-    return small_images(40).permute(0, 2, 3, 1).numpy()
 
 
 def test_run_gives_logits_and_their_softmax(session: Session, images: np.ndarray) -> None:
@@ -154,10 +143,7 @@ def test_eight_bits_that_this_cpu_adds_up_wrongly_are_told(
         ("S8S8 QDQ", False),
         ("U8S8 QDQ, per channel", True),
     ):
-        proto = onnx.load(path)
-        (entry,) = [entry for entry in proto.metadata_props if entry.key == "quantisation"]
-        entry.value = json.dumps(words)
-        Session(proto.SerializeToString(), "cpu")
+        Session(changed(path, with_property("quantisation", json.dumps(words))), "cpu")
         assert ("may overflow on this CPU" in caplog.text) == told, words
 
 
@@ -209,10 +195,8 @@ def test_cuda_computes_what_the_cpu_computes(path: Path, session: Session, image
 
 
 def test_a_graph_that_cannot_run_is_an_artifact_error(path: Path, tmp_path: Path) -> None:
-    proto = onnx.load(path)
-    proto.graph.node[3].op_type = "NoSuchOperator"
     bad = tmp_path / "bad.onnx"
-    bad.write_bytes(proto.SerializeToString())
+    bad.write_bytes(changed(path, with_unknown_operator))
     with pytest.raises(ArtifactError, match=r"ONNX Runtime cannot run .*bad\.onnx"):
         Session(bad, "cpu")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from colour_net import colour_net
-from conftest import Chain, Toolkit
+from conftest import Chain, Toolkit, refused
 from PIL import Image
 
 from toolkit import compute, teaching, tune, tune_report
@@ -71,9 +71,9 @@ def ended(search: Search, number: int, val_top1: float, status: str = "finished"
 
 @pytest.mark.parametrize(("name", "sampler"), [("tpsnet-random", "random"), ("resnet-large-grid", "grid")])
 def test_shipped_spaces_are_whole(tmp_path: Path, name: str, sampler: str) -> None:
-    wanted = plan(read_space(name), sampler, trials=5 if sampler == "random" else None)
+    wanted = plan(read_space(name), sampler, trials=2 if sampler == "random" else None)
     search = prepared(tmp_path, wanted)
-    assert len(search.trials) == (5 if sampler == "random" else 20)
+    assert len(search.trials) == (2 if sampler == "random" else 20)
     for trial in search.trials:
         recipe = search.recipe(trial.values)
         model = build(recipe.model.name, "student", 10, **recipe.model.arguments)
@@ -308,7 +308,7 @@ def test_a_failing_trial_is_a_row_and_the_best_is_a_recipe(toolkit: Toolkit, now
     assert [Trial(**row) for row in rows] == search.trials
     table = list(csv.DictReader(Path("out/trials.csv").read_text().splitlines()))
     assert [row["optimizer.lr"] for row in table] == ["0.05", "0.2", "0.05", "0.2"]
-    assert "augment.crop_padding (=40) must be less than" in table[2]["error"]
+    assert "augment.crop_padding (=40)" in table[2]["error"]
     assert "Traceback" in Path("out/trials/0003.error.txt").read_text()
     for trial in search.trials[:2]:
         run = Run(search.path(trial))
@@ -348,7 +348,7 @@ def test_where_all_trials_fail(nowhere: Path) -> None:
     tree = tiny(fields=fields, set={**TINY["set"], "augment.padding_mode": "reflect"})
     search = prepared(Path("out"), plan(tree, "grid"))
     run_all(search)
-    with pytest.raises(SearchError, match=r"all 2 trials failed, the first by: augment.crop_padding \(=40\)"):
+    with pytest.raises(SearchError, match=r"all 2 trials failed, the first by: augment\.crop_padding"):
         tune.finish(search)
 
 
@@ -644,6 +644,14 @@ def test_without_ray_the_extra_is_named(toolkit: Toolkit, nowhere: Path, monkeyp
         Search(plan(TINY, "optuna"), Path("out"), 10)
 
 
+def test_a_cluster_that_does_not_answer(toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("space.yaml").write_text(yaml.safe_dump(TINY))
+    monkeypatch.setattr(tune, "_ray", lambda address: None)
+    result = toolkit("tune", "--space", "space.yaml", "--output", "out", "--address", "127.0.0.1:1")
+    refused(result, "--address 127.0.0.1:1: no Ray cluster answers there")
+    assert not Path("out").exists()
+
+
 # --- on Ray ------------------------------------------------------------------------------------------------
 
 
@@ -663,9 +671,9 @@ def ray(nowhere: Path) -> Path:
 def test_a_search_on_ray(ray: Path) -> None:
     """In a process of its own, as Ray changes signal handlers and leaves threads behind.
 
-    The base recipe's model is over the budget, and no point of the grid. Padding of 40 fails, which the others survive.
+    The base recipe's model is over the budget, and no point of the grid. Padding of 40 fails, which the other survives.
     """
-    fields = {"augment.crop_padding": {"choices": [1, 40, 2]}, "student.widths": {"choices": [[8, 8, 8]]}}
+    fields = {"augment.crop_padding": {"choices": [40, 1]}, "student.widths": {"choices": [[8, 8, 8]]}}
     tree = tiny(fields=fields, set={**TINY["set"], "augment.padding_mode": "reflect"})
     Path("space.yaml").write_text(yaml.safe_dump(tree))
     how = ("--sampler", "grid", "--scheduler", "asha", "--budget", 20_000)
@@ -673,20 +681,19 @@ def test_a_search_on_ray(ray: Path) -> None:
     result = subprocess.run(asked, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert (found["finished"] + found["stopped"], found["failed"]) == (2, 1)
-    first, failed, last = found["trials"]
-    assert failed["error"].startswith("augment.crop_padding (=40) must be less than")
-    assert f"trial 2 failed: {failed['error']}" in result.stderr
-    assert found["best"]["val_top1"] == max(row["val_top1"] for row in (first, last))
-    for row in (first, last):
-        run = Run(Path("out") / row["run"])
-        assert run.finished == (row["status"] == "finished")
-        assert len(run.history()) == row["epochs_run"] == (2 if run.finished else 1)
+    assert (found["finished"] + found["stopped"], found["failed"]) == (1, 1)
+    failed, row = found["trials"]
+    assert failed["error"].startswith("augment.crop_padding (=40)")
+    assert f"trial 1 failed: {failed['error']}" in result.stderr
+    assert found["best"]["val_top1"] == row["val_top1"]
+    run = Run(Path("out") / row["run"])
+    assert run.finished == (row["status"] == "finished")
+    assert len(run.history()) == row["epochs_run"] == (2 if run.finished else 1)
     assert {path.name for path in Path("out").iterdir()} == {
         *("search.yaml", "trials.json", "trials.csv", "trials", "scatter.png", "heatmap.png", "best.yaml", ".lock")
     }
-    assert "3 trials of 2 epochs in out, at most" in result.stderr
-    grid = r"the grid: 3 augment.crop_padding x 1 student.widths.*; at most about \d+:\d\d, judged by"
+    assert "2 trials of 2 epochs in out, at most" in result.stderr
+    grid = r"the grid: 2 augment.crop_padding x 1 student.widths.*; at most about \d+:\d\d, judged by"
     assert re.search(grid, result.stderr)
     assert "Warning" not in result.stderr
 
@@ -713,14 +720,3 @@ def test_a_killed_search_goes_on(ray: Path) -> None:
     assert after[1] == before[1]
     assert Run(second).history()[: len(rows)] == rows  # from its checkpoint, and not from the start
     assert [trial.values for trial in after.values()] == [trial.values for trial in before.values()]
-
-
-def test_a_cluster_that_does_not_answer(ray: Path) -> None:
-    asked = command("--space", "space.yaml", "--output", "out", "--address", "127.0.0.1:1")
-    result = subprocess.run(asked, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1
-    assert result.stdout == ""
-    *_, error = result.stderr.strip().splitlines()
-    assert error.startswith("error: --address 127.0.0.1:1: no Ray cluster answers there")
-    assert "Traceback" not in result.stderr
-    assert not Path("out").exists()
