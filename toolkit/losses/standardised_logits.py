@@ -23,8 +23,7 @@ class Term(nn.Module):
 
     ``z(x) = (x - mean(x)) / std(x)`` over the classes of each image, so that the student is asked for the teacher's
     relations between classes and not for the size of its logits; ``std`` is that of all K, as in the paper (its code
-    divides by K - 1). Raises ``RecipeError`` for two classes, which have no
-    relations but that one is larger.
+    divides by K - 1). Raises ``RecipeError`` for two classes, which have no relations but that one is larger.
     """
 
     def __init__(self, params: Params) -> None:
