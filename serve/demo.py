@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from gradio import routes
+from gradio import processing_utils, routes
 from gradio.route_utils import FnIndexInferError
 from gradio.utils import get_upload_folder
 from numpy.typing import NDArray
@@ -86,6 +86,8 @@ def mount(
     ``deadline`` is the seconds that an answer may take, ``turns`` what a thread holds while it decodes. ``examples``
     are image files to try, where none of those that ship with the page shows a class that the first artifact knows.
     """
+    # By which Gradio names what it copies, examples above all: of several processes the same.
+    processing_utils.hash_seed = Path(get_upload_folder()).name.encode()
     page = _build(engine, _drawn(engine) or examples, _Answers(engine, deadline, turns))
     # Not the threads of the whole process, which uploads and the API need too (40 would mean these).
     page.max_threads = min(4 * available_cores(), 39)
@@ -110,8 +112,9 @@ def mount(
     mounted: FastAPI = app.routes[-1].app  # type: ignore[attr-defined]
     mounted.add_exception_handler(FnIndexInferError, _no_function)  # else each such call writes a traceback to the log
     page.has_launched = True  # else Gradio does not check which files it gives out
-    uploads = Path(get_upload_folder())
-    Thread(target=_tidy, args=(page, uploads, {*uploads.rglob("*")}), name="tidy", daemon=True).start()
+    rows = [row for block in page.blocks.values() if isinstance(block, gr.Dataset) for row in block.samples]
+    kept = {Path(row[0]["path"]) for row in rows}
+    Thread(target=_tidy, args=(page, Path(get_upload_folder()), kept), name="tidy", daemon=True).start()
 
 
 def _tidy(page: gr.Blocks, uploads: Path, kept: Collection[Path]) -> None:
@@ -135,10 +138,11 @@ def sweep(uploads: Path, kept: Collection[Path], seconds: float) -> None:
 
     Gradio's own way forgets what a client that went away had sent, and what a server that was killed had taken.
     """
-    for path in sorted(uploads.rglob("*"), reverse=True):  # a folder comes after what is in it
-        with suppress(OSError):  # not empty, or another process was faster
-            if path not in kept and time.time() - path.lstat().st_mtime > seconds:
-                path.rmdir() if path.is_dir() else path.unlink()
+    for folder, inside, names in os.walk(uploads, topdown=False):  # a folder comes after what is in it
+        for path in (Path(folder, name) for name in (*names, *inside)):
+            with suppress(OSError):  # not empty, or another process was faster
+                if path not in kept and time.time() - path.lstat().st_mtime > seconds:
+                    path.rmdir() if path.is_dir() else path.unlink()
 
 
 class _Answers:
@@ -323,7 +327,7 @@ def _check_files(value: Any, folder: Path) -> None:
             with suppress(OSError, ValueError):  # too long a name, or characters that none has
                 ours = isinstance(path, str) and Path(path).resolve().is_relative_to(folder)
             if not ours:
-                raise gr.Error("Only an uploaded picture is read, no other path and no address.", print_exception=False)
+                raise gr.Error("This picture is not, or no longer, on the server: upload it.", print_exception=False)
 
 
 def _chosen(model: str, other: str) -> list[str]:

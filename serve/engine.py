@@ -27,7 +27,7 @@ RELOAD_SECONDS = 1.0  # between two looks at the files
 CLOSE_SECONDS = 2.0  # for what still runs at the end
 ASKED: dict[str, Provider] = {CPU: "cpu", CUDA: "cuda", TENSORRT: "tensorrt"}  # what gives the same provider again
 
-Stamp = tuple[int, int, int]
+Stamp = tuple[int, int, int, int]
 
 logger = logging.getLogger(__name__)
 
@@ -377,10 +377,10 @@ class _Model:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    """What changes when a file does; None while there is none."""
+    """What changes when a file does, or who may read it; None while there is none."""
     with suppress(OSError):
         status = path.stat()
-        return status.st_ino, status.st_mtime_ns, status.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
     return None
 
 

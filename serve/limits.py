@@ -96,7 +96,7 @@ class Limits:
         try:
             await (self._refused(scope, limit) or self._app)(scope, counted, seen)
         except ClientDisconnect:
-            pass
+            status = 0  # whatever was sent to nobody
         except asyncio.CancelledError:  # the server stops, and its grace is over
             if not status:
                 message = "the server stopped before the answer was there"

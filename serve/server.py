@@ -71,7 +71,7 @@ class Settings:
 def read_key(path: Path) -> str:
     """The key in a file, of which the first line counts. Raises ``UserError``."""
     try:
-        key = path.read_text(encoding="utf-8").partition("\n")[0].strip()
+        key = path.read_text(encoding="utf-8-sig").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the key in {path}: {getattr(error, 'strerror', None) or 'not text'}") from error
     if not key:
@@ -99,8 +99,8 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
         before = threading.enumerate()
         try:
             engine = _engine(settings)
-            started(url, engine.provider())
             with _uploads():
+                started(url, engine.provider())
                 server = uvicorn.Server(_config(settings, _app(settings, engine)))
                 for number in previous:  # uvicorn raises it again once it is done, for whoever held it before
                     signal.signal(number, server.handle_exit)
@@ -121,17 +121,18 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
 def _uploads() -> Iterator[None]:
     """A folder of this server's own for the page's uploads, gone at its end; ``GRADIO_TEMP_DIR`` says where."""
     parent = os.environ.get(UPLOADS)
-    if parent is not None:
-        Path(parent).mkdir(parents=True, exist_ok=True)
+    try:
+        if parent is not None:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        own = tempfile.TemporaryDirectory(prefix=FOLDER, dir=parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"there is no place for uploads in {parent or 'the temporary folder'}: {error}") from error
     for left in Path(parent or tempfile.gettempdir()).glob(f"{FOLDER}*"):  # by servers that were killed
         with suppress(OSError):
             if time.time() - left.lstat().st_mtime > OLD:
                 with _held(left):
                     shutil.rmtree(left)
-    with (
-        tempfile.TemporaryDirectory(prefix=FOLDER, dir=parent, ignore_cleanup_errors=True) as folder,
-        _held(Path(folder)),
-    ):
+    with own as folder, _held(Path(folder)):
         os.environ[UPLOADS] = folder
         try:
             yield
@@ -159,7 +160,9 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _run_workers(settings: Settings, listener: socket.socket, started: Callable[[str], None]) -> None:
-    with _uploads(), tempfile.TemporaryDirectory(prefix="toolkit-metrics-") as folder:
+    # Not beside the uploads: a process that maps a file of counters dies where the disk is full.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with _uploads(), tempfile.TemporaryDirectory(prefix="toolkit-metrics-", dir=memory) as folder:
         os.environ[metrics.SHARED] = folder
         # Workers end by the very signal that they obeyed: locks of Gradio's are then cleaned up after them, aloud.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
@@ -227,6 +230,10 @@ class _Supervisor(Multiprocess):
             process.parent_conn.send(b"ping")
             self._asked[process] = time.monotonic()
         return time.monotonic() - self._asked[process] < SILENCE
+
+    def handle_hup(self) -> None:
+        """The terminal was closed: uvicorn's would start all anew, without one."""
+        self.should_exit.set()
 
     def terminate_all(self) -> None:
         for listener in self.sockets:  # else it takes connections as long as a worker has something to do

@@ -128,13 +128,18 @@ def _tile(row: Row, threshold: float) -> str:
         return f'<li><span class="broken" aria-hidden="true"></span><p class="bad">{name}: no answer</p></li>'
     first = row.opinions[0]
     differ = "".join(
-        f"<small>{escape(o.name)}: {escape(o.label)}</small>" for o in row.opinions[1:] if o.label != first.label
+        f"<small>{escape(o.name)}: {_isolated(o.label)}</small>" for o in row.opinions[1:] if o.label != first.label
     )
     return (
         f'<li {_sureness(first, threshold)}><img src="{_image(row.small)}" alt="{escape(row.file)}">'
-        f"<p>{escape(first.label)} <small>{_percent(first.confidence)}</small>"
+        f"<p>{_isolated(first.label)} <small>{_percent(first.confidence)}</small>"
         f'<small class="tag if-unsure">not sure</small>{differ}</p></li>'
     )
+
+
+def _isolated(label: str) -> str:
+    """A label beside a number, which one that is written from right to left would tear apart."""
+    return f"<bdi>{escape(label)}</bdi>"
 
 
 def _row(row: Row, columns: int, threshold: float) -> str:
@@ -142,7 +147,7 @@ def _row(row: Row, columns: int, threshold: float) -> str:
         cells = f'<td colspan="{columns}" class="bad">{escape(_sentence(row.problem))}</td>'
     else:
         cells = "".join(
-            f"<td {_sureness(o, threshold)}>{escape(o.label)} <small>{_percent(o.confidence)}</small>"
+            f"<td {_sureness(o, threshold)}>{_isolated(o.label)} <small>{_percent(o.confidence)}</small>"
             ' <small class="tag if-unsure">not sure</small></td>'
             for o in row.opinions
         )

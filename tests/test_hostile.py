@@ -230,6 +230,18 @@ def test_a_client_that_does_not_read_is_let_go(server: Served, http: httpx.Clien
                 time.sleep(0.1)
 
 
+def test_an_upload_that_its_client_breaks_off_is_no_error_of_ours(server: Served, http: httpx.Client) -> None:
+    before = _refused(http, "internal")
+    for path in ("/v1/predict", "/v1/predict?top_k=1", "/gradio_api/upload"):
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as client:
+            kind = "multipart/form-data; boundary=x" if "upload" in path else "image/png"
+            client.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\n".encode())
+            client.sendall(b"content-length: 999\r\n\r\n--x\r\n")
+            time.sleep(0.2)
+    time.sleep(0.3)
+    assert _refused(http, "internal") == before
+
+
 def _refused(http: httpx.Client, reason: str) -> float:
     counted = re.search(rf'toolkit_rejects_total{{reason="{reason}"}} (\S+)', http.get("metrics").text)
     return float(counted[1]) if counted else 0.0

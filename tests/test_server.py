@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from conftest import Toolkit
+from conftest import Toolkit, refused
 from served import Served, encoded, serving, wait_until_ready
 from small_net import changed, small_artifact, with_property, with_unknown_operator
 
@@ -193,7 +193,7 @@ def _workers(server: Served) -> list[int]:
 
 def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
-    key.write_text("a key\n")
+    key.write_text("a key\n", encoding="utf-8-sig")  # as Windows may write it
     with serving(path, "--workers", 2, "--grace", 3, "--api-key-file", key) as server:
         for credentials in ({}, {"headers": {"authorization": "Bearer another"}}, {"auth": ("x", "another")}):
             with server.client(**credentials) as http:
@@ -223,7 +223,7 @@ def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
         late = socket.create_connection(_address(server))
         late.sendall(b"POST /v1/predict HTTP/1.1\r\nauthorization: Bearer a key\r\ncontent-length: 9\r\n\r\nabc")
         time.sleep(0.3)
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGHUP)  # the terminal was closed
         _wait(lambda: _refuses(server))
         assert server.process.poll() is None  # and nobody waits for an answer that cannot come
     with late:  # its grace was over before its body was there
@@ -322,6 +322,8 @@ def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path, mon
         assert result.exit_code == 1
         assert message in result.stderr
         assert result.stdout == ""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "empty"))
+    refused(toolkit("serve", "--provider", "cpu", path, "--port", 0), "there is no place for uploads in", "empty")
 
 
 @pytest.mark.parametrize(

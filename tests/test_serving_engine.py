@@ -295,3 +295,6 @@ def test_a_file_is_taken_once_it_is_whole(tmp_path: Path, monkeypatch: pytest.Mo
         path.write_bytes(good)
         model.reload()
         assert len(opened) == 2
+        path.chmod(0o600)  # as one that could not be read at first
+        model.reload()
+        assert len(opened) == 3
