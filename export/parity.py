@@ -281,8 +281,8 @@ def _kinds(real: Images) -> Iterator[tuple[str, Images]]:
     yield "white", np.full((n, *shape), 255, np.uint8)
     index, row, column = np.ogrid[:n, : shape[0], : shape[1]]
     cell = 1 + index % 8  # boards of 1 to 8 pixels a field
-    board = (row // cell + column // cell + index // 8) % 2
-    yield "checkerboard", np.repeat(board[..., None] * 255, 3, axis=-1).astype(np.uint8)
+    board = ((row // cell + index // 8).astype(np.uint8) + (column // cell).astype(np.uint8)) % 2 * 255
+    yield "checkerboard", np.repeat(board[..., None], 3, axis=-1)
     yield "corrupted JPEG", np.stack([_corrupted(image, rng) for image in real])
 
 

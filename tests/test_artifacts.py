@@ -318,19 +318,16 @@ def test_a_graph_that_computes_something_else_is_not_written(
     folder = chain.student / "export"
     damaged = _edited(onnx.load(chain.artifact), 10, lambda rows: rows + 0.01 * (rows == rows.max()))  # one weight
 
-    def others() -> dict[Path, bytes]:
-        return {path: content for path, content in files(folder).items() if path.name != "parity.json"}
-
     monkeypatch.setattr(onnx_export, "build", lambda *_: damaged)
-    before = others()
+    before, report = files(folder), folder / "refused.json"
     assert chain.artifact in before
     refused(toolkit("export", "--provider", "cpu"), "does not compute what PyTorch computes", "logits differ by")
-    assert json.loads((folder / "parity.json").read_text())["ok"] is False
-    assert others() == before
+    assert json.loads(report.read_text())["ok"] is False
+    assert files(folder) == before | {report: report.read_bytes()}  # above all its own parity.json
     shutil.rmtree(folder)
     with pytest.raises(ParityError, match="does not compute what PyTorch computes"):
         artifacts.export(provider="cpu")
-    assert [path.name for path in folder.iterdir()] == ["parity.json"]
+    assert list(folder.iterdir()) == [report]
 
 
 def test_a_lower_precision_may_lose_so_much_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,9 +354,9 @@ def test_a_precision_that_changes_answers_is_not_shipped(
     before = chain.artifact.read_bytes()
     result = toolkit("export", "--precision", "int8", *SHIP)
     refused(
-        result, "int8 is not shipped: the artifact gives PyTorch's answer for", "--fine-tune", "parity.json", lines=9
+        result, "int8 is not shipped: the artifact gives PyTorch's answer for", "--fine-tune", "refused.json", lines=9
     )
-    report = json.loads((chain.student / "export/parity.json").read_text())
+    report = json.loads((chain.student / "export/refused.json").read_text())
     assert report["ok"] is False
     assert report["precision"] == "int8"
     assert chain.artifact.read_bytes() == before
@@ -393,9 +390,9 @@ def test_a_precision_that_is_no_faster_is_not_shipped_unless_that_is_wanted(
 ) -> None:
     monkeypatch.setattr(artifacts, "FASTER", 1e9)
     command = ("export", "--precision", "fp16", "--provider", "cpu", "--output", "x.onnx")
-    refused(toolkit(*command), "times as fast as fp32 here", "--even-if", "x.parity.json")
+    refused(toolkit(*command), "times as fast as fp32 here", "--even-if", "x.refused.json")
     assert not Path("x.onnx").exists()
-    assert toolkit(*command, "--even-if-slower").exit_code == 0  # the report of the refusal is not in its way
+    assert toolkit(*command, "--even-if-slower").exit_code == 0
     assert read(Path("x.onnx")).precision == "fp16"
     Path("x.md").unlink()
     shutil.rmtree("x.examples")

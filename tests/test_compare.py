@@ -18,7 +18,7 @@ from scipy import stats
 from toolkit import compare, engine
 from toolkit.catalogue import build, mac_count
 from toolkit.compare import Comparison, Plan, Result, make_plan
-from toolkit.compare_report import Difference, differences, figure, holm, paired, summarise, tables, told
+from toolkit.compare_report import Difference, differences, figure, holm, paired, show, summarise, tables, told
 from toolkit.recipe import resolve
 from toolkit.run import Run, load_tensors, save_tensors
 
@@ -121,6 +121,12 @@ def test_what_cannot_be_counted_is_no_number() -> None:
     assert [row.mean["teacher_flops"] for row in rows] == [0, None]
     *_, (_, costs) = tables(rows).values()
     assert [line[-2:] for line in costs] == [["1.0 T", "–"], ["1.0 T", "–"]]
+
+
+def test_names_that_look_like_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    top1 = {"baseline": [0.80, 0.81], "dkd[beta=2]": [0.90, 0.92]}
+    show(made(top1, dict.fromkeys(top1, 0.8)))
+    assert capsys.readouterr().out.count("dkd[beta=2]") == 3
 
 
 def test_the_figure_shows_every_seed_and_every_interval() -> None:

@@ -101,8 +101,9 @@ def test_commands_of_messages_find_the_recipe_and_the_teacher_again(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     file = Path("my recipes/mine.yaml")
     file.parent.mkdir()
-    file.write_text((RECIPES / "digits.yaml").read_text())
-    wanted = resolve(file, "distill", {"teacher.widths": widths, "data.val_size": 0.2})
+    file.write_text((RECIPES / "digits.yaml").read_text().replace("dataset: digits", "dataset: digits, image_size: 16"))
+    chosen = {"teacher.widths": widths, "data.val_size": 0.2, "data.images": "some.json", "data.image_size": 32}
+    wanted = resolve(file, "distill", chosen)
     with pytest.raises(TeacherError) as caught:
         teaching.find(wanted)
     assert f"with widths={widths}" in str(caught.value)

@@ -173,6 +173,10 @@ def test_a_teacher_of_our_own_gets_images_of_its_size(chain: Chain) -> None:
     torch.testing.assert_close(resized(images), model(small))
     shapes = features.output_shapes(resized, images, resized.network)
     assert shapes == features.output_shapes(model, small)  # features by the same paths
+    assert external.images_at_once(resized, 16) == 500  # as many as at 32 pixels, which it enlarges them to
+    assert external.images_at_once(resized, 64) == external.images_at_once(model, 64) == 125
+    resized.set_input(recipe.TeacherInput(image_size=320))
+    assert external.images_at_once(with_views(Ensemble([model, resized]), "flip"), 16) == 5
 
 
 @pytest.mark.parametrize(
@@ -189,6 +193,7 @@ def test_a_teacher_of_our_own_gets_images_of_its_size(chain: Chain) -> None:
         ({"size": (16, 24)}, {}, "takes images of 16 x 24 pixels, and only square ones are given"),
         ({"size": (16, 24), "layout": "nhwc"}, {}, "takes images of 16 x 24 pixels"),
         ({"order": ("red", "blue")}, {}, "answers with 2 classes, the data has 3"),
+        ({"order": ("red",)}, {}, "has one output: one for each of at least two classes is needed"),
         ({"names": '["a", "b"]'}, {}, "has 3 outputs, but 2 names of classes: a, b"),
         ({"names": '["cat", "red", "blue"]'}, {}, "do not map to the data's (1 are not mapped to: green)"),
     ],
@@ -226,6 +231,39 @@ def test_classes_by_a_file(coloured: Path, tmp_path: Path) -> None:
         loaded(path, classes=file)
     with pytest.raises(TeacherError, match=r"cannot read the classes in .*none.yaml: No such file"):
         loaded(path, classes=tmp_path / "none.yaml")
+
+
+def test_outputs_of_the_same_name_are_of_the_same_class(tmp_path: Path) -> None:
+    theirs, file = ["cat", "crane", "dog", "crane"], tmp_path / "classes.yaml"
+    file.write_text(yaml.safe_dump(theirs))
+    for names, given in ((theirs, None), (None, file)):
+        merged = external.match_classes("t", names, 4, ["crane", "dog"], given)
+        assert merged == (["crane", "dog"], [[1, 3], [2]])
+        assert external.match_classes("t", names, 4, None, given) == (["cat", "crane", "dog"], [[0], [1, 3], [2]])
+
+
+def test_sides_of_minus_one_are_free(tmp_path: Path) -> None:
+    proto = onnx.load(colour_net(tmp_path / "t.onnx", size="side"))
+    for side in proto.graph.input[0].type.tensor_type.shape.dim[2:]:
+        side.dim_value = -1
+    onnx.save(proto, tmp_path / "free.onnx")
+    assert loaded(tmp_path / "free.onnx", input={"image_size": 24})(torch.rand(2, 3, 24, 24)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_probabilities_that_a_file_rounds_to_8_bits(classes: int) -> None:
+    class Rounded(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            logits = pixels.flatten(1)[:, :classes] * 20
+            return (logits.softmax(1) * 256).round() / 256 if self.training else logits
+
+    network = Rounded()
+    teacher = external.External(network, recipe.TeacherInput(image_size=8), None, "", stated=True)
+    assert teacher.probe() == classes
+    assert teacher.probabilities
+    network.eval()
+    teacher.probe()
+    assert not teacher.probabilities
 
 
 def test_an_onnx_teacher_without_a_file() -> None:
@@ -381,6 +419,8 @@ def test_images_without_labels(toolkit: Toolkit, coloured: Path, nowhere: Path, 
     assert metrics["dataset"] == "folder:loose, labelled by the teacher"
     assert metrics["top1"] == metrics["agreement"] > 0.5
     assert list(metrics["per_class"]) == ["blue", "green", "red"]
+    labelled, _ = stages.validate(Path("run"), dataset=f"folder:{coloured}")
+    assert labelled["dataset"] == f"folder:{coloured.name}"  # which has labels of its own
     exported = toolkit("export", "run")
     assert exported.exit_code == 0, exported.stderr
     wrong = toolkit(*command, "--unlabelled", "--set", "loss.ce_weight=1", "--run-dir", "other")

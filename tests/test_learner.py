@@ -68,6 +68,15 @@ def test_teacher_and_student_see_the_same_views_which_come_in_turn(tmp_path, dat
         assert torch.equal(shown, views[order])
 
 
+def test_where_nothing_is_kept_views_are_new(tmp_path, data):
+    learner = learning(tmp_path / "run", data, cached_epochs=1)
+    epochs = []
+    for epoch in range(2):
+        learner.start_epoch(epoch, lambda: True)
+        epochs.append(learner.augmenter.batch(torch.arange(20))[0])
+    assert not torch.equal(*epochs)
+
+
 def test_a_gradient_is_clipped_to_its_largest_norm(tmp_path, data):
     """That of all that is trained: FitNets' regressors are no part of the model."""
     plain = {"momentum": 0, "nesterov": False, "weight_decay": 0, "lr": 0.1, "grad_clip": 0.01}

@@ -219,6 +219,9 @@ def test_unlabelled_images_count_wherever_they_lie(tmp_path: Path) -> None:
         draw(tmp_path / "loose" / name)
         draw(tmp_path / "parts/train" / name)
     draw(tmp_path / "parts/test/cat/3.png")
+    for name in ("0.png", "cat/1.png", "test/2.png"):  # without train, test is a folder like others
+        draw(tmp_path / "whole" / name)
+    assert len(folders.find(tmp_path / "whole", unlabelled=True).files["train"]) == 3
     loose, parts = (folders.find(tmp_path / name, unlabelled=True) for name in ("loose", "parts"))
     assert loose.classes == parts.classes == ("",)
     assert sorted(path.name for path, label in loose.files["train"] if label == 0) == ["0.png", "1.png", "2.png"]

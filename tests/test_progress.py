@@ -33,16 +33,23 @@ def test_a_terminal_shows_one_line_that_fits(monkeypatch, width):
     assert max(map(len, lines)) <= width
 
 
+def test_names_that_look_like_markup(capsys):
+    progress.say("folder:dog: [red]")
+    assert capsys.readouterr().err == "folder:dog: [red]\n"
+
+
 def test_a_log_file_gets_one_line_an_epoch(monkeypatch, capsys):
     seconds = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
-    with Display("tpsnet", 200, 5) as display:
+    with Display("tpsnet", 200, 5.5) as display:
         display.step(6.5, 0.5, 0.8, 1000)
-        seconds[0] += 40
+        seconds[0] += 30
+        display.epoch(ROW | {"epoch": 6})
         display.epoch(ROW)
-    lines = capsys.readouterr().err.splitlines()
+    begun, *lines = capsys.readouterr().err.splitlines()
     said = "tpsnet 7/200  loss 0.531 top-1 82.15%  val loss 0.600 top-1 79.31%  1,234 img/s"
-    assert lines == [f"{said}  1:04:20 left"]  # 2 epochs in 40 seconds: 193 take 3860
+    assert begun.endswith("1,234 img/s")  # the rest of an epoch tells nothing of the others
+    assert lines == [f"{said}  1:04:20 left"]  # one and a half epochs in 30 seconds: 193 take 3860
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def export(
     check_provider(provider)
     check_options(options)
     path, card, parity_report, examples = _files(run, output, options)
+    refused = parity_report.with_name(parity_report.name.replace("parity.json", "refused.json"))
     model, header = load_run(run)
     if header["role"] == "student":
         check_budget(
@@ -171,7 +172,7 @@ def export(
     graph = onnx_export.build(network, about, options.opset)
     fp32 = measure(graph, about)
     if fp32.parity.failures:
-        _write_parity(parity_report, fp32, [_row(fp32, options)])
+        _write_parity(refused, fp32, [_row(fp32, options)])
     fp32.parity.raise_if_failed()
     candidates = [fp32]
     tuned = graph
@@ -207,10 +208,9 @@ def export(
     else:
         chosen = candidates[-1]
     if chosen not in passing:
-        _write_parity(parity_report, chosen, rows)
+        _write_parity(refused, chosen, rows)
         raise ParityError(
-            f"{chosen.metadata.precision} is not shipped: {chosen.refused(options)}. The measurements are in "
-            f"{parity_report}"
+            f"{chosen.metadata.precision} is not shipped: {chosen.refused(options)}. The measurements are in {refused}"
         )
     onnx_export.save(chosen.graph, chosen.metadata, path)
     _write_parity(parity_report, chosen, rows)
@@ -239,8 +239,7 @@ def _files(run: Run, output: Path | None, options: Options) -> tuple[Path, Path,
         raise UserError(f"--output {path} must end in .onnx")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a directory")
-    # A parity report without its artifact is that of an attempt that was refused.
-    for file in (path, card, *([parity_report] if path.exists() else []), examples) if output else ():
+    for file in (path, card, parity_report, examples) if output else ():
         check_free(file, options.force)
     if options.triton is not None:
         check_free(options.triton / path.stem, options.force)

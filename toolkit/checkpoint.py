@@ -67,7 +67,7 @@ class Checkpoint:
     """All of a run's training state as one safetensors file: a kill leaves the old one or the new one whole."""
 
     def __init__(self, run: Run, learner: Learner, header: dict[str, Any]) -> None:
-        self.run, self.header = run, header
+        self.run, self.header, self.device = run, header, learner.device
         self.saved, self.seconds = time.monotonic(), 0.0  # when the last state was written, and how long that took
         self.optimizer = learner.optimizer
         self.modules: dict[str, nn.Module] = {"model": learner.model, "objective": learner.objective}
@@ -96,7 +96,7 @@ class Checkpoint:
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{index}.{name}"] = value
         tensors["rng.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
+        if self.device.type == "cuda":  # asking for it opens the GPU
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         # Whole under a name of its own first: at no moment is there less than one good state.
         save_tensors(self.run.checkpoint("next"), tensors, self.header | {"position": asdict(at)})
@@ -158,7 +158,7 @@ class Checkpoint:
                 value = value.to(parameter.device)
             self.optimizer.state[parameter][key] = value.detach()
         torch.set_rng_state(tensors["rng.cpu"])
-        if torch.cuda.is_available() and "rng.cuda" in tensors:
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         at = Position.of(header["position"])
         self._rewind(at.epoch)

@@ -141,7 +141,8 @@ def _unpack(name: str, kind: Cifar, root: Path, download: bool) -> None:
                     download_url(url, temporary, filename, md5)
                 archive = Path(temporary, filename)
             with tarfile.open(archive) as files:
-                files.extractall(temporary, filter="data")
+                files.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.0 to 3.11.3 knows none
+                files.extractall(temporary)
             Path(temporary, kind.folder).rename(root / kind.folder)
     except (OSError, HTTPException, RuntimeError, tarfile.TarError) as error:  # RuntimeError: not the official bytes
         if (root / kind.folder).is_dir():  # another process was faster

@@ -308,7 +308,8 @@ def train(
         return
     _print_run(run)
     given = same_options(run.recipe, "distill", recipe)
-    print(f"next: toolkit distill {given} --teacher {run.recipe.model.name} --student NAME")
+    named = f"--teacher {run.recipe.model.name} --teacher-checkpoint {shlex.quote(str(run.path))}"
+    print(f"next: toolkit distill {given} {named} --student NAME")
 
 
 def _check_extend(extend: bool, run_dir: Path | None) -> None:
@@ -352,7 +353,7 @@ def distill(
         wanted = stages.from_teacher(wanted, stages.train_teacher(wanted, source, overrides))
     run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
-        beside = run_dir and run_dir.with_name(f"{run_dir.name}-baseline")
+        beside = run_dir and Path(f"{run_dir.resolve()}-baseline")
         alone = stages.train_baseline(wanted, run, beside, resume=True, extend=extend)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
@@ -487,7 +488,8 @@ def tune(
 ) -> None:
     """Search over recipe fields with Ray Tune (the extra `tune`); val selects, the test set is not touched.
 
-    With --resume and --output alone, the search goes on as it was begun; --trials may ask for more.
+    With --resume and --output alone, the search goes on with the space and recipe that it began with; --trials may ask
+    for more.
     """
     from toolkit import space as spaces
     from toolkit import tune as tuning
@@ -810,18 +812,23 @@ def predict(
     from toolkit import folders
 
     session = Session(artifact or _newest_artifact("predicting with"), provider)
-    files = [file for path in images for file in (folders.images(path) if path.is_dir() else [path])]
-    if not files:
-        raise UserError(f"no {FORMATS_IN_WORDS} files in {', '.join(map(str, images))}")
     document: list[dict[str, Any]] = []
-    broken = 0
+
+    def broken(path: str | Path, error: str) -> None:  # the others have their answers
+        print(f"error: {error}", file=sys.stderr)
+        document.append({"image": str(path), "error": error})
+
+    def closed(error: OSError) -> None:
+        broken(error.filename, f"cannot read {error.filename}: {error.strerror}")
+
+    files = [file for path in images for file in (folders.images(path, closed) if path.is_dir() else [path])]
+    if not files and not document:
+        raise UserError(f"no {FORMATS_IN_WORDS} files in {', '.join(map(str, images))}")
     for path in files:  # one at a time: many photos in full size take more than the memory
         try:
             answer = session.predict(read_image(path), top_k)
-        except ImageError as error:  # the others have their answers
-            broken += 1
-            print(f"error: {error}", file=sys.stderr)
-            document.append({"image": str(path), "error": str(error)})
+        except ImageError as error:
+            broken(path, str(error))
             continue
         document.append({"image": str(path), **answer.model_dump(mode="json")})
         if not as_json:
@@ -829,7 +836,7 @@ def predict(
             print(f"{path}: {best}  ({answer.milliseconds:.1f} ms, {session.provider})")
     if as_json:
         _print_json(document)
-    if broken:
+    if any("error" in row for row in document):
         raise typer.Exit(1)
 
 
@@ -918,7 +925,7 @@ def models(
         if measured:
             cells += [f"{measured.training:,.0f}", f"{measured.inference:,.0f}", f"{measured.memory / 2**20:.1f}"]
         table.add_row(*cells)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @app.command()

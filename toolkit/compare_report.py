@@ -218,7 +218,7 @@ def tables(rows: Sequence[Row]) -> dict[str, tuple[list[str], list[list[str]]]]:
 def show(comparison: Comparison) -> None:
     """The tables and the verdicts, on stdout."""
     rows = summarise(comparison)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False, emoji=False)
     for title, (headings, cells) in tables(rows).items():
         shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         for heading in headings:

@@ -62,13 +62,17 @@ def own_part(index: Tensor) -> Tensor:
     return index.chunk(SIZE)[RANK]
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean over the processes."""
+def total(values: Tensor) -> Tensor:
+    """The sum over the processes."""
     if SIZE > 1:
         values = values.clone()
         dist.all_reduce(values)
-        values /= SIZE
     return values
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over the processes."""
+    return total(values) / SIZE
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
@@ -80,13 +84,16 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return bool(flags)
 
 
+def from_first(values: Tensor) -> Tensor:
+    """What rank 0 has in place of the values, which are overwritten."""
+    if SIZE > 1:
+        dist.broadcast(values, 0)
+    return values
+
+
 def of_first(values: Sequence[float], device: torch.device) -> Sequence[float]:
     """Numbers as rank 0 has them."""
-    if SIZE == 1:
-        return values
-    shared = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.broadcast(shared, 0)
-    return shared.tolist()
+    return from_first(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
 def wait() -> None:

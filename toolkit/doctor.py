@@ -85,6 +85,7 @@ def _cifar10(data_dir: Path | None) -> str:
     for place in places(data_dir):
         if (place / kind.folder).is_dir():
             return f"in {place}"
+    for place in places(data_dir):
         if (place / kind.archive[0]).is_file():
             return f"in {place}, still packed: it is unpacked when first used"
     return "not here yet: it is downloaded when first used, or give --data-dir"

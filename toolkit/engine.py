@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Plateau, Position
 from toolkit.compute import autocast, pick_device, settle, without_tf32
-from toolkit.data import DataSet, Split, StoredImages, at_once
+from toolkit.data import DataSet, Split, StoredImages
 from toolkit.errors import DivergedError, Interrupted
+from toolkit.external import images_at_once
 from toolkit.learner import Learner
 from toolkit.machine import peak_memory
 from toolkit.progress import Display
@@ -43,7 +44,7 @@ def predict(
     settle(device)
     model.eval()
     logits = []
-    for batch in images.split(at_once(images.shape[-1])):
+    for batch in images.split(images_at_once(model, images.shape[-1])):
         pixels = batch.to(device).float().div_(255).contiguous(memory_format=torch.channels_last)
         with autocast(device, dtype):
             logits.append(model(pixels).float())
@@ -97,7 +98,8 @@ def _fit(
     at.batch_size = at.batch_size or min(recipe.batch_size, learner.augmenter.count)
     distributed.own_part(torch.arange(at.batch_size))  # tells a batch that cannot be divided before all else
     learner.compile(at.batch_size)
-    with StopSignal() as stop, Display(recipe.model.name, recipe.epochs, at.epoch) as display:
+    done = at.epoch + at.step / (learner.augmenter.count // at.batch_size)
+    with StopSignal() as stop, Display(recipe.model.name, recipe.epochs, done) as display:
         while at.epoch < recipe.epochs and not at.stopped:
             row = _epoch(learner, state, at, stop, display)
             learner.end_epoch(at.epoch)
@@ -164,7 +166,7 @@ def _epoch(learner: Learner, state: Checkpoint, at: Position, stop: StopSignal, 
     recipe, run = learner.recipe, state.run
     began, before, taught = time.monotonic(), at.epoch_seconds, at.teacher_seconds
     steps = learner.augmenter.count // at.batch_size  # the ragged rest of the shuffled order is left out
-    whole = learner.start_epoch(at.epoch, lambda: not stop.asked)
+    whole = learner.start_epoch(at.epoch, lambda: not distributed.any_of(stop.asked, learner.device))
     if learner.cache is not None:
         at.teacher_seconds += time.monotonic() - began
         began = time.monotonic()

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from toolkit.catalogue import closest
+from toolkit.classifier import members
+from toolkit.compute import settle
+from toolkit.data import at_once
 from toolkit.errors import ArtifactError, DeviceError, TeacherError, in_line, install
 from toolkit.folders import listed, nfc
 from toolkit.progress import say
@@ -85,17 +89,23 @@ class External(nn.Module):
         return torch.stack([logits[:, list(some)].logsumexp(1) for some in self.columns], 1)
 
     def probe(self) -> int:
-        """Count the network's outputs, and find out whether they are probabilities: each row then adds up to 1."""
+        """Count the network's outputs, and find out whether they are probabilities: each row adds up to about 1."""
         side = self.input.image_size or 0
         with torch.no_grad():
             some = self.outputs(torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)))
-        self.probabilities = bool((some >= 0).all() and ((some.sum(1) - 1).abs() < 1e-3).all())
+        off = 1e-3 + min(some.shape[1] / 512, 0.2)  # a softmax in INT8 rounds each by up to 1/512
+        self.probabilities = bool((some >= 0).all() and ((some.sum(1) - 1).abs() < off).all())
         return some.shape[1]
 
     def __str__(self) -> str:
         side, mean, std = self.input.image_size, self.input.mean or 0, self.input.std or 1
         scale = self.input.scale or 1
         return f"{side}x{side} pixels, (image - mean) / std * scale with mean {mean}, std {std}, scale {scale:g}"
+
+
+def images_at_once(net: nn.Module, side: int) -> int:
+    """How many images of ``side`` pixels a net takes at once: fewer where a teacher from elsewhere enlarges them."""
+    return at_once(max([side, *(one.input.image_size or 0 for one in members(net) if isinstance(one, External))]))
 
 
 class OnnxNetwork(nn.Module):
@@ -125,6 +135,7 @@ class OnnxNetwork(nn.Module):
 
             from serve.session import need_cuda, session_options
 
+            settle(CPU)
             options = session_options(torch.get_num_threads())
             providers: list[Any] = ["CPUExecutionProvider"]
             try:
@@ -186,6 +197,8 @@ def load(teacher: Teacher, classes: Sequence[str] | None, device: str, offline: 
     except Exception as error:  # of PyTorch or ONNX Runtime, whose errors share no base class
         reason = in_line(error)
         raise TeacherError(f"{title(teacher)} does not take {external}: {reason}") from error
+    if count < 2:
+        raise TeacherError(f"{title(teacher)} has one output: one for each of at least two classes is needed")
     theirs = _class_names(teacher, told, count)
     names, external.columns = match_classes(title(teacher), theirs, count, classes, teacher.classes)
     return external, names
@@ -223,9 +236,8 @@ def _onnx(teacher: Teacher, device: str) -> tuple[nn.Module, TeacherInput, dict[
     flags = teacher.input.model_dump(exclude_none=True)
     given = _told_input(path, {key: _read(told[key]) for key in TOLD if key in told and key not in flags}) | flags
     inputs = [value for value in proto.graph.input if value.name not in {t.name for t in proto.graph.initializer}]
-    shape = (
-        [d.dim_value if d.HasField("dim_value") else 0 for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
-    )
+    # What is free has a name, nothing, or -1.
+    shape = [max(0, side.dim_value) for side in inputs[0].type.tensor_type.shape.dim] if inputs else []
     if len(inputs) != 1 or len(shape) != 4:
         raise TeacherError(f"{path} is no classifier of images: its inputs are {listed([v.name for v in inputs])}")
     layout = given.setdefault("layout", "nhwc" if shape[3] == 3 and shape[1] != 3 else "nchw")
@@ -390,19 +402,22 @@ def match_classes(
     if theirs is not None and len(theirs) != count:
         raise TeacherError(f"{teacher} has {count} outputs, but {len(theirs)} names of classes: {listed(theirs)}")
     if mapping is None:
-        if ours is None:
-            return list(theirs or map(str, range(count))), None
         if theirs is None:
+            if ours is None:
+                return list(map(str, range(count))), None
             if count != len(ours):
                 raise TeacherError(
                     f"{teacher} answers with {count} classes, the data has {len(ours)}: say by --teacher-classes FILE "
                     "which output means which class"
                 )
             return list(ours), None
-        if list(theirs) == list(ours):
-            return list(ours), None
-        mapping = {name: name for name in theirs if name in ours}
-    place = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(theirs or ())}
+        if len(set(theirs)) == count and (ours is None or list(theirs) == list(ours)):
+            return list(theirs), None
+        mapping = {name: name for name in theirs if ours is None or name in ours}
+    named = defaultdict(list)  # outputs of the same name are of the same class
+    for i, name in enumerate(theirs or ()):
+        named[name].append(i)
+    place = {str(i): [i] for i in range(count)} | named
     columns: dict[str, list[int]] = {
         name: [] for name in ours or dict.fromkeys(str(name) for name in mapping.values() if name is not None)
     }
@@ -410,7 +425,7 @@ def match_classes(
     strange = sorted({str(value) for value in mapping.values() if value is not None and str(value) not in columns})
     for key, value in mapping.items():
         if value is not None and not unknown and not strange:
-            columns[str(value)].append(place[str(key)])
+            columns[str(value)] += place[str(key)]
     empty = [] if unknown or strange else [name for name, some in columns.items() if not some]
     problems = {"no outputs of the teacher": unknown, "no classes of the data": strange, "not mapped to": empty}
     if wrong := [f"{len(names)} are {what}: {listed(names)}" for what, names in problems.items() if names]:

@@ -56,6 +56,7 @@ class Listing:
 
 
 def _from(root: Path, path: Path) -> str:
+    root, path = root.absolute(), path.absolute()
     return _readable(str(path.relative_to(root)) if path.is_relative_to(root) else str(path))
 
 
@@ -112,7 +113,9 @@ def _find(root: Path, unlabelled: bool) -> Listing:
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
     if unlabelled:
-        parts = _parts(root) or {"train": [root]}
+        parts = _parts(root)
+        if "train" not in parts:
+            parts = {"train": [root]}
         files = {part: [(path, 0) for folder in folders for path in images(folder)] for part, folders in parts.items()}
         listing = Listing(root, ("",), files, {part: folders[0] for part, folders in parts.items()})
         if not files.get("train"):
@@ -165,9 +168,13 @@ def class_name(folder: Path) -> str:
     return nfc(folder.name)
 
 
-def images(folder: Path) -> Iterator[Path]:
+def _stop(error: OSError) -> None:
+    raise error
+
+
+def images(folder: Path, on_error: Callable[[OSError], None] = _stop) -> Iterator[Path]:
     """Files below ``folder`` that are named as images are, sorted; hidden ones are left out."""
-    return (path for path in _files(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
+    return (path for path in _files(folder, on_error) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def passed_over(listing: Listing) -> Counter[str]:
@@ -190,11 +197,7 @@ def passed_over(listing: Listing) -> Counter[str]:
     return Counter(kind(path) for path in _files(listing.root, lambda error: None) if path not in taken)
 
 
-def _stop(error: OSError) -> None:
-    raise error
-
-
-def _files(folder: Path, on_error: Callable[[OSError], None] = _stop) -> list[Path]:
+def _files(folder: Path, on_error: Callable[[OSError], None]) -> list[Path]:
     """All files below ``folder`` but hidden ones, sorted. Links to folders are followed, but not in circles."""
     found, seen = [], set()
     for place, inside, names in os.walk(folder, onerror=on_error, followlinks=True):

@@ -102,8 +102,7 @@ class Learner:
 
     def start_epoch(self, epoch: int, go_on: Callable[[], bool]) -> bool:
         """Draw the epoch's views; False where ``go_on`` ended the teacher's pass over them."""
-        views = self.recipe.cached_epochs
-        self.augmenter.start_epoch(epoch % views if views else epoch)
+        self.augmenter.start_epoch(epoch if self.cache is None else epoch % self.recipe.cached_epochs)
         self.order = self.augmenter.order(epoch)
         self.side = self.recipe.progressive.side(epoch / self.recipe.epochs, self.augmenter.side)
         if self.cache is None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 TELL_SECONDS = 20.0  # between two lines of ``told``
 FIRST = os.environ.get("RANK", "0") == "0"
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 T = TypeVar("T")
 
@@ -36,9 +36,9 @@ def told(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 class Display:
-    """Progress of one run of ``epochs``, of which ``done`` are done before."""
+    """Progress of one run of ``epochs``, of which ``done`` are done before, with the fraction of a begun one."""
 
-    def __init__(self, title: str, epochs: int, done: int = 0) -> None:
+    def __init__(self, title: str, epochs: int, done: float = 0) -> None:
         self.title, self.epochs, self.done = title, epochs, done
         self.live = FIRST and sys.stderr.isatty()
         self.bar = Progress(
@@ -50,7 +50,7 @@ class Display:
             disable=not self.live,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task(title, total=epochs, completed=done, live="")
+        self.task = self.bar.add_task(title, total=epochs, completed=done, live="")  # type: ignore[arg-type]
         self.start = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -73,12 +73,12 @@ class Display:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         done = row["epoch"] - self.done
-        left = (self.epochs - row["epoch"]) * (time.monotonic() - self.start) / max(done, 1)
+        each = (time.monotonic() - self.start) / max(done, 1e-9)
+        left = f"  {clock(each * (self.epochs - row['epoch']))} left" if done >= 1 else ""  # else it was begun before
         val = "" if row["val_top1"] is None else f"  val loss {row['val_loss']:.3f} top-1 {row['val_top1']:.2%}"
         say(
             f"{self.title} {row['epoch']}/{self.epochs}  loss {row['train_loss']:.3f} "
-            f"top-1 {row['train_top1']:.2%}{val}  {row['images_per_second']:,.0f} img/s  "
-            f"{clock(left)} left"
+            f"top-1 {row['train_top1']:.2%}{val}  {row['images_per_second']:,.0f} img/s{left}"
         )
 
 

@@ -563,6 +563,11 @@ class Recipe(Section):
         """What does not go together about who is trained, and by whom."""
         if self.teacher is None and self.student is None:
             yield "neither a teacher nor a student is named"
+        if not self.distils and not peak(self.loss.ce_weight) and not self.data.unlabelled:
+            yield (
+                "loss.ce_weight is 0 and no teacher is asked: nothing would be learnt (where the student alone is "
+                "meant, it is distill.loss.ce_weight)"
+            )
         if self.distils and self.teacher is None:
             yield f"loss.kd_weight (={peak(self.loss.kd_weight):g}) needs a teacher"
         if self.starts_from_teacher and (not self.distils or self.teacher is None or self.teacher.external):

@@ -30,7 +30,7 @@ from toolkit.choices import Provider, Stage, Views
 from toolkit.classifier import TestTimeAugmentation
 from toolkit.duration import with_epochs
 from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
-from toolkit.files import write_text
+from toolkit.files import check_writable, write_text
 from toolkit.folders import listed, nfc
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
@@ -168,7 +168,7 @@ def _fit(
         raise
     except UserError:
         if fresh and distributed.RANK == 0 and not run.checkpoint("last").is_file():
-            shutil.rmtree(path)  # nothing was reached
+            shutil.rmtree(path, ignore_errors=True)  # nothing was reached
         raise
     return run
 
@@ -307,6 +307,8 @@ def validate(
     if provider != "auto":
         raise UserError(f"--provider is ONNX Runtime's; {target} is measured by PyTorch: give --device")
     run = Run(target) if target.is_dir() else None
+    if run is not None:
+        check_writable(run.report / "metrics.json")
     weights = run.checkpoint("best") if run else target
     model, header = load_run(run) if run else load_model(weights)
     data = data_of(run, header, weights, dataset, data_dir, device=device)
@@ -467,11 +469,13 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
     changes: dict[str, Any] = {}
     if dataset is not None:
         changes |= {"dataset": dataset, "images": None, "val_size": 0}  # the test images are what is wanted
+        if Data(dataset=dataset).title != of_run.title:  # others have labels, and paths, of their own
+            changes |= {"unlabelled": False, "group_by": None}
     elif run is not None and run.images.is_file():
         changes["images"] = run.images
     if data_dir is not None:
         changes["data_dir"] = data_dir
-        if (dataset or of_run.dataset).startswith("folder"):  # a folder is named by its path: it has moved
+        if dataset is None and of_run.kind == "folder":  # a folder is named by its path: it has moved
             changes["dataset"] = "folder"
     return Data.model_validate(of_run.model_dump() | changes)
 

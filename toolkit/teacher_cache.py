@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.augment import VIEWS, Augmenter
+from toolkit.classifier import members
 from toolkit.compute import autocast
-from toolkit.data import DataSet, at_once
-from toolkit.files import DAY, remove_stale, write_atomic
+from toolkit.data import DataSet
+from toolkit.external import External, images_at_once
+from toolkit.files import DAY, remove_stale, write_atomic, writing
 from toolkit.recipe import Recipe
 from toolkit.run import weights_digest
 
@@ -28,13 +30,15 @@ class TeacherCache:
     """Logits, float16 ``[R,N,K]`` in a file, of the views of epochs 0 to R-1 (``recipe.cached_epochs``).
 
     The file lies beside the run directories, under a digest of everything that decides its content: another
-    teacher, data set, augmentation or seed has another file. Rows that are not computed yet are NaN.
+    teacher, data set, augmentation or seed has another file. Rows that are not computed yet are NaN. Of several
+    processes rank 0 alone opens it.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, data: DataSet, teacher: nn.Module, dtype: torch.dtype) -> None:
         self.teacher, self.dtype = teacher, dtype
         content = {
             "teacher": weights_digest(teacher),
+            "outputs": [[one.probabilities, one.columns] for one in members(teacher) if isinstance(one, External)],
             "data": data.digest,
             "split": [recipe.data.val_size, recipe.data.split_seed, recipe.data.group_by],
             "augment": [VIEWS, recipe.augment.model_dump(mode="json")],
@@ -43,34 +47,41 @@ class TeacherCache:
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         samples = len(data.train) * recipe.augment.copies
-        shape = (recipe.cached_epochs, samples, len(data.classes))
-        self.path = folder / f"{digest[:16]}-{shape[0]}.npy"
-        if distributed.RANK == 0 and not self.path.is_file():
+        self.shape = (recipe.cached_epochs, samples, len(data.classes))
+        self.path = folder / f"{digest[:16]}-{self.shape[0]}.npy"
+        if distributed.RANK:
+            return
+        if not self.path.is_file():
             remove_stale(folder, ".*.npy.*", DAY)  # younger ones may be another run's
-            write_atomic(self.path, lambda temporary: _write_empty(temporary, shape))
-        distributed.wait()
-        self.rows = npy.open_memmap(self.path, mode="r+")
+            write_atomic(self.path, lambda temporary: _write_empty(temporary, self.shape))
+        with writing(self.path):
+            self.rows = npy.open_memmap(self.path, mode="r+")
 
     def epoch(self, epoch: int, augmenter: Augmenter, go_on: Callable[[], bool]) -> Tensor | None:
         """Logits, float16 ``[N,K]`` on the augmenter's device, of the views of ``epoch``; None unless ``go_on()``.
 
-        What is missing is computed first and kept at once. The augmenter stands at this epoch.
+        What is missing is computed first and kept at once. The augmenter stands at this epoch. ``go_on`` says the same
+        in all processes.
         """
-        rows = self.rows[epoch % len(self.rows)]
-        missing = np.isnan(rows).any(1).nonzero()[0]  # any: a power cut may leave half a row
-        distributed.wait()  # all look before any writes: they share the file
-        mine = missing[distributed.RANK :: distributed.SIZE]
-        count = at_once(augmenter.side)
-        for start in range(0, len(mine), count):
+        device, first = augmenter.device, distributed.RANK == 0
+        rows = self.rows[epoch % len(self.rows)] if first else np.empty(self.shape[1:], np.float16)
+        logits = distributed.from_first(torch.from_numpy(rows.copy()).to(device))
+        missing = logits.isnan().any(1).nonzero().flatten()  # any: a power cut may leave half a row
+        count = images_at_once(self.teacher, augmenter.side) * distributed.SIZE
+        for part in missing.split(count) if len(missing) else ():
             if not go_on():
                 return None
-            part = mine[start : start + count]
-            images, _ = augmenter.batch(torch.from_numpy(part).to(augmenter.device))
-            images = images.contiguous(memory_format=torch.channels_last)
-            with torch.no_grad(), autocast(images.device, self.dtype):
-                rows[part] = self.teacher(images).float().clamp(-LARGEST, LARGEST).cpu().numpy()
-        distributed.wait()
-        return torch.from_numpy(rows.copy()).to(augmenter.device)
+            answers = torch.zeros(len(part), self.shape[2], device=device)
+            mine = slice(distributed.RANK, None, distributed.SIZE)
+            if len(part[mine]):
+                images, _ = augmenter.batch(part[mine])
+                images = images.contiguous(memory_format=torch.channels_last)
+                with torch.no_grad(), autocast(device, self.dtype):
+                    answers[mine] = self.teacher(images).float().clamp(-LARGEST, LARGEST)
+            logits[part] = distributed.total(answers).half()
+            if first:
+                rows[part.cpu().numpy()] = logits[part].cpu().numpy()
+        return logits
 
 
 def _write_empty(path: Path, shape: tuple[int, int, int]) -> None:

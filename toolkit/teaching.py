@@ -47,10 +47,13 @@ def find(wanted: Recipe) -> Path | None:
         if run.finished and run.recipe.role == "teacher" and same and same_images(run.recipe.data, wanted.data):
             return run.checkpoint("best")
     built = " and ".join(f"{key}={value}" for key, value in teacher.arguments.items())
+    trained = f"trained {teacher.name}{' with ' if built else ''}{built}"
+    none = f"there is no {trained} for {wanted.data.dataset} under {RUNS}/"
+    if wanted.data.unlabelled:
+        raise TeacherError(f"{none}, and images without labels train none: name one by --teacher-checkpoint")
     raise TeacherError(
-        f"there is no trained {teacher.name} for {wanted.data.dataset} under {RUNS}/"
-        f"{' with ' if built else ''}{built}. Train one with `toolkit train {options(wanted, 'train')} "
-        f"--teacher {teacher.name}`, add --train-teacher, or name one by --teacher-checkpoint."
+        f"{none}. Train one with `toolkit train {options(wanted, 'train')} --teacher {teacher.name}`, add "
+        "--train-teacher, or name one by --teacher-checkpoint."
     )
 
 
@@ -70,18 +73,18 @@ def options(wanted: Recipe, stage: Stage, file: str | None = None) -> str:
     file = file or wanted.name
     given = ["--recipe", file, "--dataset", wanted.data.dataset]
     data, teacher = wanted.data, wanted.teacher
-    if data.kind == "folder" or data.image_size != Data().image_size:
-        given += ["--image-size", str(data.image_size)]
-    given += ["--group-by", data.group_by] if data.group_by else []
-    given += ["--skip-broken"] * data.skip_broken + ["--skip-leaks"] * data.skip_leaks
-    if data.data_dir is not None and data.kind.startswith("cifar"):
-        given += ["--data-dir", str(data.data_dir)]
     try:
         tree = recipe.of_stage(recipe.read(file), stage)
     except UserError:  # of a file that is elsewhere
         tree = {}
     named = Data.model_validate(tree.get("data") or {})
-    for key in ("val_size", "split_seed"):
+    if data.kind == "folder" or data.image_size != named.image_size:
+        given += ["--image-size", str(data.image_size)]
+    given += ["--group-by", data.group_by] if data.group_by else []
+    given += ["--skip-broken"] * data.skip_broken + ["--skip-leaks"] * data.skip_leaks
+    if data.data_dir is not None and data.kind.startswith("cifar"):
+        given += ["--data-dir", str(data.data_dir)]
+    for key in ("val_size", "split_seed", "images"):
         if getattr(data, key) != getattr(named, key):
             given += ["--set", f"data.{key}={getattr(data, key)}"]
     if teacher is not None:
@@ -143,6 +146,11 @@ def _load_member(
         external_known = teacher.model_copy(update={"weights": other.hex_digest, "also": ()})
         return with_views(other, teacher.views), external_known, names
     assert teacher.checkpoint is not None
+    if teacher.input != TeacherInput():
+        raise TeacherError(
+            f"{teacher.checkpoint} says itself how its images are prepared: leave out teacher.input (--teacher-mean "
+            "and the like), which is for teachers from elsewhere"
+        )
     model, header = load_model(teacher.checkpoint)
     where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
     if teacher.name in ("", header["model"]):  # else it is another teacher, which `load` says

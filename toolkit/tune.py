@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -120,7 +121,8 @@ def tune(
                 done = search.count("finished", "stopped", "failed")
                 raise Interrupted(
                     f"stopped with {done} of {search.total} trials done; the others go on from their last checkpoints "
-                    f"by: toolkit tune --output {output} --resume"
+                    f"by: toolkit tune --output {shlex.quote(str(output))} --resume --cpus-per-trial {cpus} "
+                    f"--gpus-per-trial {gpus:g}{f' --address {address}' if address else ''}"
                 ) from None
         finish(search)
     if problem is not None:
@@ -305,7 +307,7 @@ def finish(search: Search) -> None:
     header = (
         f"# Trial {best.number} of {search.total} of the search {search.plan.space.name}: val top-1 "
         f"{best.val_top1:.2%} after {best.epochs} epochs (the best of many on val, so it flatters).\n#\n"
-        f"#   toolkit {search.plan.space.stage} --recipe {file}\n"
+        f"#   toolkit {search.plan.space.stage} --recipe {shlex.quote(str(file))}\n"
     )
     write_text(file, header + recipe.to_yaml())
 

@@ -48,7 +48,7 @@ def show(search: Search) -> None:
         values = [str(value) for value in trial.values.values()]
         result = (f"{trial.val_top1:.2%}", str(trial.epochs), f"{trial.parameters:,}")
         table.add_row(str(trial.number), trial.status, *result, *values)
-    Console(stderr=True, width=None if console.is_terminal else WIDTH).print(table)
+    Console(stderr=True, width=None if console.is_terminal else WIDTH, markup=False).print(table)
     if failed := search.count("failed"):
         say(f"{failed} of {len(search.trials)} trials failed: see the column error of {search.output / 'trials.csv'}")
 
