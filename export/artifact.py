@@ -34,7 +34,7 @@ class Metadata(BaseModel):
     parameters: int = Field(gt=0, description="parameters of the PyTorch model")
     macs: int | None = Field(default=None, description="multiply-accumulates an image, of one view of it")
     recipe_digest: str = Field(description="SHA-256 of the recipe")
-    dataset: str
+    dataset: str = Field(description="name of the data set")
     dataset_digest: str = Field(description="SHA-256 of classes, images and labels")
     split: dict[str, Any] = Field(
         default_factory=dict, description="how val and test were held out of them: fields of the recipe's data"
@@ -43,7 +43,7 @@ class Metadata(BaseModel):
     ece: float | None = Field(
         default=None, ge=0, le=1, description="expected calibration error of this file on the test set"
     )
-    test_images: int | None = None
+    test_images: int | None = Field(default=None, description="images of which accuracy and ece are")
     plain_accuracy: float | None = Field(
         default=None, ge=0, le=1, description="top-1 of the PyTorch model on it: in fp32, one view of each image"
     )
@@ -51,7 +51,7 @@ class Metadata(BaseModel):
     temperature: float | None = Field(default=None, gt=0, description="fitted on val; logits divided by it calibrate")
     calibrated: bool = Field(default=False, description="the graph divides its logits by the temperature")
     teacher: str | None = Field(default=None, description="name of the teacher it was distilled from")
-    precision: Precision = "fp32"
+    precision: Precision = Field(default="fp32", description="of the graph's convs and products")
     quantisation: str | None = Field(default=None, description="how an INT8 graph was made")
     licence: str | None = Field(default=None, description="what the weights may be used for, as their maker says")
     created: str | None = Field(default=None, description="UTC, from SOURCE_DATE_EPOCH at export")

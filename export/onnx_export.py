@@ -66,7 +66,8 @@ def build(model: nn.Module, metadata: Metadata, opset: int = OPSET) -> onnx.Mode
     """The graph of ``model`` in fp32, with the preprocessing and the temperature that ``metadata`` speaks of.
 
     ``model`` takes float images ``[B,3,S,S]`` in [0,1], normalises inside, and gives logits ``[B,K]``; a copy of
-    it in inference mode is exported. Raises ``ArtifactError`` for an opset that cannot be written.
+    it in inference mode is exported. Raises ``ArtifactError`` for an opset that cannot be written, ``ValueError`` where
+    K is not the number of labels.
     """
     check_opset(opset)
     size = metadata.image_size

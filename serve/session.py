@@ -81,8 +81,8 @@ class Session:
                 raise ArtifactError(f"ONNX Runtime cannot run {name}: {in_line(error)}") from error
             if self.metadata.overflows and lacks_vnni():
                 logger.warning(
-                    "%s holds weights of 8 bits, whose sums may overflow on this CPU (no VNNI): export it anew on this "
-                    "machine, or take fp32",
+                    "%s holds weights of 8 bits, whose sums may overflow on this CPU (not known to have VNNI): export "
+                    "it anew on this machine, or take fp32",
                     name,
                 )
         self._session = session
@@ -92,7 +92,7 @@ class Session:
     def run(self, images: NDArray[np.uint8]) -> tuple[Array, Array]:
         """Logits and probabilities, float32 ``[N,K]``, of uint8 images ``[N,S,S,3]`` with N of 1 or more.
 
-        Images of another size are taken where the artifact takes any.
+        Images of another size are taken where the artifact takes any. Raises ``ValueError`` for another shape or type.
         """
         size = self.metadata.image_size
         fits = images.shape[3:] == (3,) if self.metadata.any_size else images.shape[1:] == (size, size, 3)

@@ -132,13 +132,14 @@ class WhiteningConv(nn.Conv2d):
 
 
 class PoolFirstNet(nn.Module):
-    """Whitened 2x2 patches and three stages that pool right after their first conv: most work at low resolution.
+    """Whitened 2x2 patches and stages (``widths``) that pool right after their first conv: most work at low resolution.
 
     The shape of DAWNBench's ResNet-9 (David Page, 2018) and of airbench96 (arXiv 2404.00498): each stage is
     conv, 2x2 max-pool, BN, GELU, then two convs with a shortcut around them. Global max-pool, a linear layer
     without bias, logits times 1/9. ``[B,3,H,W]`` to ``[B,K]``, H and W at least 16. ``stochastic_depth`` is the
     probability of leaving out the last stage's pair, the others' rise to it. ``resize`` is the side that images are
-    brought to first: a larger one gives the stages more positions to look at, and costs time but no parameters.
+    brought to first: a larger one gives the stages more positions to look at, and costs time but no parameters. Raises
+    ``ValueError`` for a smaller one than 16, and for more stages than the images can be halved.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ class ResNet(nn.Module):
 
     ``[B,3,H,W]`` to ``[B,K]``. ``dropout`` is between the convs of a block, ``dropout_after`` behind its last ReLU;
     ``squeeze`` is the reduction of one squeeze-and-excitation after the stem; ``stochastic_depth`` the probability of
-    leaving out the last block, the others' rise to it.
+    leaving out the last block, the others' rise to it. Raises ``ValueError`` for a stage without blocks.
     """
 
     def __init__(

@@ -11,7 +11,10 @@ __all__ = ["wrn28"]
 
 
 class PreActivationBlock(nn.Module):
-    """BN-ReLU-conv, dropout, BN-ReLU-conv; where shapes differ the 1x1 shortcut takes the activated input."""
+    """BN-ReLU-conv, dropout, BN-ReLU-conv: ``[B,inputs,H,W]`` to ``[B,outputs,H/stride,W/stride]``.
+
+    Where shapes differ the 1x1 shortcut takes the activated input.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -29,7 +32,7 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """``[B,3,H,W]`` to ``[B,K]``; ``depth`` is 6 n + 4 for n blocks in each of three stages."""
+    """``[B,3,H,W]`` to ``[B,K]``; ``depth`` is 6 n + 4 for n blocks in each of three stages, else ``ValueError``."""
 
     def __init__(self, num_classes: int, depth: int, width: int, dropout: float, image_size: int) -> None:
         super().__init__()

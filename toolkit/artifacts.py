@@ -55,9 +55,12 @@ CPU = torch.device("cpu")
 class Options:
     """What an artifact is to be, and what it may cost.
 
-    ``max_drop``: top-1 on the test set, a fraction, that a lower precision may lose. ``calibrated``: divide the logits
-    by the temperature that was fitted on val. ``tuning_epochs``: of quantisation-aware fine-tuning before INT8.
-    ``even_if_slower``: ship a precision for another machine than this one. ``force``: replace files that exist.
+    ``max_drop``: top-1 on the test set, a fraction, that a lower precision may lose. ``any_size``: the graph crops and
+    resizes. ``calibrated``: divide the logits by the temperature that was fitted on val. ``views``: of each image,
+    averaged in the graph. ``calibration_images``: of the training set, for INT8's ranges. ``tuning_epochs``: of
+    quantisation-aware fine-tuning before INT8. ``even_if_slower``: ship a precision for another machine than this one.
+    ``tf32``: CUDA may round to 10 bits of mantissa. ``licence``: of the weights. ``budget``: a student has fewer
+    parameters (None: the run's). ``triton``: a folder for a model repository. ``force``: replace files that exist.
     """
 
     precision: Literal[Precision, "auto"] = "fp32"
@@ -130,8 +133,10 @@ def export(
     """Write a finished run's model as an ONNX artifact, and hold it against PyTorch.
 
     The session that is compared is opened as ``serve`` opens it. Where the precision that was asked for does not
-    pass, its parity report is kept, no artifact is written, and ``ParityError`` raised. Without ``output`` the run's
-    own artifact is replaced.
+    pass, ``ParityError`` is raised: the measurements are kept in refused.json, nothing else is touched. Without
+    ``output`` the run's own artifact is replaced. Raises ``UserError`` too for options that do not go together, a file
+    that exists, or a precision that cannot be made of this model; ``RunError``, ``DataError``, ``BudgetError``,
+    ``DeviceError`` and ``ArtifactError``.
     """
     if target is None:
         run = stages.newest_run()
@@ -355,6 +360,7 @@ def opened(graph: onnx.ModelProto, about: Metadata, provider: Provider, options:
 
 
 def check_calibration_count(count: int, data: datasets.DataSet) -> None:
+    """Raise ``DataError`` unless INT8 can be calibrated with so many of the training images."""
     # Without a validation split some images must be left to choose the calibration method by.
     chosen_by = quantise.FEWEST if data.val is None else 0
     most = len(data.train) - chosen_by

@@ -60,7 +60,7 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
-        help="A name from toolkit/recipes/, such as own-images, or a YAML file; else cifar10.",
+        help="A name from toolkit/recipes/, such as own-images, or a YAML file; else that of --run-dir, or cifar10.",
     ),
 ]
 Settings = Annotated[
@@ -78,8 +78,10 @@ Seed = Annotated[int | None, typer.Option(help="Seed of weights, order and augme
 Dataset = Annotated[
     str | None, typer.Option(metavar="NAME", help="cifar10, cifar100, digits or folder:PATH.", show_default=False)
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Folder of the data set; else $TOOLKIT_DATA, else ./data.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the images, 16 to 512 pixels; else 32.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of the data set; then $TOOLKIT_DATA and ./data are tried.")]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Side of the images, 16 to 512 pixels; else by the recipe, mostly 32.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable images of a folder out.")]
 SkipLeaks = Annotated[bool, typer.Option("--skip-leaks", help="Leave training images out that are in val or test too.")]
@@ -94,7 +96,7 @@ Device = Annotated[
     str | None,
     typer.Option(metavar="auto|cpu|cuda|cuda:N", help="auto takes CUDA where PyTorch finds it; cuda fails without."),
 ]
-RunDir = Annotated[Path | None, typer.Option(help="Run directory; else runs/NAME-DIGEST.")]
+RunDir = Annotated[Path | None, typer.Option(help="Run directory; else one in runs/, by model, data and recipe.")]
 DataMemory = Annotated[
     float | None,
     typer.Option(
@@ -135,17 +137,19 @@ TeacherCheckpoint = Annotated[
 ]
 TeacherSize = Annotated[
     int | None,
-    typer.Option(help="Side of the images in pixels that a teacher from elsewhere takes; else by its input."),
+    typer.Option(help="Side of the images in pixels that a teacher from elsewhere takes; else by its file."),
 ]
 TeacherLayout = Annotated[
     str | None, typer.Option(metavar="nchw|nhwc", help="Axes of its input; else by the input's shape.")
 ]
 TeacherScale = Annotated[
-    float | None, typer.Option(help="What it takes for white: 1 or 255; else 1, for a uint8 input 255.")
+    float | None, typer.Option(help="What it takes for white: 1 or 255; else its file's, or 1 (uint8: 255).")
 ]
-TeacherMean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its mean, of images in 0..1; else 0.")]
+TeacherMean = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Its mean, of images in 0..1; else its file's, or 0.")
+]
 TeacherStd = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Its standard deviation, of images in 0..1; else 1.")
+    str | None, typer.Option(metavar="R,G,B", help="Its standard deviation, of images in 0..1; else its file's, or 1.")
 ]
 TeacherClasses = Annotated[
     Path | None,
@@ -332,7 +336,7 @@ def distill(
     extend: Extend = False,
     log: Log = None,
 ) -> None:
-    """Distil a student from a trained teacher's soft targets."""
+    """Distil a student from a trained teacher; where the recipe asks none, train it on the labels alone."""
     from toolkit.recipe import resolve
 
     _check_extend(extend, run_dir)

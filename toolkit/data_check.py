@@ -59,7 +59,7 @@ class Report:
     """``classes``: name to its images in each part; ``passed_over``: files that are not read, by kind.
 
     Pairs of names: ``copies`` are the same pixels, ``near`` look the same; ``leaks`` those of either that lie in two
-    parts; ``contradictions`` those of two classes. ``command`` distils with what is suggested.
+    parts; ``contradictions`` copies in two classes. ``command`` distils with what is suggested.
     """
 
     images: int

@@ -28,7 +28,8 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     """The recipe with ``epochs`` in place of ``minutes``: as its run at ``path`` began, else as timed here.
 
     A few short epochs of the one training loop are timed in a directory beside it that is thrown away; the time that
-    this takes, compiling included, counts. Raises ``RecipeError`` where not one epoch fits.
+    this takes, compiling included, counts. Raises ``RecipeError`` where fewer epochs
+    fit than the warm-up takes, or than come before SWA, and for several processes; ``Interrupted`` after a signal.
     """
     if recipe.minutes is None:
         return recipe
@@ -91,8 +92,9 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
         epochs = int((left - teaching * recipe.cached_epochs) / (training + beside))
     if epochs < max(1, recipe.schedule.warmup_epochs):
         raise RecipeError(
-            f"minutes (={recipe.minutes:g}) is too short for this recipe here: an epoch takes "
-            f"{training + beside:.0f} s, starting {starting:.0f} s"
+            f"minutes (={recipe.minutes:g}) is too short for this recipe here: it takes at least "
+            f"{max(1, recipe.schedule.warmup_epochs):g} epochs (its warm-up) of {training + beside + teaching:.0f} s, "
+            f"starting {starting:.0f} s"
         )
     if recipe.swa_start is not None and recipe.swa_start >= epochs:
         raise RecipeError(f"swa_start (={recipe.swa_start}) must be less than the {epochs} epochs that fit")

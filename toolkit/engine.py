@@ -69,8 +69,10 @@ def fit(
 
     ``teacher`` maps images in [0,1] to logits and is not changed; without one this is plain training.
     ``on_epoch`` gets each row of metrics.jsonl. Returns the summary that the run directory then holds. Raises
-    ``DivergedError`` where loss or weights are no longer finite and ``Interrupted`` where a signal stopped it, both
-    after the last good state was saved; ``Interrupted`` also where the signal came when nothing was left to stop.
+    ``DivergedError`` where loss, val loss or weights are no longer finite, or top-1 stays at a guess (states that were
+    written before stay); ``Interrupted`` where a signal stopped it, once all was saved, or came when nothing was left
+    to stop; ``RunError`` where another process writes the directory; ``CheckpointError`` for a state that is not this
+    run's.
     """
     if run.finished:
         return run.summary()

@@ -24,7 +24,7 @@ class SearchError(UserError):
 
 
 class UnknownNameError(UserError):
-    """A model, data set or recipe that is not in the catalogue."""
+    """A model, shipped weights or served artifact of a name that there is not (in a recipe it is a ``RecipeError``)."""
 
 
 class DataError(UserError):

@@ -74,7 +74,7 @@ class Data(Section):
         pattern=r"^(cifar10|cifar100|digits|folder|folder:.+)$",
         description="cifar10, cifar100, digits, or folder:PATH",
     )
-    data_dir: Path | None = Field(None, description="folder that holds the data set; else $TOOLKIT_DATA, else ./data")
+    data_dir: Path | None = Field(None, description="folder of the data set; then $TOOLKIT_DATA and ./data are tried")
     offline: bool = Field(False, description="never download")
     image_size: int = Field(32, ge=16, le=512, description="side of the images in pixels")
     val_size: int | float = Field(
@@ -443,7 +443,11 @@ class Optimizer(Section):
 class Schedule(Section):
     """The learning rate over training, as a factor on the peak."""
 
-    name: Literal["cosine", "triangular", "constant", "step"] = "cosine"
+    name: Literal["cosine", "triangular", "constant", "step"] = Field(
+        "cosine",
+        description="cosine or triangular (straight): from the peak to final_fraction; step: times gamma at each "
+        "milestone",
+    )
     warmup_epochs: float = Field(0, ge=0, description="epochs of linear warm-up from initial_fraction")
     initial_fraction: float = Field(0, ge=0, le=1, description="factor at the first step of the warm-up")
     final_fraction: float = Field(0, ge=0, le=1, description="factor at the end (cosine, triangular)")
@@ -531,7 +535,9 @@ class Recipe(Section):
     )
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations on val")
     budget: int = Field(BUDGET, gt=0, description="a student has fewer parameters than this")
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of convs and products; auto: bf16 where the hardware computes in it, and it is faster"
+    )
     start_from: Path | None = Field(
         None,
         description="run directory or weights (.safetensors) to start from; pretrained: the shipped ones of this "
@@ -677,7 +683,7 @@ def shipped(folder: Path = RECIPES) -> list[str]:
 def read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
     """The tree of a shipped recipe (by name) or of a file (by path); ``readers`` are the recipes that asked for it.
 
-    A stage may be another recipe's name: it is then that recipe's own run of this stage.
+    A stage may be another recipe's name: it is then that recipe's own run of this stage. Raises ``RecipeError``.
     """
     tree, readers = read_mapping(source, RECIPES, "recipe", RecipeError), (*readers, str(source))
     tree.setdefault("name", str(source))  # by which a later command finds it again

@@ -60,7 +60,8 @@ def measure(
     None for a class without images), ``confusion`` (``[K][K]`` counts, rows true, columns predicted), and
     with a teacher ``teacher_top1``, ``agreement`` (share of images with the same answer) and ``kl``, the mean
     KL(teacher || student) at temperature 1. Accuracies, agreement and ``ece`` are fractions 0..1. Of equal
-    logits the first class wins. Raises ``DivergedError`` for logits that are not finite.
+    logits the first class wins. Raises ``DivergedError`` for logits that are not finite, ``ValueError`` for shapes or
+    labels that do not match.
     """
     student = _logits(logits, "the model")
     true = np.asarray(labels).astype(np.int64)

@@ -317,7 +317,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def load_model(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
-    """The model of a file of weights, and the file's header (see ``engine.describe``). ``CheckpointError``."""
+    """The model of a file of weights, and the file's header (see ``engine.describe``).
+
+    Raises ``CheckpointError``, and ``UnknownNameError`` or ``RecipeError`` where no such model can be built here.
+    """
     path = Path(path)
     tensors, header = load_tensors(path)
     if "position" in header:

@@ -131,6 +131,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Compared:
+    """Finished runs beside each other, and the HTML page that shows them."""
+
     rows: list[Row]
     left_out: dict[str, str]  # run directory to the reason, a whole sentence
     page: Path

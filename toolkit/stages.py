@@ -57,13 +57,15 @@ def train(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Train the recipe's teacher, or its student without one; the finished run.
+    """Train the recipe's teacher (or of a resolved ``Recipe`` its student, without one); the finished run.
 
     ``wanted`` is a recipe, or the name or file of one with ``settings``, which map fields such as ``optimizer.lr`` to
     values (see ``recipe.resolve``, which raises ``RecipeError``). The run directory is ``run_dir``, else one under
     ``runs/``; ``resume`` goes on with an unfinished run. Ctrl-C or SIGTERM raises ``Interrupted`` once all is saved.
     ``on_epoch`` gets each epoch's row of metrics.jsonl; ``extend`` goes on with a run that was shorter;
-    ``log="tensorboard"`` writes the rows for TensorBoard too.
+    ``log="tensorboard"`` writes the rows for TensorBoard too. Raises ``DataError``, ``DeviceError``, ``BudgetError``,
+    ``RunError`` (the directory holds another or an unfinished run, or the images have changed), ``CheckpointError`` and
+    ``DivergedError``.
     """
     wanted = _resolved(wanted, "train", settings)
     path = None if run_dir is None else Path(run_dir)
@@ -284,10 +286,13 @@ def validate(
 ) -> tuple[dict[str, Any], Path]:
     """Measure a run directory, a file of weights or an artifact on the test set.
 
-    Without a target ``newest_run`` is taken, else the student that comes with the toolkit. Returns the
-    metrics (see ``report.measure``) and the folder of the report. A model of PyTorch is measured on ``device``, in
-    fp32; an artifact by ``provider``, as it is. ``tta`` adds ``tta_top1``, a model's accuracy over these views; all
-    other figures are of the plain images. Raises ``UserError`` for what the target has no use for.
+    Without a target ``newest_run`` is taken, else the student that comes with the toolkit. A model of PyTorch is
+    measured on ``device``, in fp32; an artifact by ``provider``, as it is. Returns the folder of the report, and before
+    it the metrics: those of ``report.measure``, ``model``, ``dataset``, ``dataset_digest``, ``provider``, and the
+    ``seconds`` that the test set took; with ``tta`` also ``tta_top1``, the accuracy over these ``tta_views`` (all other
+    figures are of the plain images); of an artifact that averages views their number, ``views``. Raises ``RunError``
+    (unfinished, or its images have changed), ``DataError`` (other classes, or no images), ``CheckpointError``,
+    ``ArtifactError``, ``DeviceError``, and ``UserError`` for an option that the target has no use for.
     """
     if target is None:
         try:
@@ -499,6 +504,8 @@ def _teacher_logits(run: Run, data: datasets.DataSet, device: torch.device) -> n
 
 @dataclass(frozen=True)
 class Chain:
+    """What ``pipeline`` made. ``metrics`` are those of ``validate``, with a baseline also ``baseline_top1``."""
+
     student: Run
     metrics: dict[str, Any]
     exported: Exported

@@ -106,7 +106,8 @@ def load(wanted: Recipe, classes: Sequence[str] | None) -> tuple[nn.Module, Teac
     """The recipe's teacher, with those of ``teacher.also`` as an ensemble; what it was; and its logits' classes.
 
     These are ``classes``, or with None those of the (first) teacher. Raises ``TeacherError``, also where it is not the
-    one whose name, or SHA-256, the recipe has.
+    one whose name, or SHA-256, the recipe has; ``CheckpointError`` for a damaged file, ``RunError`` for an unfinished
+    run.
     """
     assert wanted.teacher is not None
     first = wanted.teacher.model_copy(update={"checkpoint": find(wanted)})
