@@ -68,7 +68,7 @@ def _answer(opinion: Opinion, threshold: float, *, named: bool) -> str:
     heading = f'<h2 class="name">{escape(opinion.name)}</h2>' if named else ""
     label, answer = escape(opinion.label), opinion.answer
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
+        f'<tr><th scope="row"><div>{escape(name)}</div></th>'
         f'<td class="bar" aria-hidden="true"><span style="width:{share:.2%}"></span></td>'
         f"<td>{_percent(share)}</td></tr>"
         for name, share in answer.best(TOP_K)
