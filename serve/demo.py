@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from gradio import processing_utils, routes
+from gradio import routes
 from gradio.route_utils import FnIndexInferError
 from gradio.utils import get_upload_folder
 from numpy.typing import NDArray
@@ -86,8 +86,6 @@ def mount(
     ``deadline`` is the seconds that an answer may take, ``turns`` what a thread holds while it decodes. ``examples``
     are image files to try, where none of those that ship with the page shows a class that the first artifact knows.
     """
-    # By which Gradio names what it copies, examples above all: of several processes the same.
-    processing_utils.hash_seed = Path(get_upload_folder()).name.encode()
     page = _build(engine, _drawn(engine) or examples, _Answers(engine, deadline, turns))
     # Not the threads of the whole process, which uploads and the API need too (40 would mean these).
     page.max_threads = min(4 * available_cores(), 39)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -124,7 +125,8 @@ def _uploads() -> Iterator[None]:
     try:
         if parent is not None:
             Path(parent).mkdir(parents=True, exist_ok=True)
-        own = tempfile.TemporaryDirectory(prefix=FOLDER, dir=parent, ignore_cleanup_errors=True)
+        place = parent and Path(parent).resolve()
+        own = tempfile.TemporaryDirectory(prefix=FOLDER, dir=place, ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(f"there is no place for uploads in {parent or 'the temporary folder'}: {error}") from error
     for left in Path(parent or tempfile.gettempdir()).glob(f"{FOLDER}*"):  # by servers that were killed
@@ -167,7 +169,9 @@ def _run_workers(settings: Settings, listener: socket.socket, started: Callable[
         # Workers end by the very signal that they obeyed: locks of Gradio's are then cleaned up after them, aloud.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
         up, tell = Pipe(duplex=False)
-        supervisor = _Supervisor(_config(settings, partial(_worker, settings, tell)), listener, up, started)
+        supervisor = _Supervisor(
+            _config(settings, partial(_worker, settings, tell, secrets.token_bytes())), listener, up, started
+        )
         supervisor.run()
         del os.environ[metrics.SHARED], os.environ["PYTHONWARNINGS"]
     if supervisor.failed:
@@ -188,7 +192,11 @@ class _Supervisor(Multiprocess):
         up: Connection,
         started: Callable[[str], None],
     ) -> None:
+        hangup: Any = getattr(signal, "SIGHUP", None)  # not on Windows
+        before = hangup and signal.getsignal(hangup)
         super().__init__(config, [listener])
+        if before == signal.SIG_IGN:  # by nohup
+            signal.signal(hangup, before)
         self._up, self._started = up, started
         self._asked: dict[Process, float] = {}  # when, for the answer that is awaited
         self._any_up = self.failed = False
@@ -249,8 +257,11 @@ class _Supervisor(Multiprocess):
             process.join()
 
 
-def _worker(settings: Settings, up: Connection) -> ASGIApp:
+def _worker(settings: Settings, up: Connection, seed: bytes) -> ASGIApp:
     """The app of one of several processes."""
+    from gradio import processing_utils
+
+    processing_utils.hash_seed = seed  # by which Gradio names what it copies, above all examples: all share them
     try:
         engine = _engine(settings)
         app = _app(settings, engine)

@@ -357,7 +357,7 @@ def distill(
         wanted = stages.from_teacher(wanted, stages.train_teacher(wanted, source, overrides))
     run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
-        beside = run_dir and Path(f"{run_dir.resolve()}-baseline")
+        beside = run_dir and Path(f"{run_dir.absolute()}-baseline")
         alone = stages.train_baseline(wanted, run, beside, resume=True, extend=extend)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return

@@ -90,11 +90,11 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     epochs = int(left / (training + beside + teaching))
     if epochs > recipe.cached_epochs:  # from there on the teacher's answers are replayed
         epochs = int((left - teaching * recipe.cached_epochs) / (training + beside))
-    if epochs < max(1, recipe.schedule.warmup_epochs):
+    if epochs < max(1, warmup := recipe.schedule.warmup_epochs):
+        needed = f"the {warmup:g} epochs of its warm-up take" if warmup > 1 else "an epoch takes"
         raise RecipeError(
-            f"minutes (={recipe.minutes:g}) is too short for this recipe here: it takes at least "
-            f"{max(1, recipe.schedule.warmup_epochs):g} epochs (its warm-up) of {training + beside + teaching:.0f} s, "
-            f"starting {starting:.0f} s"
+            f"minutes (={recipe.minutes:g}) is too short for this recipe here: {needed} "
+            f"{max(1, warmup) * (training + beside + teaching):.0f} s, starting {starting:.0f} s"
         )
     if recipe.swa_start is not None and recipe.swa_start >= epochs:
         raise RecipeError(f"swa_start (={recipe.swa_start}) must be less than the {epochs} epochs that fit")

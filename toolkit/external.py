@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from toolkit.catalogue import closest
 from toolkit.classifier import members
-from toolkit.compute import settle
 from toolkit.data import at_once
 from toolkit.errors import ArtifactError, DeviceError, TeacherError, in_line, install
 from toolkit.folders import listed, nfc
@@ -135,7 +134,6 @@ class OnnxNetwork(nn.Module):
 
             from serve.session import need_cuda, session_options
 
-            settle(CPU)
             options = session_options(torch.get_num_threads())
             providers: list[Any] = ["CPUExecutionProvider"]
             try:

@@ -56,7 +56,7 @@ class Listing:
 
 
 def _from(root: Path, path: Path) -> str:
-    root, path = root.absolute(), path.absolute()
+    root, path = Path(os.path.abspath(root)), Path(os.path.abspath(path))
     return _readable(str(path.relative_to(root)) if path.is_relative_to(root) else str(path))
 
 
@@ -174,7 +174,12 @@ def _stop(error: OSError) -> None:
 
 def images(folder: Path, on_error: Callable[[OSError], None] = _stop) -> Iterator[Path]:
     """Files below ``folder`` that are named as images are, sorted; hidden ones are left out."""
-    return (path for path in _files(folder, on_error) if path.suffix.lower() in SUFFIXES and path.is_file())
+    for path in _files(folder, on_error):
+        try:
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                yield path
+        except OSError as error:  # in a folder that may be listed and no more
+            on_error(error)
 
 
 def passed_over(listing: Listing) -> Counter[str]:

@@ -59,6 +59,7 @@ INCIDENTAL = (
     "sync_norm", "eval_epochs", "budget", "data.val_size", "select",
 )  # fmt: skip
 SPLIT = ("val_size", "split_seed", "group_by", "skip_broken", "skip_leaks")
+LATE = 1 - 1e-6  # of a run: a ramp to 0 that takes the whole of it still teaches
 DEVICES = r"^(auto|cpu|cuda|cuda:\d+)$"
 
 
@@ -403,9 +404,8 @@ class Loss(Section):
             )
         if self.methods and not any(peak(method.weight) for method in self.methods.values()):
             raise ValueError(f"the weights of all methods ({', '.join(self.methods)}) are 0: one must be positive")
-        late = 1 - 1e-6  # a ramp to 0 that takes the whole run is one
-        methods = [at(method.weight, late) for method in self.methods.values()] or [1.0]
-        if at(self.ce_weight, late) + at(self.kd_weight, late) * sum(methods) == 0:
+        methods = [at(method.weight, LATE) for method in self.methods.values()] or [1.0]
+        if at(self.ce_weight, LATE) + at(self.kd_weight, LATE) * sum(methods) == 0:
             raise ValueError("all weights come down to 0 before the end: from there on nothing would be learnt")
         return self
 
@@ -569,9 +569,9 @@ class Recipe(Section):
         """What does not go together about who is trained, and by whom."""
         if self.teacher is None and self.student is None:
             yield "neither a teacher nor a student is named"
-        if not self.distils and not peak(self.loss.ce_weight) and not self.data.unlabelled:
+        if not self.distils and not at(self.loss.ce_weight, LATE) and not self.data.unlabelled:
             yield (
-                "loss.ce_weight is 0 and no teacher is asked: nothing would be learnt (where the student alone is "
+                "loss.ce_weight is or becomes 0 and no teacher is asked: nothing would be learnt (where the student alone is "
                 "meant, it is distill.loss.ce_weight)"
             )
         if self.distils and self.teacher is None:
@@ -581,6 +581,9 @@ class Recipe(Section):
                 "start_from=teacher needs a student that learns from a teacher that was trained here: leave it out, or "
                 "name a run (in a file for both stages it is distill.start_from)"
             )
+        teachers = () if self.teacher is None else (self.teacher, *self.teacher.also)
+        if any(one.input != TeacherInput() and not one.external for one in teachers):
+            yield "teacher.input (--teacher-mean and the like) is for teachers from elsewhere; one of ours needs none"
         by_features = [name for name, method in self.loss.methods.items() if isinstance(method, FeatureMethod)]
         if self.distils and by_features:
             needs = f"loss.methods.{by_features[0]} needs the teacher's features"

@@ -94,6 +94,7 @@ def distill(
             say(f"the teacher {named} is not asked, as loss.kd_weight is 0: --set loss.kd_weight=0.9 asks it")
         return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
+    compute.settle(torch.device("cpu"))  # a teacher's ONNX session has as many threads
     data = None if wanted.data.unlabelled else check(wanted)
     teacher, known, classes = teaching.load(wanted, data.classes if data else None)
     if data is None:
@@ -474,7 +475,8 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
     changes: dict[str, Any] = {}
     if dataset is not None:
         changes |= {"dataset": dataset, "images": None, "val_size": 0}  # the test images are what is wanted
-        if Data(dataset=dataset).title != of_run.title:  # others have labels, and paths, of their own
+        named = Data.model_validate({"dataset": dataset, "data_dir": data_dir})
+        if named.title != of_run.title:  # others have labels, and paths, of their own
             changes |= {"unlabelled": False, "group_by": None}
     elif run is not None and run.images.is_file():
         changes["images"] = run.images

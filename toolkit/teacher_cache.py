@@ -38,13 +38,14 @@ class TeacherCache:
         self.teacher, self.dtype = teacher, dtype
         content = {
             "teacher": weights_digest(teacher),
-            "outputs": [[one.probabilities, one.columns] for one in members(teacher) if isinstance(one, External)],
             "data": data.digest,
             "split": [recipe.data.val_size, recipe.data.split_seed, recipe.data.group_by],
             "augment": [VIEWS, recipe.augment.model_dump(mode="json")],
             "seed": recipe.seed,
             "dtype": str(dtype),
         }
+        if outputs := [[one.probabilities, one.columns] for one in members(teacher) if isinstance(one, External)]:
+            content["outputs"] = outputs  # how they are read
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         samples = len(data.train) * recipe.augment.copies
         self.shape = (recipe.cached_epochs, samples, len(data.classes))

@@ -147,11 +147,6 @@ def _load_member(
         external_known = teacher.model_copy(update={"weights": other.hex_digest, "also": ()})
         return with_views(other, teacher.views), external_known, names
     assert teacher.checkpoint is not None
-    if teacher.input != TeacherInput():
-        raise TeacherError(
-            f"{teacher.checkpoint} says itself how its images are prepared: leave out teacher.input (--teacher-mean "
-            "and the like), which is for teachers from elsewhere"
-        )
     model, header = load_model(teacher.checkpoint)
     where, theirs = f"the teacher {teacher.checkpoint}", header["classes"]
     if teacher.name in ("", header["model"]):  # else it is another teacher, which `load` says
