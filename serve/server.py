@@ -169,9 +169,8 @@ def _run_workers(settings: Settings, listener: socket.socket, started: Callable[
         # Workers end by the very signal that they obeyed: locks of Gradio's are then cleaned up after them, aloud.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
         up, tell = Pipe(duplex=False)
-        supervisor = _Supervisor(
-            _config(settings, partial(_worker, settings, tell, secrets.token_bytes())), listener, up, started
-        )
+        worker = partial(_worker, settings, tell, secrets.token_bytes())
+        supervisor = _Supervisor(_config(settings, worker), listener, up, started)
         supervisor.run()
         del os.environ[metrics.SHARED], os.environ["PYTHONWARNINGS"]
     if supervisor.failed:
@@ -192,11 +191,11 @@ class _Supervisor(Multiprocess):
         up: Connection,
         started: Callable[[str], None],
     ) -> None:
-        hangup: Any = getattr(signal, "SIGHUP", None)  # not on Windows
-        before = hangup and signal.getsignal(hangup)
+        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+        ignored = hangup is not None and signal.getsignal(hangup) == signal.SIG_IGN  # by nohup
         super().__init__(config, [listener])
-        if before == signal.SIG_IGN:  # by nohup
-            signal.signal(hangup, before)
+        if ignored and hangup is not None:
+            signal.signal(hangup, signal.SIG_IGN)
         self._up, self._started = up, started
         self._asked: dict[Process, float] = {}  # when, for the answer that is awaited
         self._any_up = self.failed = False

@@ -56,7 +56,7 @@ class Listing:
 
 
 def _from(root: Path, path: Path) -> str:
-    root, path = Path(os.path.abspath(root)), Path(os.path.abspath(path))
+    root, path = root.absolute(), path.absolute()
     return _readable(str(path.relative_to(root)) if path.is_relative_to(root) else str(path))
 
 

@@ -571,8 +571,8 @@ class Recipe(Section):
             yield "neither a teacher nor a student is named"
         if not self.distils and not at(self.loss.ce_weight, LATE) and not self.data.unlabelled:
             yield (
-                "loss.ce_weight is or becomes 0 and no teacher is asked: nothing would be learnt (where the student alone is "
-                "meant, it is distill.loss.ce_weight)"
+                "loss.ce_weight is or becomes 0, and no teacher is asked: nothing would be learnt (where the student "
+                "alone is meant, it is distill.loss.ce_weight)"
             )
         if self.distils and self.teacher is None:
             yield f"loss.kd_weight (={peak(self.loss.kd_weight):g}) needs a teacher"
