@@ -116,7 +116,8 @@ def facts_of(about: Metadata) -> dict[str, str]:
 
     views = f"{about.views} views of each image are averaged in the graph" if about.views > 1 else None
     temperature = about.temperature and (
-        f"{about.temperature:.3f} (fitted on val), {'applied in the graph' if about.calibrated else 'not applied'}"
+        f"{about.temperature:.3f} (fitted on val), {'' if about.calibrated else 'not '}applied in the graph"
+        f"{'' if about.calibrated else ' (serve and predict apply it)'}"
     )
     facts = {
         "model": about.model,

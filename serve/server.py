@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import Pipe
+from multiprocessing import Pipe, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -119,22 +119,28 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
 
 
 @contextmanager
-def _uploads() -> Iterator[None]:
-    """A folder of this server's own for the page's uploads, gone at its end; ``GRADIO_TEMP_DIR`` says where."""
-    parent = os.environ.get(UPLOADS)
+def _own(prefix: str, parent: Path | None) -> Iterator[str]:
+    """A folder of this server's own, gone at its end; those of servers that were killed go with time."""
     try:
         if parent is not None:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-        place = parent and Path(parent).resolve()
-        own = tempfile.TemporaryDirectory(prefix=FOLDER, dir=place, ignore_cleanup_errors=True)
+            parent.mkdir(parents=True, exist_ok=True)
+        own = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
-        raise UserError(f"there is no place for uploads in {parent or 'the temporary folder'}: {error}") from error
-    for left in Path(parent or tempfile.gettempdir()).glob(f"{FOLDER}*"):  # by servers that were killed
+        raise UserError(f"no folder can be made in {parent or 'the temporary folder'}: {error}") from error
+    for left in Path(own.name).parent.glob(f"{prefix}*"):
         with suppress(OSError):
             if time.time() - left.lstat().st_mtime > OLD:
                 with _held(left):
                     shutil.rmtree(left)
     with own as folder, _held(Path(folder)):
+        yield folder
+
+
+@contextmanager
+def _uploads() -> Iterator[None]:
+    """The folder of the page's uploads; ``GRADIO_TEMP_DIR`` says where."""
+    parent = os.environ.get(UPLOADS)
+    with _own(FOLDER, Path(parent).resolve() if parent else None) as folder:
         os.environ[UPLOADS] = folder
         try:
             yield
@@ -163,15 +169,20 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _run_workers(settings: Settings, listener: socket.socket, started: Callable[[str], None]) -> None:
     # Not beside the uploads: a process that maps a file of counters dies where the disk is full.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with _uploads(), tempfile.TemporaryDirectory(prefix="toolkit-metrics-", dir=memory) as folder:
+    memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+    with _uploads(), _own("toolkit-metrics-", memory) as folder:
         os.environ[metrics.SHARED] = folder
         # Workers end by the very signal that they obeyed: locks of Gradio's are then cleaned up after them, aloud.
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
         up, tell = Pipe(duplex=False)
         worker = partial(_worker, settings, tell, secrets.token_bytes())
         supervisor = _Supervisor(_config(settings, worker), listener, up, started)
-        supervisor.run()
+        try:
+            supervisor.run()
+        except BaseException:  # say as the address cannot be printed
+            supervisor.terminate_all()
+            supervisor.join_all()
+            raise
         del os.environ[metrics.SHARED], os.environ["PYTHONWARNINGS"]
     if supervisor.failed:
         raise UserError("a worker could not start: see the error above")
@@ -260,6 +271,7 @@ def _worker(settings: Settings, up: Connection, seed: bytes) -> ASGIApp:
     """The app of one of several processes."""
     from gradio import processing_utils
 
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     processing_utils.hash_seed = seed  # by which Gradio names what it copies, above all examples: all share them
     try:
         engine = _engine(settings)
@@ -269,6 +281,13 @@ def _worker(settings: Settings, up: Connection, seed: bytes) -> ASGIApp:
         sys.exit(STARTUP_FAILURE)
     up.send(engine.provider())
     return app
+
+
+def _end_with_parent() -> None:
+    """A supervisor that was killed cannot end its workers."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _engine(settings: Settings) -> Engine:

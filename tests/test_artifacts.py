@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib import util
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from conftest import Chain, Toolkit, files, refused
 from google.protobuf import text_format
 from onnx import numpy_helper
 from PIL import Image
+from pydantic import ValidationError
 from small_net import LABELS, small_images, small_metadata, small_net
 
 from export import onnx_export, parity, quantise
@@ -235,6 +237,12 @@ def test_the_flags_are_the_options(toolkit: Toolkit, monkeypatch: pytest.MonkeyP
     )  # fmt: skip
     assert taken[0] == (None, None, None, "auto", artifacts.Options())
     assert taken[1] == (Path("run"), Path("a.onnx"), Path("data"), "cpu", options)
+
+
+@pytest.mark.parametrize("misspelt", [{"precision": "FP16"}, {"views": "flips"}, {"calibrate": True}])
+def test_an_option_that_is_misspelt_is_not_passed_over(misspelt: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(misspelt))):
+        artifacts.Options(**misspelt)
 
 
 def _edited(graph: onnx.ModelProto, length: int, edit: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:

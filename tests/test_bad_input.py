@@ -20,6 +20,9 @@ import torch
 from conftest import Chain, Toolkit, files, refused
 from PIL import Image
 
+from toolkit.files import is_full
+from toolkit.run import SHIPPED
+
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 32]")
 
@@ -64,6 +67,17 @@ SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 3
             "distill --recipe digits --train-teacher --teacher-mean 0.5,0.5,0.5",
             ["teacher.input (--teacher-mean and the like) is for teachers from elsewhere"],
         ),
+        ("export --precision auto --even-if-slower", ["--even-if-slower has no use for auto"]),
+        (
+            "distill --recipe digits --balance weights --set loss.ce_weight=0",
+            ["balance=weights weighs the cross entropy, and loss.ce_weight is 0"],
+        ),
+        (
+            "distill --recipe digits --set student.resize=40 --set progressive.start=16",
+            ["progressive.start and resize exclude each other"],
+        ),
+        ("pipeline --set distill.loss.kd_weight=0", ["pipeline distils", "distill.loss.kd_weight=0.9"]),
+        ("pipeline --set teacher.checkpoint=there", ["pipeline trains the teacher", "`toolkit distill`"]),
         ("pipeline --set loss.ce_weight=0 --set loss.kd_weight=1", ["no teacher is asked", "distill.loss.ce_weight"]),
         (
             "pipeline --set student.widths=[512,1024,2048]",
@@ -82,6 +96,7 @@ SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 3
         ),
         ("train --recipe cifar10 --offline --data-dir here", ["cifar10 is not in here", "--offline", "--data-dir"]),
         ("validate nowhere", ["nowhere"]),
+        (f"validate {SHIPPED} --dataset photos", ["--dataset photos should be", "folder:PATH"]),
         ("export", ["no finished run under runs", "toolkit distill"]),
     ],
 )
@@ -436,6 +451,7 @@ def test_a_write_that_finds_the_disk_full(
     monkeypatch.setattr(os, "fsync", full)
     before = files(chain.folder)
     refused(toolkit(command, *(SMALL if command == "train" else ())), "the disk is full", "Free some space")
+    assert is_full(RuntimeError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"))
     assert files(chain.folder) == before
 
 

@@ -273,6 +273,7 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
             "minutes (=16) gives each run a length of its own: give --epochs N",
         ),
         ("soft_targets --budget 100000", "too many"),
+        ("soft_targets --set early_stop.patience=3", "early_stop.patience gives each run steps of its own"),
         ("soft_targets", "there is no trained resnet9_wide for digits under runs/"),
     ],
 )

@@ -349,6 +349,11 @@ def test_cached_logits_replay_the_run_that_had_its_teacher(tmp_path, data):
     recipe, run = start(tmp_path / "runs" / "torn", cached_epochs=3, **changes)
     with pytest.raises(AssertionError):
         engine.fit(recipe, data, run, Asked(False))
+    whole = next(path for path in caches if path.name.endswith("-3.npy"))
+    whole.write_bytes(whole.read_bytes()[:-1000])  # a copy that was cut short
+    recipe, run = start(tmp_path / "runs" / "short", cached_epochs=3, **changes)
+    with pytest.raises(AssertionError):
+        engine.fit(recipe, data, run, Asked(False))
     recipe, run = start(tmp_path / "runs" / "seed", cached_epochs=3, seed=1, **changes)
     with pytest.raises(AssertionError):  # a cache of other views is not taken
         engine.fit(recipe, data, run, Asked(False))
@@ -425,10 +430,11 @@ def test_as_many_states_are_kept_as_wanted_and_the_oldest_is_enough(tmp_path, da
         run.checkpoint(name).write_bytes(b"")
     (run.path / "summary.json").unlink()
     run.checkpoint("last-whole").write_bytes(b"somebody's own copy")
-    run = Run.start(run.path, recipe.model_copy(update={"keep_checkpoints": 2}), resume=True)
-    assert run.recipe.keep_checkpoints == 2  # for those who go on without saying it again
+    changed = recipe.model_copy(update={"keep_checkpoints": 2, "device": "cpu"})
+    run = Run.start(run.path, changed, resume=True)
     assert run.checkpoint("last-whole") not in run.states
-    engine.fit(run.recipe, data, run)
+    engine.fit(changed, data, run)
+    assert Run(run.path).recipe == changed  # for those who go on without saying it again
     assert [row["train_loss"] for row in run.history()] == losses
     assert sorted(p.stem for p in run.checkpoint("best").parent.iterdir()) == ["best", *states[:2], "last-whole"]
 
@@ -541,8 +547,10 @@ def test_a_run_is_extended_by_name_alone(tmp_path, data):
         Run.start(run.path, longer, resume=True)
     with pytest.raises(RunError, match="seed: 0 -> 1"):
         Run.start(run.path, longer.model_copy(update={"seed": 1}), resume=True, extend=True)
-    extended = Run.start(run.path, longer, resume=True, extend=True)
+    extended = Run.start(run.path, longer, resume=False, extend=True)
+    before = torch.get_rng_state()
     engine.fit(longer, data, extended)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's
     _, straight = start(tmp_path / "straight", epochs=3, **changes)
     engine.fit(straight.recipe, data, straight)
     same = "train_loss", "val_loss"

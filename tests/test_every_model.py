@@ -15,7 +15,7 @@ from serve.session import Session
 from students.blocks import ResidualBlock
 from students.resnet18_242 import BiasedBlock, DropoutBlock
 from teachers.batch_doubling import LeakyBlock
-from toolkit.catalogue import ROLES, build, builder, check_budget, info, names, parameter_count
+from toolkit.catalogue import ROLES, build, builder, check_budget, info, mac_count, names, parameter_count
 from toolkit.errors import BudgetError, RecipeError, UnknownNameError
 from toolkit.footprint import footprint
 
@@ -254,3 +254,19 @@ def test_unknown_names_and_arguments_are_refused_with_the_nearest():
         build("tpsnet", "student", 10, widht=2)
     with pytest.raises(RecipeError, match="6 n"):
         build("wrn28", "teacher", 10, depth=27)
+
+
+def test_attention_is_counted_on_every_device():
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 16, 8, 8)
+            self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+        def forward(self, images):
+            return self.layer(self.patches(images).flatten(2).transpose(1, 2)).mean(1)
+
+    model = Tokens()
+    products = 16 * (3 * 64 * 16 + 4 * 16 * 16 + 2 * 16 * 32) + 2 * 16 * 16 * 16  # of 16 tokens
+    assert mac_count(model, 32) == mac_count(model.to("meta"), 32) == products
+    assert torch.backends.mha.get_fastpath_enabled()

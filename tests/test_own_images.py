@@ -18,7 +18,7 @@ from conftest import Toolkit, benchmark
 from PIL import Image
 
 from toolkit import data_check, folders, recipe
-from toolkit.augment import balanced_order
+from toolkit.augment import Augmenter, balanced_order
 from toolkit.data import DataSet, StoredImages, load, stratified_groups
 from toolkit.errors import DataError, RecipeError
 from toolkit.learner import class_weights
@@ -585,7 +585,8 @@ def test_what_lies_around_a_picture_is_no_matter(tmp_path: Path) -> None:
 # --- classes of unequal size -------------------------------------------------------------------------------
 
 
-def test_balance() -> None:
+@pytest.mark.parametrize("smoothing", [0, 0.1])
+def test_balance(smoothing: float) -> None:
     labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
     order = balanced_order(np.random.default_rng(0), labels.numpy())
     assert np.bincount(labels[order]).tolist() in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
@@ -594,8 +595,19 @@ def test_balance() -> None:
     weights = class_weights(labels, 3)
     assert weights[labels].mean() == pytest.approx(1)
     assert (weights * labels.bincount()).tolist() == pytest.approx([100 / 3] * 3)
-    wanted = recipe.validate({"student": {"name": "resnet9"}, "balance": "weights"})
+    wanted = recipe.validate(
+        {"student": {"name": "resnet9"}, "balance": "weights", "loss": {"label_smoothing": smoothing}}
+    )
     logits, one_hot = torch.randn(100, 3), torch.nn.functional.one_hot(labels, 3).float()
     loss = Objective(wanted, torch.nn.Identity(), None, weights)(logits, one_hot, None)
-    by_class = [torch.nn.functional.cross_entropy(logits[labels == k], labels[labels == k]) for k in range(3)]
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    by_class = [each[labels == k].mean() for k in range(3)]
     torch.testing.assert_close(loss, sum(by_class, torch.zeros(())) / 3)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_what_a_balanced_epoch_mixes_in_is_balanced_too(mix: str) -> None:
+    images, labels = torch.zeros(200, 3, 16, 16, dtype=torch.uint8), (torch.arange(200) >= 190).long()
+    shown = Augmenter(images, labels, 2, recipe.Augment.model_validate({mix: 1.0}), 0, balanced=True)
+    shown.start_epoch(0)
+    assert shown.batch(shown.order(0))[1].mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.03)

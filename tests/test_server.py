@@ -323,7 +323,7 @@ def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path, mon
         assert message in result.stderr
         assert result.stdout == ""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "empty"))
-    refused(toolkit("serve", "--provider", "cpu", path, "--port", 0), "there is no place for uploads in", "empty")
+    refused(toolkit("serve", "--provider", "cpu", path, "--port", 0), "no folder can be made in", "empty")
 
 
 @pytest.mark.parametrize(

@@ -621,6 +621,10 @@ def test_wrong_usage(toolkit: Toolkit, nowhere: Path, arguments: str) -> None:
     [
         ("--resume --output out", "out holds no search to go on with"),
         ("--space tpsnet-randon", "did you mean 'tpsnet-random'"),
+        (
+            "--space tpsnet-random --set distill.optimizer.lr=0.1",
+            "distill.optimizer.lr: is searched by optimizer.lr, and given the value 0.1 too",
+        ),
         ("--space tpsnet-random --lr 0.1", "optimizer.lr: is searched, and given the value 0.1 too"),
         ("--space tpsnet-random --device cuda --gpus-per-trial 0", "a trial gets no GPU"),
     ],

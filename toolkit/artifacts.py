@@ -18,6 +18,8 @@ import numpy as np
 import onnx
 import torch
 from PIL import Image
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import nn
@@ -51,7 +53,7 @@ TUNING_LR = 1e-4  # larger steps move more answers than the rounding does
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Options:
     """What an artifact is to be, and what it may cost.
 
@@ -61,6 +63,7 @@ class Options:
     quantisation-aware fine-tuning before INT8. ``even_if_slower``: ship a precision for another machine than this one.
     ``tf32``: CUDA may round to 10 bits of mantissa. ``licence``: of the weights. ``budget``: a student has fewer
     parameters (None: the run's). ``triton``: a folder for a model repository. ``force``: replace files that exist.
+    Raises pydantic's ``ValidationError`` for another value or name.
     """
 
     precision: Literal[Precision, "auto"] = "fp32"
@@ -128,7 +131,7 @@ def export(
     output: str | Path | None = None,
     data_dir: str | Path | None = None,
     provider: Provider = "auto",
-    options: Options = Options(),
+    options: Options | None = None,
 ) -> Exported:
     """Write a finished run's model as an ONNX artifact, and hold it against PyTorch.
 
@@ -138,15 +141,16 @@ def export(
     that exists, or a precision that cannot be made of this model; ``RunError``, ``DataError``, ``BudgetError``,
     ``DeviceError`` and ``ArtifactError``.
     """
+    options = options or Options()
+    onnx_export.check_opset(options.opset)
+    check_provider(provider)
+    check_options(options)
     if target is None:
         run = stages.newest_run()
         say(f"exporting the newest {run.recipe.role}, {run.path}")
     else:
         run = _run_at(Path(target))
     output, data_dir = (None if path is None else Path(path) for path in (output, data_dir))
-    onnx_export.check_opset(options.opset)
-    check_provider(provider)
-    check_options(options)
     path, card, parity_report, examples = _files(run, output, options)
     refused = parity_report.with_name(parity_report.name.replace("parity.json", "refused.json"))
     model, header = load_run(run)
@@ -259,6 +263,8 @@ def wants(options: Options, precision: Precision) -> bool:
 
 def check_options(options: Options) -> None:
     """Raise ``UserError`` for an option that the chosen precision has no use for."""
+    if options.even_if_slower and options.precision == "auto":
+        raise UserError("--even-if-slower has no use for auto, which takes the fastest: name a precision")
     for field, flag, precisions in ONLY_FOR:
         if options.precision not in (*precisions, "auto") and getattr(options, field) != getattr(Options(), field):
             raise UserError(
@@ -433,13 +439,15 @@ def fine_tuned(run: Run, images: Data, epochs: int, device: str) -> Run:
     if run.recipe.role == "student":
         changes["teacher"] = own["student"] | {"checkpoint": run.path}
         changes["loss"] = {"ce_weight": 0, "kd_weight": 1, "temperature": 1}
+        changes["balance"] = "sampling" if own["balance"] == "sampling" else "none"  # weights are the labels'
     # What belongs to the length of the whole training is left at its defaults.
     dropped = ("cached_epochs", "batch_growth", "early_stop", "progressive", "average_decay", "swa_start", "select")
     wanted = Recipe.model_validate({key: value for key, value in own.items() if key not in dropped} | changes)
     # The digests tell apart what was trained on since, and the places that it was called by.
     folder = run.path / f"int8-{epochs}-{run.recipe.digest()[:8]}-{wanted.digest()[:8]}"
     fit = stages.distill if wanted.distils else stages.train
-    return fit(wanted, folder, resume=True)
+    with stages.within("export`"):
+        return fit(wanted, folder, resume=True)
 
 
 def raced(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -169,8 +169,10 @@ class Augmenter:
         if config.mixup:
             drawn = generator(self.seed, epoch, "mixup").beta(config.mixup, config.mixup, n)
             lam = np.where(applied & ~cuts, drawn, 1)
+        random = generator(self.seed, epoch, "partner")
+        partner = balanced_order(random, self.labels[:n].cpu().numpy()) if self.balanced else random.permutation(n)
         mix: dict[str, np.ndarray] = {
-            "partner": generator(self.seed, epoch, "partner").permutation(n),
+            "partner": partner,
             "weight": lam.astype(np.float32),
         }
         if config.cutmix:

@@ -166,10 +166,14 @@ def mac_count(model: Any, image_size: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    was_training = model.training
+    was_training, fast = model.training, torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, image_size, image_size, device=device))
+    torch.backends.mha.set_fastpath_enabled(False)  # fused attention is not counted
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, image_size, image_size, device=device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     model.train(was_training)
     return counter.get_total_flops() // 2
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from toolkit import recipe
 from toolkit.errors import DataError
+from toolkit.files import DAY, remove_stale
 from toolkit.folders import listed
 
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
@@ -134,6 +135,7 @@ def _unpack(name: str, kind: Cifar, root: Path, download: bool) -> None:
         raise DataError(f"{archive} is damaged: its MD5 is {found}, not {md5}; delete it to download it again")
     try:
         root.mkdir(parents=True, exist_ok=True)
+        remove_stale(root, f".{name}-*", DAY)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
             if download:
                 print(f"downloading {url} to {root}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,8 @@ class TestTimeAugmentation(nn.Module):
 
     def __init__(self, classifier: nn.Module, views: Views = "flip_and_shift") -> None:
         super().__init__()
+        if views not in get_args(Views):
+            raise ValueError(f"views (={views}) must be one of {', '.join(get_args(Views))}")
         self.classifier = classifier
         self.shifts = ((1, 1), (0, 0), (2, 2)) if views == "flip_and_shift" else ((1, 1),)
         shares = (1 / 2, 1 / 4, 1 / 4) if views == "flip_and_shift" else (1.0,)

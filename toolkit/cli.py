@@ -46,6 +46,8 @@ def _fail(message: str, hint: str = "") -> None:
     raise typer.Exit(1)
 
 
+UNASKED = "this recipe asks no teacher (loss.kd_weight is 0): add --set loss.kd_weight=0.9"
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -346,11 +348,9 @@ def distill(
         raise typer.BadParameter("images without labels have no baseline without a teacher", param_hint="--baseline")
     if baseline and not wanted.distils:
         raise typer.BadParameter("the recipe has no teacher: this run is the baseline", param_hint="--baseline")
-    if (train_teacher or any(path.startswith("teacher.") for path in overrides)) and not wanted.distils:
-        raise typer.BadParameter(
-            "this recipe asks no teacher (loss.kd_weight is 0): add --set loss.kd_weight=0.9, or leave the teacher out",
-            param_hint="--teacher",
-        )
+    taught = any(path.startswith(("teacher.", "loss.methods")) for path in overrides)
+    if (train_teacher or taught) and not wanted.distils:
+        raise typer.BadParameter(f"{UNASKED}, or leave teacher and methods out", param_hint="--teacher")
     from toolkit import stages  # imports torch: a misspelt name is told before that
 
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
@@ -358,7 +358,8 @@ def distill(
     run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
         beside = run_dir and Path(f"{run_dir.absolute()}-baseline")
-        alone = stages.train_baseline(wanted, run, beside, resume=True, extend=extend)
+        with stages.within("distill`"):
+            alone = stages.train_baseline(wanted, run, beside, resume=True, extend=extend)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
     _print_run(run)
@@ -403,7 +404,7 @@ def compare(
 
     source, overrides = recipe or "cifar10", _overrides(ctx)
     plan = comparing.make_plan(methods, source, overrides, seeds, output)
-    if train_teacher and teacher_checkpoint is None:
+    if train_teacher and "teacher.checkpoint" not in overrides:
         from toolkit import stages  # imports torch: a misspelt name is told before that
 
         run = stages.train_teacher(plan.baseline, source, overrides)
@@ -510,6 +511,13 @@ def tune(
             trials,
         )
         output = output or tuning.default_output(wanted)
+        if (
+            wanted.space.stage == "distill"
+            and not wanted.base.distils
+            and any(path.startswith("teacher.") for path in overrides)
+            and not any(path.startswith("loss") for path in wanted.space.fields)
+        ):
+            raise typer.BadParameter(f"{UNASKED}, or leave the teacher out", param_hint="--teacher")
     elif not resume or output is None:
         raise typer.BadParameter("give --space, or --resume with --output", param_hint="--space")
     elif recipe or overrides or sampler or scheduler:
@@ -1009,8 +1017,8 @@ def _print_export(exported: Any) -> None:
     if about.views > 1:
         print(f"accuracy  top-1 {about.accuracy:.2%} over {about.views} views, {about.plain_accuracy:.2%} on one")
     if about.temperature:
-        applied = "applied" if about.calibrated else "not applied"
-        print(f"calibration  ECE {about.ece:.4f}; temperature {about.temperature:g} {applied}")
+        applied = "applied in the graph" if about.calibrated else "applied by serve and predict, not in the graph"
+        print(f"calibration  ECE of the graph {about.ece:.4f}; temperature {about.temperature:g}, {applied}")
     worst = max(case.max_logit_difference for case in parity.cases)
     same = (
         "as PyTorch's" if parity.drop == 0 else f"PyTorch's {parity.top1_torch:.2%}, agreement {parity.agreement:.2%}"

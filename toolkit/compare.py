@@ -81,6 +81,9 @@ def make_plan(
     if base.teacher is None:
         raise TeacherError(f"the recipe {base.name} names no teacher: give one by --teacher NAME")
     recipes.check_length(base)
+    for path in ("early_stop.patience", "batch_growth.patience"):
+        if recipes.at_path(base.model_dump(), path) is not None:
+            raise RecipeError(f"{path} gives each run steps of its own: --set {path}=null")
     if base.data.kind != "folder" and not base.data.val_size:  # a folder may bring its own
         raise RecipeError(WITHOUT_VAL)
     if base.starts_from_teacher:

@@ -84,13 +84,16 @@ def each(work: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
     ``told``."""
 
     def results() -> Iterator[R]:
-        with ThreadPoolExecutor(available_cores()) as pool:
+        pool = ThreadPoolExecutor(available_cores())
+        try:
             ahead: deque[Future[R]] = deque()
             for item in items:
                 ahead.append(pool.submit(work, item))
                 if len(ahead) == AHEAD:
                     yield ahead.popleft().result()
             yield from (future.result() for future in ahead)
+        finally:
+            pool.shutdown(cancel_futures=True)  # what is interrupted need not be finished
 
     return told(results(), len(items), what)
 

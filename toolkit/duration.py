@@ -15,7 +15,7 @@ from toolkit import distributed, engine
 from toolkit.compute import pick_device
 from toolkit.data import DataSet
 from toolkit.errors import Interrupted, RecipeError
-from toolkit.files import DAY, remove_stale
+from toolkit.files import DAY, check_writable, remove_stale
 from toolkit.progress import say
 from toolkit.recipe import Progressive, Recipe
 from toolkit.run import Run
@@ -37,6 +37,7 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
         return recipe.model_copy(update={"minutes": None, "epochs": run.recipe.epochs})
     if distributed.SIZE > 1:
         raise RecipeError(f"minutes (={recipe.minutes:g}) is for one process: set epochs for several")
+    check_writable(path / "recipe.yaml")
     began = time.monotonic()
     ends: list[float] = []
     rows: list[dict[str, Any]] = []

@@ -78,7 +78,8 @@ def fit(
         return run.summary()
     device = distributed.own_device(pick_device(recipe.device))
     distributed.join(device)
-    with run.lock() if distributed.RANK == 0 else contextlib.nullcontext():
+    alone = run.lock() if distributed.RANK == 0 else contextlib.nullcontext()
+    with alone, torch.random.fork_rng([device] if device.type == "cuda" else []):  # the caller's stays as it is
         return _fit(recipe, data, run, device, teacher, on_epoch)
 
 
@@ -91,6 +92,8 @@ def _fit(
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
     first = distributed.RANK == 0
+    if first:
+        run.begin(recipe, data.files)
     settle(device)
     torch.manual_seed(recipe.seed)
     learner = Learner(recipe, data, run, device, teacher)

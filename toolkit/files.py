@@ -61,7 +61,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def is_full(error: Exception) -> bool:
     """Whether the disk is full, or the user's share of it. safetensors says so in an error of its own."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
 
 
 def remove_stale(folder: Path, pattern: str, seconds: float) -> None:
@@ -95,6 +96,8 @@ def locked(folder: Path, refused: type[UserError]) -> Iterator[None]:
                 f"{folder} is being written by another process ({file.read() or 'unknown'}): "
                 "wait for it, or choose another folder."
             ) from error
+        except OSError as error:  # some network disks lock nothing
+            raise refused(f"cannot lock {folder}: {error.strerror}; choose a folder on another disk") from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

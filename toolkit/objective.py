@@ -77,9 +77,11 @@ class Objective(nn.Module):
         logits = logits.float()
         loss = logits.new_zeros(())
         if self.config.ce_weight:
-            smoothing = self.config.label_smoothing
-            weight = at(self.config.ce_weight, self.progress)
-            loss = loss + weight * F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
+            smoothing, weight = self.config.label_smoothing, at(self.config.ce_weight, self.progress)
+            # PyTorch would weigh what smoothing gives to the other classes by theirs: rare ones would win everywhere.
+            weighted = labels if self.class_weights is None else labels * self.class_weights
+            weighted = (1 - smoothing) * weighted + smoothing * weighted.mean(1, keepdim=True)
+            loss = loss + weight * F.cross_entropy(logits, weighted)
         if teacher_logits is None:
             return loss
         weight, temperature = at(self.config.kd_weight, self.progress), at(self.config.temperature, self.progress)

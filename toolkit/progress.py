@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -22,7 +22,8 @@ T = TypeVar("T")
 def say(text: str) -> None:
     """A line for the user, on stderr; stdout belongs to results. Of several processes the first speaks."""
     if FIRST:
-        console.print(text, markup=False)
+        with suppress(OSError):  # the terminal is gone, or the log's disk full: that ends no training
+            console.print(text, markup=False)
 
 
 def told(steps: Iterable[T], total: int, what: str) -> Iterator[T]:
@@ -40,7 +41,7 @@ class Display:
 
     def __init__(self, title: str, epochs: int, done: float = 0) -> None:
         self.title, self.epochs, self.done = title, epochs, done
-        self.live = FIRST and sys.stderr.isatty()
+        self.live = FIRST and console.is_terminal
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -58,7 +59,8 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        with suppress(OSError):
+            self.bar.stop()
 
     def step(self, done: float, loss: float, top1: float, rate: float) -> None:
         """``done``: epochs of the whole run, with the fraction of this one; the rest are means of this epoch."""

@@ -606,6 +606,8 @@ class Recipe(Section):
 
     def _of_the_run(self) -> Iterator[str]:
         """What does not go together about lengths, sizes and averages."""
+        if self.balance == "weights" and not peak(self.loss.ce_weight) and not self.data.unlabelled:
+            yield "balance=weights weighs the cross entropy, and loss.ce_weight is 0: take sampling, or a ce_weight"
         if self.early_stop.patience and not self.data.val_size:
             yield "early_stop.patience needs a validation split: data.val_size is 0"
         averages = {"average_decay": self.average_decay, "optimizer.lookahead_steps": self.optimizer.lookahead_steps,
@@ -619,6 +621,8 @@ class Recipe(Section):
                 f"progressive.start (={self.progressive.start}) must be less than data.image_size "
                 f"(={self.data.image_size})"
             )
+        if self.progressive.start is not None and self.model.arguments.get("resize"):
+            yield "progressive.start and resize exclude each other: of small images the model makes large ones again"
         if self.progressive.start is not None and (maps := self._by_maps()):
             yield f"progressive.start and {maps[0]} exclude each other: the teacher's maps would be larger"
         if self.schedule.warmup_epochs > self.epochs:

@@ -15,7 +15,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from importlib.resources import files
@@ -96,16 +96,11 @@ class Run:
                     f"{path} already holds a different run; differing: {'; '.join(differences)}. "
                     f"Choose another --run-dir, {advice}."
                 )
-            if not run.finished and not resume and run.resumable:
+            if not run.finished and not (resume or extend) and run.resumable:
                 raise RunError(
                     f"{path} holds an unfinished run of this recipe: add --resume to go on with it, "
                     "or choose another --run-dir."
                 )
-            if not run.finished and recipe.keep_checkpoints != run.recipe.keep_checkpoints:
-                # For those who go on without saying it again.
-                kept = run.recipe.model_copy(update={"keep_checkpoints": recipe.keep_checkpoints})
-                write_text(path / "recipe.yaml", kept.to_yaml())
-                run = cls(path)
             return run
         # A kill in the first write leaves its temporary file; training removes it.
         if path.exists() and not (path.is_dir() and all(file.match(".recipe.yaml.*") for file in path.iterdir())):
@@ -117,6 +112,18 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
             raise
         return cls(path)
+
+    def begin(self, recipe: Recipe, files: Sequence[str]) -> None:
+        """Under its lock: note where it runs now, and of a new run which ``files`` of a folder it has.
+
+        The recipe differs from the run's in places and titles alone (see ``start``): who goes on need not say them
+        again. An image that comes later is no part of the run.
+        """
+        if recipe != self.recipe:
+            write_text(self.path / "recipe.yaml", recipe.to_yaml())
+            self.recipe = recipe
+        if files and not self.resumable:
+            write_text(self.images, json.dumps(files))
 
     @property
     def resumable(self) -> bool:
@@ -267,7 +274,8 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"versions": versions, "platform": platform.platform(), "command": ["toolkit", *sys.argv[1:]]}
+    program = Path(sys.argv[0]).name.replace("__main__.py", "toolkit")  # or a notebook, or a program of the user's
+    return {"versions": versions, "platform": platform.platform(), "command": [program, *sys.argv[1:]]}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -183,7 +183,11 @@ def make_plan(
     fields = tree.get("fields")
     searched = fields if isinstance(fields, Mapping) else {}
     given = {**(space.set if space is not None else {}), **overrides}
-    problems += [f"{path}: is searched, and given the value {given[path]!r} too" for path in searched if path in given]
+    for path, value in given.items():
+        plain = path.removeprefix(f"{stage}.")
+        if above := next((field for field in searched if f"{plain}.".startswith(f"{field}.")), None):
+            where = "" if path == above else f" by {above}"
+            problems.append(f"{path}: is searched{where}, and given the value {value!r} too")
     try:
         base = recipes.resolve(source or tree.get("recipe") or "cifar10", stage, given)
         recipes.check_length(base)

@@ -6,12 +6,11 @@ return what happened. The command line prints it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from export.preprocess import nhwc
@@ -29,8 +29,8 @@ from toolkit.catalogue import mac_count, parameter_count
 from toolkit.choices import Provider, Stage, Views
 from toolkit.classifier import TestTimeAugmentation
 from toolkit.duration import with_epochs
-from toolkit.errors import CheckpointError, DataError, Interrupted, RunError, TeacherError, UserError
-from toolkit.files import check_writable, write_text
+from toolkit.errors import CheckpointError, DataError, Interrupted, RecipeError, RunError, TeacherError, UserError
+from toolkit.files import check_writable
 from toolkit.folders import listed, nfc
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
@@ -68,6 +68,7 @@ def train(
     ``DivergedError``.
     """
     wanted = _resolved(wanted, "train", settings)
+    wanted = without_teacher(wanted) if wanted.distils else wanted
     path = None if run_dir is None else Path(run_dir)
     return _fit(wanted, check(wanted), None, path, resume, on_epoch, extend, log)
 
@@ -145,6 +146,12 @@ def _fit(
     path = run_dir or default_path(wanted)
     wanted = with_epochs(wanted, path, data, teacher)
     fresh = not (path / "recipe.yaml").exists()
+    beyond = [str(epoch) for epoch in wanted.schedule.milestones if epoch >= wanted.epochs]
+    if beyond and wanted.schedule.name == "step":
+        say(
+            f"warning: the learning rate does not fall at epoch {', '.join(beyond)}, which the {wanted.epochs} epochs "
+            "do not reach: give --set schedule.milestones=[...]"
+        )
     if fresh and wanted.start_from is not None and not wanted.starts_from_teacher:
         teaching.tell_what_it_knows(learner.first_weights(wanted), data, wanted)
     distributed.join(distributed.own_device(compute.pick_device(wanted.device)))
@@ -163,8 +170,6 @@ def _fit(
     else:
         say(f"{_doing(wanted, data)} in {run.path}")
     try:
-        if data.files and distributed.RANK == 0 and not run.finished and not run.resumable:
-            write_text(run.images, json.dumps(data.files))  # an image that comes later is no part of it
         board = tensorboard(run.path / "tensorboard") if log and distributed.RANK == 0 else None
         engine.fit(wanted, data, run, teacher, _watch(on_epoch, board))
     except RunError:  # another process writes it
@@ -464,6 +469,10 @@ def data_of(
 
 def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None, data_dir: Path | None) -> Data:
     of_run = run.recipe.data if run else None
+    try:
+        named = None if dataset is None else Data.model_validate({"dataset": dataset, "data_dir": data_dir})
+    except ValidationError as error:
+        raise DataError(f"--dataset {dataset} should be cifar10, cifar100, digits, or folder:PATH") from error
     if of_run is None:
         name = header["dataset"]
         if dataset is None and name.startswith("folder"):
@@ -473,9 +482,8 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
             {"dataset": dataset or name, "image_size": header["image_size"], **split, "val_size": 0}
         )
     changes: dict[str, Any] = {}
-    if dataset is not None:
+    if named is not None:
         changes |= {"dataset": dataset, "images": None, "val_size": 0}  # the test images are what is wanted
-        named = Data.model_validate({"dataset": dataset, "data_dir": data_dir})
         if named.title != of_run.title:  # others have labels, and paths, of their own
             changes |= {"unlabelled": False, "group_by": None}
     elif run is not None and run.images.is_file():
@@ -530,14 +538,16 @@ def pipeline(
     began = time.monotonic()
     teacher_recipe = recipe.resolve(source, "train", overrides)
     student_recipe = recipe.resolve(source, "distill", overrides)
+    if not student_recipe.distils or student_recipe.teacher is None:
+        raise RecipeError("pipeline distils, and this recipe asks no teacher: add --set distill.loss.kd_weight=0.9")
+    if student_recipe.teacher.checkpoint is not None:
+        raise RecipeError("pipeline trains the teacher: `toolkit distill` takes one that is trained")
     check(student_recipe)
-    try:
+    with within("pipeline` and --resume"):
         teacher = train(teacher_recipe, root and root / "teacher", resume)
         student_recipe = from_teacher(student_recipe, teacher)
         student = distill(student_recipe, root and root / "student", resume)
         alone = train_baseline(student_recipe, student, root and root / "baseline", resume) if baseline else None
-    except Interrupted as error:
-        raise Interrupted(f"{error}; the whole chain goes on with the same `toolkit pipeline` and --resume") from error
     device = student_recipe.device
     metrics, _ = validate(student.path, device=device)
     if alone is not None:
@@ -548,17 +558,27 @@ def pipeline(
     return Chain(student, metrics, exported, time.monotonic() - began)
 
 
-SHARED = ("seed", "device", "data", "balance", "teacher", "train")
+SHARED = ("seed", "device", "data", "balance", "teacher", "train", "deterministic", "probe")
+
+
+@contextmanager
+def within(command: str) -> Iterator[None]:
+    """Of a training that is interrupted within a longer command, say what goes on with all of it."""
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted(f"{error}; all of it goes on with the same `toolkit {command}") from error
 
 
 def train_teacher(wanted: Recipe, source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Run:
     """The run of the teacher that ``wanted``, made of ``source`` and ``overrides``, learns from.
 
-    Of the overrides it takes those of data, balance and teacher: lengths and rates are the student's, it keeps its own.
+    Of the overrides it takes those of data, teacher and repeatability: lengths and rates are the student's.
     """
     check(wanted)
     shared = {path: value for path, value in overrides.items() if path.split(".")[0] in SHARED}
-    return train(recipe.resolve(source, "train", shared), resume=True)
+    with within("distill` or `toolkit compare`"):
+        return train(recipe.resolve(source, "train", shared), resume=True)
 
 
 def from_teacher(wanted: Recipe, run: Run) -> Recipe:

@@ -44,6 +44,8 @@ class TeacherCache:
             "seed": recipe.seed,
             "dtype": str(dtype),
         }
+        if recipe.balance == "sampling":  # it draws what an image is mixed with
+            content["balance"] = recipe.balance
         if outputs := [[one.probabilities, one.columns] for one in members(teacher) if isinstance(one, External)]:
             content["outputs"] = outputs  # how they are read
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -52,7 +54,7 @@ class TeacherCache:
         self.path = folder / f"{digest[:16]}-{self.shape[0]}.npy"
         if distributed.RANK:
             return
-        if not self.path.is_file():
+        if not _is_whole(self.path):
             remove_stale(folder, ".*.npy.*", DAY)  # younger ones may be another run's
             write_atomic(self.path, lambda temporary: _write_empty(temporary, self.shape))
         with writing(self.path):
@@ -83,6 +85,15 @@ class TeacherCache:
             if first:
                 rows[part.cpu().numpy()] = logits[part].cpu().numpy()
         return logits
+
+
+def _is_whole(path: Path) -> bool:
+    """A copy that was cut short would be read as one that ends in zeros, were it opened to be written."""
+    try:
+        npy.open_memmap(path, mode="r")
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _write_empty(path: Path, shape: tuple[int, int, int]) -> None:

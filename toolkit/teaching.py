@@ -47,8 +47,8 @@ def find(wanted: Recipe) -> Path | None:
         if run.finished and run.recipe.role == "teacher" and same and same_images(run.recipe.data, wanted.data):
             return run.checkpoint("best")
     built = " and ".join(f"{key}={value}" for key, value in teacher.arguments.items())
-    trained = f"trained {teacher.name}{' with ' if built else ''}{built}"
-    none = f"there is no {trained} for {wanted.data.dataset} under {RUNS}/"
+    none = f"there is no trained {teacher.name} for {wanted.data.dataset} under {RUNS}/"
+    none += f" with {built}" if built else ""
     if wanted.data.unlabelled:
         raise TeacherError(f"{none}, and images without labels train none: name one by --teacher-checkpoint")
     raise TeacherError(

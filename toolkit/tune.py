@@ -75,7 +75,8 @@ def tune(
     started = (output / "search.yaml").is_file()
     if started and not resume:
         raise SearchError(f"{output} holds a search already: add --resume to go on with it, or choose another --output")
-    if not started and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # A search that could not write its first file has left its lock.
+    if not started and output.exists() and (not output.is_dir() or {*output.iterdir()} - {output / ".lock"}):
         raise SearchError(f"{output} exists and holds no search; choose another --output")
     base = plan.base
     if gpus is None:
@@ -124,6 +125,8 @@ def tune(
                     f"by: toolkit tune --output {shlex.quote(str(output))} --resume --cpus-per-trial {cpus} "
                     f"--gpus-per-trial {gpus:g}{f' --address {address}' if address else ''}"
                 ) from None
+        if problem is not None and search.best() is None:
+            raise problem
         finish(search)
     if problem is not None:
         raise problem
