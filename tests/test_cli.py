@@ -123,8 +123,8 @@ def test_flags_set_fields_of_the_recipe(
 ) -> None:
     taken = []
     monkeypatch.setattr("toolkit.stages.distill", lambda recipe, *rest, **more: taken.append(recipe) or 1 / 0)
+    other = ("--teacher", "t.onnx") if field.startswith("teacher.input") else ()
     with pytest.raises(ZeroDivisionError):  # what is not the user's fault keeps its traceback
-        other = ("--teacher", "t.onnx") if field.startswith("teacher.input") else ()
         toolkit("distill", "--student", "resnet9", *other, *flags)
     found = taken[0]
     for part in field.split("."):
