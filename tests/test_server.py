@@ -231,6 +231,15 @@ def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
     assert not Path(upload).exists()
 
 
+def test_workers_end_with_a_supervisor_that_was_killed(path: Path) -> None:
+    ended = []
+    with suppress(AssertionError), serving(path, "--workers", 2) as server:  # its exit code is not 0
+        server.process.kill()
+        _wait(lambda: _refuses(server))
+        ended.append(server)
+    assert ended
+
+
 class _Worker:
     """A process of uvicorn's, as its supervisor sees it."""
 
