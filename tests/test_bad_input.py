@@ -96,7 +96,7 @@ SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 3
         ),
         ("train --recipe cifar10 --offline --data-dir here", ["cifar10 is not in here", "--offline", "--data-dir"]),
         ("validate nowhere", ["nowhere"]),
-        (f"validate {SHIPPED} --dataset photos", ["--dataset photos should be", "folder:PATH"]),
+        (f"validate {SHIPPED} --dataset photos", ["--dataset photos: should be", "folder:PATH"]),
         ("export", ["no finished run under runs", "toolkit distill"]),
     ],
 )

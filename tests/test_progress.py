@@ -20,6 +20,7 @@ def test_a_terminal_shows_one_line_that_fits(monkeypatch, width):
     screen, seconds = io.StringIO(), [0.0]
     console = Console(file=screen, force_terminal=True, width=width, color_system=None, get_time=lambda: seconds[0])
     monkeypatch.setattr(progress, "console", console)
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     with Display("resnet18_256_dropout", 200, 6) as display:
         display.step(6.375, 0.6, 0.8, 1000)
         seconds[0] = 2.0

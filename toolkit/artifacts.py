@@ -83,9 +83,9 @@ class Options:
 
 
 # What only some precisions take: the field of ``Options``, its flag, the precisions.
-ONLY_FOR: tuple[tuple[str, str, tuple[Precision, ...]], ...] = (
-    ("tuning_epochs", "--fine-tune", ("int8",)),
-    ("calibration_images", "--calibration-images", ("int8",)),
+ONLY_FOR: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("tuning_epochs", "--fine-tune", ("int8", "auto")),
+    ("calibration_images", "--calibration-images", ("int8", "auto")),
     ("even_if_slower", "--even-if-slower", ("fp16", "int8")),
 )
 
@@ -263,13 +263,10 @@ def wants(options: Options, precision: Precision) -> bool:
 
 def check_options(options: Options) -> None:
     """Raise ``UserError`` for an option that the chosen precision has no use for."""
-    if options.even_if_slower and options.precision == "auto":
-        raise UserError("--even-if-slower has no use for auto, which takes the fastest: name a precision")
     for field, flag, precisions in ONLY_FOR:
-        if options.precision not in (*precisions, "auto") and getattr(options, field) != getattr(Options(), field):
+        if options.precision not in precisions and getattr(options, field) != getattr(Options(), field):
             raise UserError(
-                f"{flag} has no use for {options.precision}: leave it out, or add --precision "
-                f"{' or '.join((*precisions, 'auto'))}"
+                f"{flag} has no use for {options.precision}: leave it out, or add --precision {' or '.join(precisions)}"
             )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -355,9 +357,10 @@ def distill(
 
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
         wanted = stages.from_teacher(wanted, stages.train_teacher(wanted, source, overrides))
-    run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
+    with stages.within("distill` and --resume") if baseline else nullcontext():
+        run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
     if baseline:
-        beside = run_dir and Path(f"{run_dir.absolute()}-baseline")
+        beside = run_dir and Path(f"{os.path.normpath(run_dir.absolute())}-baseline")
         with stages.within("distill`"):
             alone = stages.train_baseline(wanted, run, beside, resume=True, extend=extend)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks

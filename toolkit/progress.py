@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -14,7 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 TELL_SECONDS = 20.0  # between two lines of ``told``
 FIRST = os.environ.get("RANK", "0") == "0"
-console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more: Rich would end the process."""
+        self.quiet = True
+
+
+console = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 T = TypeVar("T")
 
@@ -41,7 +50,7 @@ class Display:
 
     def __init__(self, title: str, epochs: int, done: float = 0) -> None:
         self.title, self.epochs, self.done = title, epochs, done
-        self.live = FIRST and console.is_terminal
+        self.live = FIRST and console.is_terminal and sys.stderr.isatty()  # CI may call a file a terminal
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),

@@ -95,7 +95,7 @@ def distill(
             say(f"the teacher {named} is not asked, as loss.kd_weight is 0: --set loss.kd_weight=0.9 asks it")
         return train(wanted, run_dir, resume, on_epoch, extend, log)
     assert wanted.teacher is not None
-    compute.settle(torch.device("cpu"))  # a teacher's ONNX session has as many threads
+    compute.settle(CPU)
     data = None if wanted.data.unlabelled else check(wanted)
     teacher, known, classes = teaching.load(wanted, data.classes if data else None)
     if data is None:
@@ -146,7 +146,7 @@ def _fit(
     path = run_dir or default_path(wanted)
     wanted = with_epochs(wanted, path, data, teacher)
     fresh = not (path / "recipe.yaml").exists()
-    beyond = [str(epoch) for epoch in wanted.schedule.milestones if epoch >= wanted.epochs]
+    beyond = [f"{epoch:g}" for epoch in wanted.schedule.milestones if epoch >= wanted.epochs]
     if beyond and wanted.schedule.name == "step":
         say(
             f"warning: the learning rate does not fall at epoch {', '.join(beyond)}, which the {wanted.epochs} epochs "
@@ -240,6 +240,7 @@ def load_data(config: Data, taught: Recipe | None = None, device: str = "auto") 
 
 
 def _images(config: Data) -> datasets.DataSet:
+    compute.settle(CPU)  # an ONNX teacher, which is loaded after its images, has as many threads
     data = datasets.load(config)
     if data.broken:
         say(f"unreadable files left out: {len(data.broken)} ({listed(data.broken)})")
@@ -276,6 +277,7 @@ def newest_run() -> Run:
 
 # --- validation --------------------------------------------------------------------------------------------
 
+CPU = torch.device("cpu")
 ANYWAY = (
     "some of the images it was trained on may be test images now. To measure on the images as they are, name them by "
     "--dataset"
@@ -472,7 +474,10 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
     try:
         named = None if dataset is None else Data.model_validate({"dataset": dataset, "data_dir": data_dir})
     except ValidationError as error:
-        raise DataError(f"--dataset {dataset} should be cifar10, cifar100, digits, or folder:PATH") from error
+        (item,) = error.errors()
+        odd = "should be cifar10, cifar100, digits, or folder:PATH"
+        why = odd if item["type"] == "string_pattern_mismatch" else recipe.explained("it", item)
+        raise DataError(f"--dataset {dataset}: {why}") from error
     if of_run is None:
         name = header["dataset"]
         if dataset is None and name.startswith("folder"):
@@ -573,7 +578,8 @@ def within(command: str) -> Iterator[None]:
 def train_teacher(wanted: Recipe, source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Run:
     """The run of the teacher that ``wanted``, made of ``source`` and ``overrides``, learns from.
 
-    Of the overrides it takes those of data, teacher and repeatability: lengths and rates are the student's.
+    Of the overrides it takes those of data, teacher, device and repeatability, and what ``train.`` sets: other lengths
+    and rates are the student's.
     """
     check(wanted)
     shared = {path: value for path, value in overrides.items() if path.split(".")[0] in SHARED}

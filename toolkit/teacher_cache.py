@@ -44,7 +44,9 @@ class TeacherCache:
             "seed": recipe.seed,
             "dtype": str(dtype),
         }
-        if recipe.balance == "sampling":  # it draws what an image is mixed with
+        if recipe.balance == "sampling" and (
+            recipe.augment.mixup or recipe.augment.cutmix
+        ):  # it draws what an image is mixed with
             content["balance"] = recipe.balance
         if outputs := [[one.probabilities, one.columns] for one in members(teacher) if isinstance(one, External)]:
             content["outputs"] = outputs  # how they are read
