@@ -38,6 +38,17 @@ def test_names_that_look_like_markup(capsys):
     assert capsys.readouterr().err == "folder:dog: [red]\n"
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError])
+def test_a_reader_that_is_gone_ends_nothing(monkeypatch, error):
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise error
+
+    monkeypatch.setattr(progress, "console", progress._Console(file=Gone()))
+    for _ in range(2):
+        progress.say("a line")
+
+
 def test_a_log_file_gets_one_line_an_epoch(monkeypatch, capsys):
     seconds = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])

@@ -44,9 +44,8 @@ class TeacherCache:
             "seed": recipe.seed,
             "dtype": str(dtype),
         }
-        if recipe.balance == "sampling" and (
-            recipe.augment.mixup or recipe.augment.cutmix
-        ):  # it draws what an image is mixed with
+        mixes = recipe.augment.mixup or recipe.augment.cutmix
+        if recipe.balance == "sampling" and mixes:  # it draws what an image is mixed with
             content["balance"] = recipe.balance
         if outputs := [[one.probabilities, one.columns] for one in members(teacher) if isinstance(one, External)]:
             content["outputs"] = outputs  # how they are read
