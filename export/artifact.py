@@ -109,7 +109,8 @@ def read_metadata(proto: onnx.ModelProto, name: str) -> Metadata:
     if not proto.graph.node or "format" not in properties:
         raise ArtifactError(f"{name} is not an artifact of this toolkit: {_foreign(proto)}")
     try:
-        metadata = Metadata.model_validate({key: json.loads(value) for key, value in properties.items()})
+        ours = {key: value for key, value in properties.items() if key in Metadata.model_fields}  # another tool may add
+        metadata = Metadata.model_validate({key: json.loads(value) for key, value in ours.items()})
     except (ValidationError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{name} carries metadata that cannot be understood: {_first(error)}") from error
     side = None if metadata.any_size else metadata.image_size

@@ -360,6 +360,8 @@ async def _files(request: Request) -> list[bytes]:
         if "Too many files" in error.detail:  # Starlette tells what is wrong by its words alone
             raise TooMany(f"at most {MAX_IMAGES} images are taken at once") from error
         raise
+    except UnicodeError as error:  # Starlette reads names by whatever codec a form says
+        raise HTTPException(400, "the form's charset cannot be read") from error
     try:
         images = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
     finally:

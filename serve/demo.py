@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from serve.api import MAX_IMAGES
 from serve.decode import FORMATS_IN_WORDS, MAX_BYTES, read_image
 from serve.engine import Answer, DeadlineExceeded, Engine
 from serve.limits import refusal
-from toolkit.errors import UserError
+from toolkit.errors import ImageError, UserError
 from toolkit.machine import available_cores
 
 HOUR = 3600  # seconds after which an upload is deleted, looked after once an hour
@@ -78,6 +78,10 @@ async def _no_function(request: Request, error: Exception) -> Response:
     return refusal(request.scope, 404, "not_found", "the page has no such function")
 
 
+async def _no_charset(request: Request, error: Exception) -> Response:
+    return refusal(request.scope, 400, "request", "the form's charset cannot be read")
+
+
 def mount(
     app: FastAPI, engine: Engine, *, deadline: float, turns: BoundedSemaphore, examples: Sequence[Path] = ()
 ) -> None:
@@ -108,7 +112,9 @@ def mount(
         pwa=False,
     )
     mounted: FastAPI = app.routes[-1].app  # type: ignore[attr-defined]
-    mounted.add_exception_handler(FnIndexInferError, _no_function)  # else each such call writes a traceback to the log
+    # Else each such call writes a traceback to the log.
+    mounted.add_exception_handler(FnIndexInferError, _no_function)
+    mounted.add_exception_handler(UnicodeError, _no_charset)
     page.has_launched = True  # else Gradio does not check which files it gives out
     rows = [row for block in page.blocks.values() if isinstance(block, gr.Dataset) for row in block.samples]
     kept = {Path(row[0]["path"]) for row in rows}
@@ -151,7 +157,11 @@ class _Answers:
 
     def _read(self, path: str, until: float) -> NDArray[np.uint8]:
         """A picture's pixels, once it is its turn. Raises ``DeadlineExceeded`` and ``ImageError``."""
-        if time.monotonic() >= until or not self.turns.acquire(timeout=_left(until)):
+        if not os.path.exists(path):  # noqa: PTH110  # also of a name that is none
+            raise ImageError("this picture is no longer on the server: upload it again")
+        if time.monotonic() >= until:
+            raise DeadlineExceeded(f"its turn did not come within {self.deadline:g} s: give fewer or smaller pictures")
+        if not self.turns.acquire(timeout=_left(until)):
             raise DeadlineExceeded("too many pictures wait: ask again in a moment")
         try:
             return read_image(path, "this picture")
@@ -189,15 +199,18 @@ class _Answers:
         if len(files) > MAX_IMAGES:
             return views.problem(f"at most {MAX_IMAGES} pictures are taken at once, and these are {len(files)}")
         chosen, until = _chosen(model, other), time.monotonic() + self.deadline
-        queued: list[tuple[views.Row, dict[str, Future[Answer]]]] = []
-        for file in files:
+
+        def asked(file: dict[str, Any]) -> tuple[views.Row, dict[str, Future[Answer]]]:
             name = (file.get("orig_name") or Path(file["path"]).name).encode(errors="replace").decode()
             try:
                 pixels = self._read(file["path"], until)
-                asked = {one: self.engine.submit(pixels, one, _left(until)) for one in chosen}
-                queued.append((views.Row(name, fit(pixels, SMALL)), asked))
+                answers = {one: self.engine.submit(pixels, one, _left(until)) for one in chosen}
+                return views.Row(name, fit(pixels, SMALL)), answers
             except UserError as error:
-                queued.append((views.Row(name, problem=str(error)), {}))
+                return views.Row(name, problem=str(error)), {}
+
+        with ThreadPoolExecutor(available_cores()) as pool:
+            queued = list(pool.map(asked, files))
         return views.several([_answered(*item) for item in queued], chosen, threshold / 100)
 
     def about(self) -> tuple[str, str]:

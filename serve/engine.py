@@ -114,7 +114,6 @@ class Engine:
     ) -> None:
         self.max_queue = max_queue
         self.metrics = Metrics()
-        self.ready = False  # warmed up, and not stopping
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         stamps = {name: _stamp(path) for name, path in artifacts.items()}  # first: a file may change while it is opened
@@ -182,10 +181,14 @@ class Engine:
         return self._model(name).submit(pixels, deadline, reserved)
 
     def warm_up(self) -> None:
-        """Run every batch size that the device will see once; ``ready`` is True from then on."""
+        """Run every batch size that the device will see once."""
         for model in self._models.values():
             model.warm_up(model.session)
-        self.ready = not self._stop.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether all artifacts are warmed up, and it is not stopping."""
+        return not self.closed and all(model.warm for model in self._models.values())
 
     def watch(self, seconds: float = RELOAD_SECONDS) -> None:
         """From now on, take artifacts that change on disk; one that cannot run leaves the old one in place."""
@@ -193,7 +196,6 @@ class Engine:
 
     def close(self) -> None:
         """Take nothing new, refuse what still waits, and wait for the running batches, but not for long."""
-        self.ready = False
         self._stop.set()
         for model in self._models.values():
             model.close()
@@ -247,6 +249,7 @@ class _Model:
         self._places = 0  # taken: by what waits, and by what is still to be decoded
         self._changed = threading.Condition()
         self._open = True
+        self.warm = False
         metrics.provider(name, session.provider)
         metrics.waiting(name, 0)  # so that it can be seen from the start
 
@@ -278,6 +281,7 @@ class _Model:
         size = session.metadata.image_size
         for count in self._sizes(session):
             session.run(np.zeros((count, size, size, 3), np.uint8))
+        self.warm = True
 
     def reload(self) -> None:
         """Take the file if it is another one than last time, and passes the checks."""

@@ -96,7 +96,7 @@ def run(settings: Settings, started: Callable[[str, str], None] = lambda url, wh
                 artifact.read(path)
             _run_workers(settings, listener, lambda provider: started(url, f"{provider}, {settings.workers} processes"))
             return
-        previous = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, _leave) for number in _ends()}
         before = threading.enumerate()
         try:
             engine = _engine(settings)
@@ -202,10 +202,10 @@ class _Supervisor(Multiprocess):
         up: Connection,
         started: Callable[[str], None],
     ) -> None:
-        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-        ignored = hangup is not None and signal.getsignal(hangup) == signal.SIG_IGN  # by nohup
+        hangup = getattr(signal, "SIGHUP", None)
+        ends = _ends()
         super().__init__(config, [listener])
-        if ignored and hangup is not None:
+        if hangup is not None and hangup not in ends:
             signal.signal(hangup, signal.SIG_IGN)
         self._up, self._started = up, started
         self._asked: dict[Process, float] = {}  # when, for the answer that is awaited
@@ -359,6 +359,13 @@ def _allow_many_connections() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _ends() -> list[signal.Signals]:
+    """The signals that end a server; a terminal that is closed sends one too, which nohup lets it ignore."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    closed = [] if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN else [hangup]
+    return [signal.SIGINT, signal.SIGTERM, *closed]
 
 
 def _leave(number: int, frame: object) -> None:

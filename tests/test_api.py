@@ -83,6 +83,15 @@ def test_several_images_are_answered_in_their_order(http: httpx.Client, path: Pa
         ({"data": {"a": "b"}, "files": {}}, 415, "image_format", "not a PNG"),
         ({"files": {"a": (None, "b")}}, 400, "request", "the form holds no file"),
         ({"content": b"--", "headers": {"content-type": "multipart/form-data"}}, 400, "request", "boundary"),
+        (
+            {
+                "content": b'--x\r\ncontent-disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n',
+                "headers": {"content-type": "multipart/form-data; boundary=x; charset=undefined"},
+            },
+            400,
+            "request",
+            "charset",
+        ),
         ({"content": PNG, "params": {"top_k": 0}}, 422, "parameters", "top_k"),
         ({"content": PNG, "params": {"top_k": "many"}}, 422, "parameters", "top_k"),
         ({"content": PNG, "params": {"model": "none"}}, 422, "parameters", "'student' or 'copy'"),

@@ -602,7 +602,7 @@ def test_folder_whose_parts_differ_in_classes(photos: Path) -> None:
 def test_folder_with_an_empty_class(photos: Path, part: str) -> None:
     for path in (photos / part / "dog").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=f"no readable images in .*{part} for dog"):
+    with pytest.raises(DataError, match=f"no readable images in .*{part} for dog, of the part {part}"):
         load_data(f"folder:{photos}")
 
 

@@ -172,7 +172,8 @@ def test_only_uploads_are_read(server: Served, http: httpx.Client, tmp_path: Pat
     nameless = json.dumps({"data": [[{**picture, "orig_name": "\ud800"}], "student", "", 60]})  # half a character
     assert http.post("gradio_api/run/several", content=nameless, headers=JSON).status_code == 200
     for gone in (str(Path(upload).with_name("gone.png")), upload + "x" * 5000, str(Path(upload).parent)):
-        assert "This picture cannot be read: " in _call(http, "classify", _file(gone), "student", "", 60)
+        html = _call(http, "classify", _file(gone), "student", "", 60)
+        assert "This picture is no longer on the server" in html or "This picture cannot be read: " in html
     assert http.get(f"gradio_api/file={secret}").status_code in (403, 404)
     assert "comes here" in _call(http, "classify", None, "student", "", 60)
 
@@ -224,8 +225,13 @@ def test_own_pictures_are_given_out_only_where_none_is_drawn(
 
 def test_nothing_is_decoded_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "read_image", lambda *_: pytest.fail("decoded"))
+    answers, turns = demo._Answers(None, 10, BoundedSemaphore()), BoundedSemaphore()
+    with pytest.raises(DeadlineExceeded, match="its turn did not come within 10 s: give fewer or smaller"):
+        answers._read(__file__, time.monotonic() - 1)
+    answers.turns = turns
+    turns.acquire()
     with pytest.raises(DeadlineExceeded, match="too many pictures wait"):
-        demo._Answers(None, 10, BoundedSemaphore())._read("cat.png", time.monotonic() - 1)
+        answers._read(__file__, time.monotonic() + 0.01)
 
 
 def test_the_page_says_what_the_models_are(http: httpx.Client) -> None:

@@ -242,6 +242,13 @@ def test_outputs_of_the_same_name_are_of_the_same_class(tmp_path: Path) -> None:
         assert external.match_classes("t", names, 4, None, given) == (["cat", "crane", "dog"], [[0], [1, 3], [2]])
 
 
+def test_a_mapping_to_one_class_teaches_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "classes.yaml"
+    file.write_text("{tabby: cat, siamese: cat}")
+    with pytest.raises(TeacherError, match="leaves one class, cat: at least two are needed"):
+        external.match_classes("t", ["tabby", "siamese", "pug"], 3, None, file)
+
+
 def test_sides_of_minus_one_are_free(tmp_path: Path) -> None:
     proto = onnx.load(colour_net(tmp_path / "t.onnx", size="side"))
     for side in proto.graph.input[0].type.tensor_type.shape.dim[2:]:

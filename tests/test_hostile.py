@@ -257,6 +257,7 @@ def test_endless_headers_and_other_protocols(server: Served, http: httpx.Client)
         (CHUNKED + b"1\r\na\r\n0\r\n" + b"x-more: 0123456789\r\n" * 100_000, b"431"),  # behind a body
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"400"),
         (b"GET /\xff HTTP/1.1\r\n\r\n", b"400"),
+        (b"POST /v1/predict HTTP/1.1\r\ncontent-length: " + b"0" * 5000 + b"\r\n\r\n", b"400"),
         (b"POST /v1/predict HTTP/1.1\r\ncontent-length: -1\r\n\r\n", b"400"),
         (b"POST /v1/predict HTTP/1.1\r\ncontent-length: 9999999999999999999999\r\n\r\n", b"400"),
     ):

@@ -110,10 +110,10 @@ def find(name: str, config: recipe.Data) -> Path:
     """The first place that holds the files; else they are unpacked or downloaded. Raises ``DataError``."""
     kind, roots = CIFARS[name], places(config.data_dir)
     for root in roots:
-        if (root / kind.folder).is_dir():
+        if os.path.isdir(root / kind.folder):  # noqa: PTH112  # also of a place that may not be looked at
             return root
     for root in roots:
-        if (root / kind.archive[0]).is_file():
+        if os.path.isfile(root / kind.archive[0]):  # noqa: PTH113
             _unpack(name, kind, root, download=False)
             return root
     if config.offline:
@@ -150,9 +150,10 @@ def _unpack(name: str, kind: Cifar, root: Path, download: bool) -> None:
         if (root / kind.folder).is_dir():  # another process was faster
             return
         what = f"downloading {name} from {url} to {root}" if download else f"unpacking {archive}"
+        advice = f"put the official {filename} there" if download else "unpack it where you may write"
         raise DataError(
-            f"{what} failed: {error}; put the official {filename} there, or give the folder that holds "
-            f"{kind.folder} with --data-dir or $TOOLKIT_DATA"
+            f"{what} failed: {error}; {advice}, or give the folder that holds {kind.folder} with --data-dir or "
+            "$TOOLKIT_DATA"
         ) from error
 
 

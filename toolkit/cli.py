@@ -404,13 +404,15 @@ def compare(
     The same command goes on where it was stopped, and may name more methods or --seeds; finished runs are kept.
     """
     from toolkit import compare as comparing
+    from toolkit.recipe import resolve
 
     source, overrides = recipe or "cifar10", _overrides(ctx)
     plan = comparing.make_plan(methods, source, overrides, seeds, output)
-    if train_teacher and "teacher.checkpoint" not in overrides:
+    base = resolve(source, "distill", overrides)
+    if train_teacher and base.teacher is not None and base.teacher.checkpoint is None:
         from toolkit import stages  # imports torch: a misspelt name is told before that
 
-        run = stages.train_teacher(plan.baseline, source, overrides)
+        run = stages.train_teacher(base, source, overrides)
         plan = comparing.make_plan(methods, source, overrides | {"teacher.checkpoint": str(run.path)}, seeds, output)
     comparison = comparing.compare(plan)
     from toolkit import compare_report, distributed
@@ -766,7 +768,7 @@ def serve(
     provider: ProviderOption = "auto",
     max_batch: Annotated[int, typer.Option(min=1, help="Most images that run together.")] = 32,
     max_queue: Annotated[int, typer.Option(min=64, help="Images that may wait; more are refused.")] = 256,
-    deadline: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 10,
+    deadline: Annotated[float, typer.Option(min=0.001, max=86400, help="Seconds that a request may take.")] = 10,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that requests have to end after SIGTERM.")] = 10,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes behind the port, each with its own copy of the artifacts.")

@@ -178,7 +178,8 @@ def _folder(
         # Validation without a rare class is poor but possible.
         if missing and (part != "val" or not len(split)):
             what = f" for {listed(missing)}" if listing.classes != ("",) else ""
-            raise DataError(f"no readable images in {listing.places[part]}{what}")
+            why = " (--skip-leaks leaves out those that are in val or test)" if config.skip_leaks else ""
+            raise DataError(f"no readable images in {listing.places[part]}{what}, of the part {part}{why}")
     if "test" not in parts:
         held = folders.held_count(len(parts["train"]), len(listing.classes))
         parts["train"], parts["test"] = _hold_out(parts["train"], held, config.split_seed, listing.classes)

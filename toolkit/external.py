@@ -430,6 +430,9 @@ def match_classes(
         known = f"; the teacher knows {listed(theirs)}" if theirs else ""
         raise TeacherError(f"the classes of {teacher} do not map to the data's ({'; '.join(wrong)}){known}. "
                            "--teacher-classes FILE says which is which.")  # fmt: skip
+    if len(columns) < 2:
+        only = next(iter(columns), "none")
+        raise TeacherError(f"{file or teacher} leaves one class, {only}: at least two are needed")
     return list(columns), list(columns.values())
 
 

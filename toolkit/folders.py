@@ -119,7 +119,7 @@ def _find(root: Path, unlabelled: bool) -> Listing:
         files = {part: [(path, 0) for folder in folders for path in images(folder)] for part, folders in parts.items()}
         listing = Listing(root, ("",), files, {part: folders[0] for part, folders in parts.items()})
         if not files.get("train"):
-            raise DataError(f"no images in {listing.places.get('train', root)}: {_instead(root)}")
+            raise DataError(f"no images in {listing.places.get('train', root)}: their names end in {listed(SUFFIXES)}")
         return listing
     while (inside := _wrapped(root)) and not part_of(inside.name):
         root = inside

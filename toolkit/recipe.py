@@ -59,6 +59,7 @@ INCIDENTAL = (
     "sync_norm", "eval_epochs", "budget", "data.val_size", "select",
 )  # fmt: skip
 SPLIT = ("val_size", "split_seed", "group_by", "skip_broken", "skip_leaks")
+TABLES = (".csv", ".tsv", ".txt")
 LATE = 1 - 1e-6  # of a run: a ramp to 0 that takes the whole of it still teaches
 DEVICES = r"^(auto|cpu|cuda|cuda:\d+)$"
 
@@ -110,8 +111,10 @@ class Data(Section):
     @property
     def title(self) -> str:
         """What it is called: of a folder by the last part of its path, without the places that lead there."""
-        kind, _, path = self.dataset.partition(":")
-        return f"{kind}:{Path(path).expanduser().resolve().stem}" if path else kind
+        kind, _, text = self.dataset.partition(":")
+        path = Path(text).expanduser().resolve()
+        name = path.stem if path.suffix.lower() in TABLES else path.name
+        return f"{kind}:{name}" if text else kind
 
     @property
     def split(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from toolkit.folders import listed, nfc
 from toolkit.progress import say
 from toolkit.recipe import Data, Recipe
 from toolkit.run import RUNS, SHIPPED, Run, default_path, load_header, load_model, load_run, runs
-from toolkit.tracking import tensorboard
+from toolkit.tracking import summary_writer, tensorboard
 
 if TYPE_CHECKING:
     from toolkit.artifacts import Exported
@@ -144,6 +144,8 @@ def _fit(
 ) -> Run:
     """The finished run; ``facts`` are noted in its directory when it starts."""
     path = run_dir or default_path(wanted)
+    if log:
+        summary_writer()  # nothing is changed before it is known that there is one
     wanted = with_epochs(wanted, path, data, teacher)
     fresh = not (path / "recipe.yaml").exists()
     beyond = [f"{epoch:g}" for epoch in wanted.schedule.milestones if epoch >= wanted.epochs]
@@ -482,7 +484,7 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
         name = header["dataset"]
         if dataset is None and name.startswith("folder"):
             raise DataError(f"the model was trained on {name}; say where it is by --dataset folder:PATH")
-        split = header.get("split", {}) if Data(dataset=dataset or name).title == name else {}
+        split = header.get("split", {}) if (named or Data(dataset=name)).title == name else {}
         of_run = Data.model_validate(
             {"dataset": dataset or name, "image_size": header["image_size"], **split, "val_size": 0}
         )
@@ -490,7 +492,7 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
     if named is not None:
         changes |= {"dataset": dataset, "images": None, "val_size": 0}  # the test images are what is wanted
         if named.title != of_run.title:  # others have labels, and paths, of their own
-            changes |= {"unlabelled": False, "group_by": None}
+            changes |= {"unlabelled": False, "group_by": None, "skip_broken": True, "skip_leaks": True}
     elif run is not None and run.images.is_file():
         changes["images"] = run.images
     if data_dir is not None:

@@ -84,6 +84,8 @@ def options(wanted: Recipe, stage: Stage, file: str | None = None) -> str:
     given += ["--skip-broken"] * data.skip_broken + ["--skip-leaks"] * data.skip_leaks
     if data.data_dir is not None and data.kind.startswith("cifar"):
         given += ["--data-dir", str(data.data_dir)]
+    if stage == "distill" and tree and not (tree.get("loss") or {}).get("kd_weight"):  # one that trains teachers alone
+        given += ["--set", "loss.kd_weight=0.9"]
     for key in ("val_size", "split_seed", "images"):
         if getattr(data, key) != getattr(named, key):
             given += ["--set", f"data.{key}={getattr(data, key)}"]

@@ -9,13 +9,18 @@ from typing import Any
 from toolkit.errors import UserError, install
 
 
-def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
-    """What writes each epoch's row as TensorBoard scalars into ``folder``. ``UserError`` without the package."""
+def summary_writer() -> Any:
+    """TensorBoard's class, or ``UserError`` without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(f"--log tensorboard needs TensorBoard: {install('log')}") from error
-    writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
+    return SummaryWriter
+
+
+def tensorboard(folder: Path) -> Callable[[dict[str, Any]], None]:
+    """What writes each epoch's row as TensorBoard scalars into ``folder``."""
+    writer = summary_writer()(folder)
 
     def write(row: dict[str, Any]) -> None:
         for name, value in row.items():
