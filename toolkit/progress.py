@@ -83,9 +83,10 @@ class Display:
         )
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        done = row["epoch"] - self.done
-        each = (time.monotonic() - self.start) / max(done, 1e-9)
-        left = f"  {clock(each * (self.epochs - row['epoch']))} left" if done >= 1 else ""  # else it was begun before
+        done, left = row["epoch"] - self.done, ""
+        if done >= 1:  # the rest of an epoch that was begun before tells nothing of the others
+            each = (time.monotonic() - self.start) / done
+            left = f"  {clock(each * (self.epochs - row['epoch']))} left"
         val = "" if row["val_top1"] is None else f"  val loss {row['val_loss']:.3f} top-1 {row['val_top1']:.2%}"
         say(
             f"{self.title} {row['epoch']}/{self.epochs}  loss {row['train_loss']:.3f} "

@@ -297,12 +297,13 @@ def validate(
     """Measure a run directory, a file of weights or an artifact on the test set.
 
     Without a target ``newest_run`` is taken, else the student that comes with the toolkit. A model of PyTorch is
-    measured on ``device``, in fp32; an artifact by ``provider``, as it is. Returns the folder of the report, and before
-    it the metrics: those of ``report.measure``, ``model``, ``dataset``, ``dataset_digest``, ``provider``, and the
-    ``seconds`` that the test set took; with ``tta`` also ``tta_top1``, the accuracy over these ``tta_views`` (all other
-    figures are of the plain images); of an artifact that averages views their number, ``views``. Raises ``RunError``
-    (unfinished, or its images have changed), ``DataError`` (other classes, or no images), ``CheckpointError``,
-    ``ArtifactError``, ``DeviceError``, and ``UserError`` for an option that the target has no use for.
+    measured on ``device``, in fp32; an artifact by ``provider``, as it is. Returns the metrics and the folder of the
+    report. The metrics are those of ``report.measure``, ``model``, ``dataset``, ``dataset_digest``, ``provider``, and
+    the ``seconds`` that the test set took; with ``tta`` also ``tta_top1``, the accuracy over these ``tta_views`` (all
+    other figures are of the plain images); of an artifact that averages views their number, ``views``. Raises
+    ``RunError`` (unfinished, or its images have changed), ``DataError`` (other classes, or no images),
+    ``CheckpointError``, ``ArtifactError``, ``DeviceError``, and ``UserError`` for an option that the target has no use
+    for.
     """
     if target is None:
         try:
