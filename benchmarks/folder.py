@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+from toolkit.machine import available_cores
 
 LIMITS = {"memory": 64.0, "file": 1.0}  # GiB
 
@@ -84,7 +85,7 @@ def main() -> None:
         return
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "toolkit", "data", "check", str(wanted.folder)], check=False)
-    print(f"data check: {time.monotonic() - began:.1f} s on {os.cpu_count()} cores")
+    print(f"data check: {time.monotonic() - began:.1f} s on {available_cores()} cores")
     if wanted.only == "check":
         return
     rates: dict[str, list[float]] = {name: [] for name in LIMITS}

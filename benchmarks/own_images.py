@@ -25,7 +25,7 @@ CONTRAST = 60  # least difference between the mean colours of shape and ground, 
 def corners(count: int, inner: float = 1.0) -> list[tuple[float, float]]:
     """A regular polygon, or with ``inner`` below 1 a star, in the unit circle."""
     points = count if inner == 1 else 2 * count
-    radius = [1.0 if inner == 1 or i % 2 == 0 else inner for i in range(points)]
+    radius = [inner if i % 2 else 1.0 for i in range(points)]
     return [(r * math.cos(2 * math.pi * i / points), r * math.sin(2 * math.pi * i / points))
             for i, r in enumerate(radius)]  # fmt: skip
 
@@ -41,7 +41,7 @@ SHAPES = {
               ((1, 1, 0), (-1, 1, 1), (-1, -1, 0), (1, -1, 1))
               for a, b in (((1, THIRD), (THIRD, THIRD), (THIRD, 1)), ((THIRD, 1), (THIRD, THIRD), (1, THIRD)))[pair]],
     "hexagon": corners(6),
-    "moon": arc(0.6, 2 * math.pi - 0.6) + arc(2 * math.pi - 1.0, 1.0, 0.75, 0.42)[::1],
+    "moon": arc(0.6, 2 * math.pi - 0.6) + arc(2 * math.pi - 1.0, 1.0, 0.75, 0.42),
     "pentagon": corners(5),
     "square": corners(4),
     "star": corners(5, 0.45),
@@ -78,9 +78,9 @@ def picture(shape: str, photos: list[np.ndarray], random: np.random.Generator) -
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-def make_images(folder: Path, count: int, seed: int = 0) -> None:
+def make_images(folder: Path, count: int) -> None:
     """``count`` JPEGs of each shape: most of about 128 pixels, a few of 64, in landscape, portrait and square."""
-    photos, random = load_sample_images().images, np.random.default_rng(seed)
+    photos, random = load_sample_images().images, np.random.default_rng(0)
     for shape in SHAPES:
         (folder / shape).mkdir(parents=True, exist_ok=True)
         for i in range(count):

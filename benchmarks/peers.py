@@ -13,8 +13,6 @@ import contextlib
 import dataclasses
 import statistics
 import tempfile
-import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -26,6 +24,7 @@ import typer
 from torch import nn
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
+from training import now
 
 from toolkit import compute, data, engine, recipe
 from toolkit.catalogue import build
@@ -102,13 +101,13 @@ def torchdistill(student: str, images: int, data_dir: Path) -> float:
     box = get_distillation_box(large, small, {"train": training_set(images, data_dir)}, config, device, None, False, 1)
     box.student_model.train()
     batches = iter(box.train_data_loader)
-    with measured(images, device) as rate:
-        for sample, targets, extra in batches:
-            sample = sample.to(device).contiguous(memory_format=torch.channels_last)
-            with autocast(device):
-                loss = box.forward_process(sample, targets.to(device), extra)
-            box.post_forward_process(loss)
-    return rate[0]
+    began = now(device)
+    for sample, targets, extra in batches:
+        sample = sample.to(device).contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            loss = box.forward_process(sample, targets.to(device), extra)
+        box.post_forward_process(loss)
+    return images / (now(device) - began)
 
 
 def timm(student: str, images: int, data_dir: Path) -> float:
@@ -130,15 +129,15 @@ def timm(student: str, images: int, data_dir: Path) -> float:
     )  # fmt: skip
     task.train()
     batches = iter(loader)
-    with measured(images, device) as rate:
-        for sample, targets in batches:
-            sample = sample.to(device).contiguous(memory_format=torch.channels_last)
-            with autocast(device):
-                loss = task(sample, targets.to(device))["loss"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return rate[0]
+    began = now(device)
+    for sample, targets in batches:
+        sample = sample.to(device).contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            loss = task(sample, targets.to(device))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return images / (now(device) - began)
 
 
 def training_set(images: int, data_dir: Path) -> CIFAR10:
@@ -150,19 +149,7 @@ def training_set(images: int, data_dir: Path) -> CIFAR10:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    dtype = compute.pick_dtype("auto", device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-@contextlib.contextmanager
-def measured(images: int, device: torch.device) -> Iterator[list[float]]:
-    """Images a second of what happens inside, as the only entry of the list once it has happened."""
-    rate: list[float] = []
-    began = time.perf_counter()
-    yield rate
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    rate.append(images / (time.perf_counter() - began))
+    return compute.autocast(device, compute.pick_dtype("auto", device))
 
 
 def main(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from toolkit.machine import available_cores
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
         subprocess.run([toolkit, "pipeline"], cwd=folder, check=True)
         seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     print(f"toolkit pipeline: {seconds:.0f} s on {cores} cores (bar: 120 s on 2), at most {peak / 2**30:.2f} GiB")
 
 

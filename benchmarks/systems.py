@@ -82,8 +82,7 @@ def shortened(name: str, epochs: int, data_dir: Path | None = None) -> Recipe:
 def first_of_each_class(split: Split, count: int, classes: int) -> Split:
     """``count`` images, as many of each class, in the order of the split."""
     places = [(split.labels == label).nonzero()[: count // classes, 0] for label in range(classes)]
-    index = torch.cat(places).sort().values
-    return Split(split.images[index], split.labels[index])
+    return split.select(torch.cat(places).sort().values)
 
 
 def train(name: str, wanted: Recipe, data: DataSet, folder: Path) -> list[str]:
@@ -118,8 +117,7 @@ def train(name: str, wanted: Recipe, data: DataSet, folder: Path) -> list[str]:
 def measure(run: Run, data: DataSet) -> float:
     """Top-1 on the test images."""
     device = compute.pick_device(run.recipe.device)
-    logits = engine.predict(load_run(run)[0].to(device), data.test.images, device)
-    return float((logits.argmax(1) == data.test.labels.numpy()).mean())
+    return engine.evaluate(load_run(run)[0].to(device), data.test, device, torch.float32)[1]
 
 
 def page(rows: Sequence[Sequence[str]], data: DataSet, epochs: int) -> str:

@@ -35,8 +35,7 @@ def ours(whole: data.DataSet, data_dir: Path, epochs: int, seed: int, folder: Pa
     model, _ = load_run(run)
     device = compute.pick_device("auto")
     views = TestTimeAugmentation(model, "flip_and_shift").to(device)
-    logits = engine.predict(views, whole.test.images, device)
-    return seconds, float((logits.argmax(1) == whole.test.labels.numpy()).mean())
+    return seconds, engine.evaluate(views, whole.test, device, torch.float32)[1]
 
 
 def theirs(data_dir: Path, folder: Path, runs: int) -> list[tuple[float, float]]:

@@ -432,8 +432,10 @@ def test_images_that_do_not_fit_stay_in_a_file_and_are_the_same(photos: Path) ->
     assert there.val is not None
     assert keys(here.train) == keys(Split(there.train.images[:], there.train.labels))
     index = torch.tensor([0, 3, 1, len(there.train) + 2])
-    for mode in ("reflect", "zero", "white"):
-        everything = recipe.Augment(crop_padding=5, padding_mode=mode, cutout=6, mixup=0.5, rotation=5, plain_copy=True)
+    for mode, padding in (("reflect", 5), ("zero", 5), ("white", 50)):
+        everything = recipe.Augment(
+            crop_padding=padding, padding_mode=mode, cutout=6, mixup=0.5, rotation=5, plain_copy=True
+        )
         batches = []
         for data in (here, there):
             augmenter = Augmenter(data.train.images, data.train.labels, 2, everything, 0)
@@ -474,13 +476,13 @@ for memory in map(float, sys.argv[2:]):
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not say how much is in memory")
 def test_memory_stays_bounded_where_the_images_do_not_fit(tmp_path: Path) -> None:
-    """225 images of 448 pixels are 129 MiB, and as much again padded; the limit is 64 MiB."""
+    """225 images of 448 pixels are 129 MiB, and may be held twice; the limit is 64 MiB."""
     for name, count in (("left", 112), ("right", 113)):
         fill(tmp_path / "large/train" / name, count)
         fill(tmp_path / "large/test" / name, 2)
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "large"), "0.0625", "4"]
     small, large = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-    assert large > 250 * 2**20
+    assert large > 120 * 2**20
     assert small < 64 * 2**20
 
 
@@ -515,7 +517,7 @@ def test_of_two_processes_one_decodes(photos: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_processes_on_one_machine_share_its_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "total_memory", lambda: 6 * 32 * 3 * 32**2)  # 2.5 times the images in half of it
+    monkeypatch.setattr(module, "total_memory", lambda: 6 * 32 * 3 * 32**2)  # 3 times the images in half of it
     assert isinstance(load_data(f"folder:{photos}").train.images, torch.Tensor)
     monkeypatch.setattr("toolkit.distributed.LOCAL_SIZE", 2)
     assert isinstance(load_data(f"folder:{photos}").train.images, StoredImages)
@@ -566,11 +568,6 @@ def test_work_is_not_begun_long_before_it_is_wanted(
 def test_folder_without_a_path() -> None:
     with pytest.raises(DataError, match="which"):
         load_data("folder")
-
-
-def test_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"there is no folder {tmp_path / 'nowhere'}"):
-        load_data(f"folder:{tmp_path / 'nowhere'}")
 
 
 @pytest.mark.parametrize("layout", ["empty", "no class folders", "no images in them"])

@@ -154,14 +154,6 @@ def test_logits_that_are_not_finite_are_the_users_to_know():
 
 
 @pytest.mark.parametrize(
-    ("shape", "labels", "k"), [((0, 2), [], 2), ((2, 2), [0], 2), ((2, 2), [0, 2], 2), ((2, 2), [0, 1], 3)]
-)
-def test_inputs_that_do_not_match_are_refused(shape, labels, k):
-    with pytest.raises(ValueError, match="do not match"):
-        report.measure(np.zeros(shape), labels, names(k))
-
-
-@pytest.mark.parametrize(
     ("k", "n", "epochs", "val"),
     [(10, 60, 3, True), (100, 400, 40, False), (2, 1, 1, True), (10, 60, 0, True)],
 )

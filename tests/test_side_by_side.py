@@ -242,7 +242,7 @@ def test_nothing_left_to_compare_is_an_error(toolkit: Toolkit, nowhere: Path) ->
 def test_without_runs_the_newest_finished_ones_are_taken(
     toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = len(side_by_side.COLOURS) + 1
+    count = len(report.COLOURS) + 1
     for age in range(count):
         run = make(Path(f"runs/{age}"))
         os.utime(run.path / "recipe.yaml", (1e9 - age, 1e9 - age))

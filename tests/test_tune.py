@@ -156,17 +156,6 @@ def test_fields_that_only_go_together_are_no_mistake(tmp_path: Path) -> None:
     assert search.left_out == 1
 
 
-def test_files_that_are_no_space(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match="did you mean 'tpsnet-random'"):
-        read_space("tpsnet-randon")
-    with pytest.raises(SpaceError, match="cannot read"):
-        read_space(tmp_path / "missing.yaml")
-    for content, message in (("a: [", "not valid YAML"), ("3", "not int")):
-        (tmp_path / "x.yaml").write_text(content)
-        with pytest.raises(SpaceError, match=message):
-            read_space(tmp_path / "x.yaml")
-
-
 # --- samples -----------------------------------------------------------------------------------------------
 
 

@@ -43,10 +43,10 @@ def generator(seed: int, epoch: int | None, stream: str) -> np.random.Generator:
 class Augmenter:
     """Training images and what an epoch does to them.
 
-    ``images`` is uint8 [N,3,S,S] and ``labels`` int64 [N], both on the device where batches are wanted; a
-    padded copy of the images is kept there, unless they stay in a file. An epoch has ``count`` samples: sample i
-    shows image i, and with ``plain_copy`` there are 2N of them, of which N+i is image i as it is. Raises
-    ``RecipeError`` where the padding does not fit the images. ``balanced``: see ``order``. Starts in epoch 0.
+    ``images`` is uint8 [N,3,S,S], in a file or like ``labels``, int64 [N], on the device where batches are wanted. An
+    epoch has ``count`` samples: sample i shows image i, and with ``plain_copy`` there are 2N of them, of which N+i is
+    image i as it is. Raises ``RecipeError`` where the padding does not fit the images. ``balanced``: see ``order``.
+    Starts in epoch 0.
     """
 
     def __init__(
@@ -60,20 +60,18 @@ class Augmenter:
     ) -> None:
         self.config, self.seed, self.device, self.balanced = config, seed, labels.device, balanced
         self.originals, _, self.side, _ = images.shape
+        if config.padding_mode == "reflect" and config.crop_padding >= self.side:
+            raise RecipeError(
+                f"augment.crop_padding (={config.crop_padding}) must be less than the side of the images "
+                f"(={self.side}) to be filled by reflection; take less, or augment.padding_mode=zero"
+            )
         self.count = self.originals * config.copies
-        self.padded_side = self.side + 2 * config.crop_padding
-        self.stored = images if isinstance(images, StoredImages) else None
-        # Of images that stay in a file, the first shows whether they can be padded.
-        self.pixels = self._pad(images[:1] if isinstance(images, StoredImages) else images)
-        self.labels = labels.repeat(self.count // self.originals)
+        self.images = images if isinstance(images, StoredImages) else as_rows(images)
+        self.labels = labels.repeat(config.copies)
         self.one_hot = torch.eye(num_classes, device=self.device)
         self.axis = torch.arange(self.side, device=self.device)
         self.mixes = config.mix_probability > 0 and (config.mixup > 0 or config.cutmix > 0)
         self.start_epoch(0)
-
-    def _pad(self, images: Tensor) -> Tensor:
-        """One row of three bytes a pixel: flip and crop are then a single gather of rows."""
-        return pad(images, self.config.crop_padding, self.config.padding_mode).reshape(-1, 3)
 
     def start_epoch(self, epoch: int) -> None:
         """Draw the parameters of all samples for this epoch."""
@@ -160,10 +158,7 @@ class Augmenter:
         config, n = self.config, self.originals
         coin = generator(self.seed, epoch, "mix")
         applied = coin.random(n) < config.mix_probability
-        if config.mixup and config.cutmix:
-            cuts = coin.random(n) < 0.5
-        else:
-            cuts = np.full(n, config.cutmix > 0)
+        cuts = coin.random(n) < (0.5 if config.mixup and config.cutmix else config.cutmix > 0)
 
         lam = np.ones(n)
         if config.mixup:
@@ -171,10 +166,7 @@ class Augmenter:
             lam = np.where(applied & ~cuts, drawn, 1)
         random = generator(self.seed, epoch, "partner")
         partner = balanced_order(random, self.labels[:n].cpu().numpy()) if self.balanced else random.permutation(n)
-        mix: dict[str, np.ndarray] = {
-            "partner": partner,
-            "weight": lam.astype(np.float32),
-        }
+        mix: dict[str, np.ndarray] = {"partner": partner, "weight": lam.astype(np.float32)}
         if config.cutmix:
             box = cutmix_boxes(generator(self.seed, epoch, "cutmix"), config.cutmix, n, self.side)
             box[~(applied & cuts)] = 0
@@ -189,19 +181,19 @@ class Augmenter:
         if "flip" in self.table:
             x = torch.where(self.table["flip"][index, None], self.side - 1 - x, x)
         if "corner" in self.table:
-            top, left = self.table["corner"][index].unbind(1)
+            top, left = (self.table["corner"][index] - self.config.crop_padding).unbind(1)
             y, x = y + top[:, None], x + left[:, None]
-        place = index % self.originals
-        if self.stored is None:
-            images = self._gather(self.pixels, place, y, x, self.padded_side)
-        else:  # read as they are: to pad a batch takes longer than to look up where its padding comes from
-            batch = self.stored[place.cpu()].to(self.device).permute(0, 2, 3, 1).reshape(-1, 3)
+        place, pixels = index % self.originals, self.images
+        if isinstance(pixels, StoredImages):
+            pixels = as_rows(pixels[place.cpu()].to(self.device))
             place = torch.arange(len(index), device=index.device)
-            y, x = y - self.config.crop_padding, x - self.config.crop_padding
-            images = self._gather(batch, place, reflected(y, self.side), reflected(x, self.side), self.side)
-            if self.config.padding_mode != "reflect":
-                inside = ((y >= 0) & (y < self.side))[:, :, None] & ((x >= 0) & (x < self.side))[:, None, :]
-                images = images.masked_fill(~inside[:, None], FILLED[self.config.padding_mode])
+        near_y, near_x = reflected(y, self.side), reflected(x, self.side)
+        rows = (place[:, None] * self.side + near_y) * self.side
+        images = pixels.index_select(0, (rows[:, :, None] + near_x[:, None, :]).flatten())
+        images = images.view(-1, self.side, self.side, 3).permute(0, 3, 1, 2)
+        if self.config.padding_mode != "reflect":
+            outside = (y != near_y)[:, :, None] | (x != near_x)[:, None, :]
+            images.masked_fill_(outside[:, None], FILLED[self.config.padding_mode])
         images = images.float().div_(255)
 
         if "edit" in self.table:
@@ -218,12 +210,6 @@ class Augmenter:
             colour = self.table["colour"][index].view(-1, 3, 1, 1)
             images = torch.where(self._inside(self.table["erased"][index]), colour, images)
         return images
-
-    def _gather(self, pixels: Tensor, place: Tensor, y: Tensor, x: Tensor, side: int) -> Tensor:
-        """Of images as rows of pixels [n*side*side,3], those at ``place`` [B] at rows y and columns x [B,S]."""
-        rows = (place[:, None] * side + y) * side
-        found = pixels.index_select(0, (rows[:, :, None] + x[:, None, :]).flatten())
-        return found.view(-1, self.side, self.side, 3).permute(0, 3, 1, 2)
 
     def _edit(self, images: Tensor, edit: Tensor, values: Tensor) -> Tensor:
         """Each image after one of ``EDITS``, by its number from 1 in ``edit`` [B] (0: none), with ``values`` [B,6]."""
@@ -258,27 +244,14 @@ def balanced_order(random: np.random.Generator, labels: np.ndarray) -> np.ndarra
     return random.permutation(np.concatenate(drawn))
 
 
-def pad(images: Tensor, padding: int, mode: str) -> Tensor:
-    """uint8 [N,3,S,S] to [N,S+2p,S+2p,3]; ``mode`` is reflect, zero or white."""
-    images = images.permute(0, 2, 3, 1)
-    count, side = images.shape[:2]
-    if mode == "reflect":
-        if padding >= side:
-            raise RecipeError(
-                f"augment.crop_padding (={padding}) must be less than the side of the images (={side}) "
-                "to be filled by reflection; take less, or augment.padding_mode=zero"
-            )
-        place = reflected(torch.arange(-padding, side + padding, device=images.device), side)
-        return images[:, place][:, :, place]
-    full = side + 2 * padding
-    padded = images.new_full((count, full, full, 3), FILLED[mode])
-    padded[:, padding : padding + side, padding : padding + side] = images
-    return padded
+def as_rows(images: Tensor) -> Tensor:
+    """uint8 [N,3,S,S] to one row of three bytes a pixel: flip and crop are then a single gather of rows."""
+    return images.permute(0, 2, 3, 1).reshape(-1, 3)
 
 
 def reflected(place: Tensor, side: int) -> Tensor:
-    """Places up to ``side`` - 1 outside of 0 .. ``side`` - 1, mirrored at the first and last pixel."""
-    return side - 1 - (side - 1 - place.abs()).abs()
+    """Places in 0 .. ``side`` - 1: those outside are mirrored at the first and last pixel, or 0 if that is too far."""
+    return (side - 1 - (side - 1 - place.abs()).abs()).clamp(min=0)
 
 
 def cutmix_boxes(random: np.random.Generator, alpha: float, count: int, side: int) -> np.ndarray:

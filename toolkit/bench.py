@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from toolkit.errors import DeviceError, RunError, UserError, in_line
 from toolkit.learner import RECOMPILED
 from toolkit.machine import available_cores
 from toolkit.progress import say
-from toolkit.report import BLUE, FAINT, GREEN, INK, VERMILLION, as_image, plain_axes
+from toolkit.report import COLOURS, INK, MARKERS, as_image, plain_axes
 from toolkit.run import Run, load_run
 
 TURN_SECONDS = 0.2  # of one contestant before the next; a single call may take longer
@@ -79,16 +80,17 @@ def bench(
     threads = threads or available_cores()
     with pinned(threads):
         sessions: dict[tuple[Path, str], Session] = {}
+        first: dict[Path, Session] = {}
         for path in dict.fromkeys(paths):
             for provider in providers:
                 session = Session(path, provider, threads)
                 sessions.setdefault((path, session.provider), session)  # auto may be one of the others
+                first.setdefault(path, session)
         sizes = {session.metadata.image_size for session in sessions.values()}
         if len(sizes) > 1:
             raise UserError(f"the artifacts take images of different sizes: {', '.join(map(str, sorted(sizes)))}")
-        first = {path: session for (path, _), session in reversed(sessions.items())}
-        contestants = _pytorch({path: first[path] for path in dict.fromkeys(paths)}, compiled)
-        stems = [path.stem for path in dict.fromkeys(paths)]
+        contestants = _pytorch(first, compiled)
+        stems = [path.stem for path in first]
         for (path, _), session in sessions.items():
             about = session.metadata
             where = session.provider.removesuffix("ExecutionProvider")
@@ -290,17 +292,12 @@ def plot(rows: Sequence[Row]) -> bytes:
     """A PNG: latency and images a second over the batch size."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     latency, rate = figure.subplots(1, 2)
-    names = list(dict.fromkeys(row.name for row in rows))
-    colours = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK, FAINT)
-    for index, name in enumerate(names):
+    for name, colour, marker in zip(dict.fromkeys(row.name for row in rows), cycle(COLOURS), cycle(MARKERS)):
         own = [row for row in rows if row.name == name]
-        batches = [row.batch for row in own]
-        style: dict[str, Any] = {"color": colours[index % len(colours)], "marker": "osD^v<>P"[index % 8], "label": name}
-        latency.plot(batches, [row.p50_ms for row in own], **style)
-        latency.fill_between(
-            batches, [row.p50_ms for row in own], [row.p99_ms for row in own], color=style["color"], alpha=0.15
-        )
-        rate.plot(batches, [row.images_per_second for row in own], **style)
+        batches, medians = [row.batch for row in own], [row.p50_ms for row in own]
+        latency.plot(batches, medians, color=colour, marker=marker)
+        latency.fill_between(batches, medians, [row.p99_ms for row in own], color=colour, alpha=0.15)
+        rate.plot(batches, [row.images_per_second for row in own], color=colour, marker=marker, label=name)
     ticks = sorted({row.batch for row in rows})
     for axes, heading in ((latency, "Milliseconds, median to 99th percentile"), (rate, "Images a second")):
         axes.set_xscale("log", base=2)

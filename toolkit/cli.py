@@ -103,9 +103,7 @@ Device = Annotated[
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; else one in runs/, by model, data and recipe.")]
 DataMemory = Annotated[
     float | None,
-    typer.Option(
-        help="GiB for a folder's images and a padded copy, else half of the memory; beyond it they stay on disk."
-    ),
+    typer.Option(help="GiB for a folder's images and a copy, else half of the memory; beyond it they stay on disk."),
 ]
 Budget = Annotated[int | None, typer.Option(help="A student has fewer parameters than this; else 5,000,000.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]

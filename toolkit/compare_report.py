@@ -266,15 +266,14 @@ def _page(comparison: Comparison) -> str:
         f"The teacher of all is {facts['teacher']} ({facts['teacher_top1']:.2%} test top-1, "
         f"`{facts['teacher_checkpoint']}`). {facts['val_images']:,} val and {facts['test_images']:,} test images.",
     ]
-    first, second = tables(rows).items()
-    for title, (headings, cells) in (first, second):
-        parts += [f"## {title}", table(headings, cells)]
-        if title == first[0]:
-            parts += [
-                "\n".join(f"- **{plain(row.method)}**: {plain(row.verdict)}" for row in rows if row.verdict),
-                "![Test top-1 and difference from the baseline, by seed](differences.png)",
-            ]
+    (first, accuracy), (second, cost) = tables(rows).items()
     parts += [
+        f"## {first}",
+        table(*accuracy),
+        "\n".join(f"- **{plain(row.method)}**: {plain(row.verdict)}" for row in rows if row.verdict),
+        "![Test top-1 and difference from the baseline, by seed](differences.png)",
+        f"## {second}",
+        table(*cost),
         "## Methods",
         "What differs from the baseline:",
         "\n".join(f"- **{plain(row.method)}**: {plain('; '.join(row.changes))}" for row in rows if row.changes),

@@ -219,8 +219,8 @@ def _stored(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # nobody writes to it
         stored = StoredImages(torch.from_numpy(array).permute(0, 3, 1, 2), rows)
-    # The augmentation holds a padded copy beside the images.
-    images = stored if 2.5 * array.nbytes > limit else stored[:]
+    # A split copies what it takes, and the augmentation may hold a copy.
+    images = stored if 2 * array.nbytes > limit else stored[:]
     return Split(images, labels[rows]), digests
 
 

@@ -23,7 +23,8 @@ from toolkit.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp")
 PART = re.compile(
-    r"(?:(train|training)|(val|valid|validation|dev)|(test|testing|tests)|(eval|evaluation))(set|split|data|images)?"
+    r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing|tests)"
+    r"|(?P<eval>eval|evaluation))(?:set|split|data|images)?"
 )
 PARTS = ("train", "val", "test")
 SAYS_PART = re.compile("train|val|test")  # also within a word: Trainingsdaten
@@ -80,7 +81,7 @@ def held_count(images: int, classes: int) -> int:
 def part_of(name: str) -> str | None:
     """train, val, test or eval, where a name says so and nothing else."""
     match = PART.fullmatch(re.sub(r"[^a-z]", "", name.lower()))
-    return next(part for part, found in zip((*PARTS, "eval"), match.groups(), strict=False) if found) if match else None
+    return match and match.lastgroup
 
 
 def part_in(name: str) -> str | None:
@@ -117,10 +118,9 @@ def _find(root: Path, unlabelled: bool) -> Listing:
         if "train" not in parts:
             parts = {"train": [root]}
         files = {part: [(path, 0) for folder in folders for path in images(folder)] for part, folders in parts.items()}
-        listing = Listing(root, ("",), files, {part: folders[0] for part, folders in parts.items()})
-        if not files.get("train"):
-            raise DataError(f"no images in {listing.places.get('train', root)}: their names end in {listed(SUFFIXES)}")
-        return listing
+        if not files["train"]:
+            raise DataError(f"no images in {parts['train'][0]}: their names end in {listed(SUFFIXES)}")
+        return Listing(root, ("",), files, {part: folders[0] for part, folders in parts.items()})
     while (inside := _wrapped(root)) and not part_of(inside.name):
         root = inside
     parts = {part: found for part, found in _parts(root).items() if part != "train" or any(map(subfolders, found))}
@@ -353,8 +353,6 @@ def _table(path: Path, unlabelled: bool) -> Listing:
         for row in reader:
             lines.append(reader.line_num)  # blank ones are passed over
             rows.append(row)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file of paths and labels: {error}") from error
     if not rows:

@@ -201,7 +201,7 @@ def on_device(images: Tensor | StoredImages, device: torch.device) -> Tensor | S
     """The images where training wants them: on the device, or in host memory where the device's is too small."""
     if isinstance(images, StoredImages):
         return images
-    # The augmentation pads them, for which several copies are there for a moment.
+    # The augmentation holds a copy, and the nets want room beside it.
     if device.type == "cuda" and 4 * images.nbytes > torch.cuda.mem_get_info(device)[0]:
         say("the images do not fit the GPU's memory: each batch is sent there")
         return StoredImages(images, torch.arange(len(images)))

@@ -86,8 +86,7 @@ class Data(Section):
     memory: float | None = Field(
         None,
         gt=0,
-        description="GiB for a folder's images and a padded copy; beyond it they stay on disk. null: half of the "
-        "memory",
+        description="GiB for a folder's images and a copy; beyond it they stay on disk. null: half of the memory",
     )
     skip_broken: bool = Field(False, description="leave unreadable images of a folder out")
     skip_leaks: bool = Field(False, description="leave training images out that are in val or test too")

@@ -32,6 +32,9 @@ LABELLED_CLASSES = 100  # beyond, only every second, third, ... class is named
 
 # Okabe and Ito's colours: told apart by every kind of colour vision.
 BLUE, VERMILLION, GREEN, INK, FAINT, GRID = "#0072B2", "#D55E00", "#009E73", "#222222", "#777777", "#E4E4E4"
+# Of many curves: without black and yellow, which a dark or a light background would swallow.
+COLOURS = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#9A6324")
+MARKERS = "osD^vPX*"  # a second way to tell them apart
 SPLITS = {"train": (BLUE, "o"), "val": (VERMILLION, "s")}
 
 NUMBERS = {
@@ -60,15 +63,11 @@ def measure(
     None for a class without images), ``confusion`` (``[K][K]`` counts, rows true, columns predicted), and
     with a teacher ``teacher_top1``, ``agreement`` (share of images with the same answer) and ``kl``, the mean
     KL(teacher || student) at temperature 1. Accuracies, agreement and ``ece`` are fractions 0..1. Of equal
-    logits the first class wins. Raises ``DivergedError`` for logits that are not finite, ``ValueError`` for shapes or
-    labels that do not match.
+    logits the first class wins. Raises ``DivergedError`` for logits that are not finite.
     """
     student = _logits(logits, "the model")
     true = np.asarray(labels).astype(np.int64)
     count, k = student.shape
-    if not count or true.shape != (count,) or len(classes) != k or true.min() < 0 or true.max() >= k:
-        raise ValueError(f"logits {student.shape}, labels {true.shape} and {len(classes)} classes do not match")
-
     log_p = log_softmax(student, axis=1)
     predicted = student.argmax(axis=1)
     correct = predicted == true
@@ -82,8 +81,6 @@ def measure(
     result["ece"] = _ece(np.exp(log_p.max(axis=1)), correct)
     if teacher_logits is not None:
         teacher = _logits(teacher_logits, "the teacher")
-        if teacher.shape != student.shape:
-            raise ValueError(f"teacher's logits {teacher.shape} and student's {student.shape} differ in shape")
         answers = teacher.argmax(axis=1)
         log_q = log_softmax(teacher, axis=1)
         result["teacher_top1"] = float((answers == true).mean())
@@ -97,8 +94,6 @@ def measure(
 
 def _logits(values: ArrayLike, whose: str) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 2:
-        raise ValueError(f"logits must be [N,K], not {array.shape}")
     broken = int((~np.isfinite(array)).any(axis=1).sum())
     if broken:
         raise DivergedError(f"{whose} answers {broken} of {len(array)} images with NaN or infinite logits")

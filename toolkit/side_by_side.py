@@ -31,9 +31,6 @@ from toolkit.files import write_bytes, write_text
 from toolkit.progress import say
 from toolkit.run import RUNS, Run
 
-# Okabe and Ito's colours, without black and yellow, which one of the two backgrounds would swallow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#9A6324")
-MARKERS = "osD^vPX*"  # a second way to tell the curves apart
 MARKS = 10  # markers on a curve, at most about this many
 THEMES = {"light": (report.INK, report.GRID), "dark": ("#E6E6E6", "#3A3F45")}  # ink and grid of a figure
 Panel = Literal["loss", "top1"]
@@ -155,7 +152,7 @@ def compare_runs(targets: Sequence[Path] | None, output: Path) -> Compared:
         where = f"among {', '.join(map(str, paths))}" if targets else f"under {RUNS}/"
         raise RunError(f"there is no finished and undamaged run {where}: `toolkit pipeline` makes two to compare")
     if not targets:
-        finished, entries = len(entries), entries[: len(COLOURS)]
+        finished, entries = len(entries), entries[: len(report.COLOURS)]
         which = "all" if len(entries) == finished else "the newest"
         say(f"comparing {which} {len(entries)} of {finished} finished runs under {RUNS}/, newest first")
     page = write(output, entries, left_out)
@@ -266,8 +263,8 @@ def write(folder: Path, entries: Sequence[Entry], left_out: Mapping[str, str]) -
 
 def _colours(count: int) -> Sequence[str]:
     """One colour a run; more runs than there are good colours share out a rainbow."""
-    if count <= len(COLOURS):
-        return COLOURS[:count]
+    if count <= len(report.COLOURS):
+        return report.COLOURS[:count]
     return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
 
 
@@ -277,7 +274,7 @@ def _figure(entries: Sequence[Entry], panel: Panel, theme: str) -> Figure:
     figure = Figure(figsize=(5.6, 3.4 + 0.22 * len(entries)), layout="constrained")
     axes = figure.subplots()
     keys = []
-    for entry, colour, marker in zip(entries, _colours(len(entries)), cycle(MARKERS), strict=False):
+    for entry, colour, marker in zip(entries, _colours(len(entries)), cycle(report.MARKERS), strict=False):
         for split, style, fill in (("train", "dashed", "none"), ("val", "solid", colour)):
             values = report.points(entry.history, f"{split}_{panel}")
             if values:

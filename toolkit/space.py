@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -245,16 +244,11 @@ def _check_field(
             problems += [line for line in lines if re.match(rf"{re.escape(path)}(:|\.| = )", line)]
     role, _, argument = path.partition(".")
     if not problems and role == base.role and argument != "name" and f"{role}.name" not in searched:
-        with contextlib.suppress(UserError):  # of a value that needs another one beside it
-            _argument_is_known(recipes.resolve(tree, stage, {path: known.ends()[0]}), path, problems)
+        try:
+            measure(recipes.resolve(tree, stage, {path: known.ends()[0]}), 10)
+        except UserError as error:  # others speak of a value that needs another one beside it
+            problems += [str(error)] if str(error).startswith(f"{path}:") else []
     return list(dict.fromkeys(problems))
-
-
-def _argument_is_known(recipe: Recipe, path: str, problems: list[str]) -> None:
-    try:
-        measure(recipe, 10)
-    except RecipeError as error:
-        problems += [str(error)] if str(error).startswith(f"{path}:") else []
 
 
 def measure(recipe: Recipe, classes: int) -> ModelInfo:

@@ -113,22 +113,21 @@ class OptunaSampler:
     def learn(self, trial: Trial) -> None:
         states = self.optuna.trial.TrialState
         state = {"finished": states.COMPLETE, "stopped": states.PRUNED}.get(trial.status, states.FAIL)
-        reached = {} if trial.val_top1 is None else {trial.epochs: trial.val_top1}
-        if not reached:
+        if trial.val_top1 is None:
             state = states.FAIL
         value = trial.val_top1 if state == states.COMPLETE else None
         if trial.number in self.asked:
             asked = self.asked.pop(trial.number)
             if state == states.PRUNED:
-                asked.report(*reached.popitem()[::-1])
+                asked.report(trial.val_top1, trial.epochs)
             self.study.tell(asked, value, state)
-        elif state != states.FAIL:
+        elif trial.val_top1 is not None and state != states.FAIL:
             known = self.optuna.trial.create_trial(
                 state=state,
                 value=value,
                 params={path: self._parameter(path, found) for path, found in trial.values.items()},
                 distributions=self.distributions,
-                intermediate_values=reached if state == states.PRUNED else None,
+                intermediate_values={trial.epochs: trial.val_top1} if state == states.PRUNED else None,
             )
             self.study.add_trial(known)
 

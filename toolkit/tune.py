@@ -460,9 +460,6 @@ def _run(search: Search, cpus: int, gpus: float, slots: int) -> UserError | None
         def save(self, checkpoint_path: str) -> None:
             pass  # the table is what a search is resumed from
 
-        def __getstate__(self) -> dict[str, Any]:
-            return {}  # Ray pickles it for a restore of its own
-
     class Results(tune.Callback):
         """Takes what Ray hears of the trials."""
 
@@ -493,9 +490,6 @@ def _run(search: Search, cpus: int, gpus: float, slots: int) -> UserError | None
             done = search.count("finished", "stopped", "failed")
             left = f", {estimate.told()} left" if done < search.total and estimate.told() else ""
             say(f"trial {found.number} {found.status}: {result} ({found.told}); {done} of {search.total} done{left}")
-
-        def __getstate__(self) -> dict[str, Any]:
-            return {}
 
     def mine(trial: Any) -> Trial:
         return search.trials[Job.model_validate_json(trial.config["job"]).number - 1]

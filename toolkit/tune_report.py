@@ -110,8 +110,8 @@ def _field_axis(axes: Axes, domain: Domain) -> None:
 def heatmap(search: Search) -> Figure:
     """Val top-1 over the two fields of a grid."""
     (across, over), (down, under) = ((path, domain.grid()) for path, domain in search.plan.space.fields.items())
-    found = {(_key(t.values[down]), _key(t.values[across])): t for t in search.trials}
-    cells = [[found.get((_key(y), _key(x))) for x in over] for y in under]
+    found = {json.dumps([t.values[down], t.values[across]]): t for t in search.trials}
+    cells = [[found.get(json.dumps([y, x])) for x in over] for y in under]
     ranked = search.ranked()
     values = np.ma.masked_invalid(
         [[t.val_top1 if t is not None and t in ranked else np.nan for t in row] for row in cells]
@@ -142,7 +142,3 @@ def heatmap(search: Search) -> Figure:
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
     return figure
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value)
