@@ -287,8 +287,9 @@ def test_a_directory_that_is_not_a_run(toolkit: Toolkit, nowhere: Path) -> None:
     assert files(nowhere) == before
 
 
-def test_a_damaged_recipe_of_a_run(toolkit: Toolkit, chain: Chain) -> None:
-    (chain.student / "recipe.yaml").write_text("epochs: [3\nseed")
+@pytest.mark.parametrize("content", ["epochs: [3\nseed", "", "name: 2024-13-01", "\xff"])
+def test_a_damaged_recipe_of_a_run(toolkit: Toolkit, chain: Chain, content: str) -> None:
+    (chain.student / "recipe.yaml").write_text(content, encoding="latin-1")
     refused(toolkit("validate", chain.student), chain.student / "recipe.yaml", "damaged")
     assert toolkit("validate").exit_code == 0  # the newest run that is whole
 

@@ -277,7 +277,7 @@ def test_the_digest_knows_what_is_computed_and_not_where():
     assert recipe.differences(other) == ["optimizer.lr: 0.1 -> 0.2", "student.dropout: None -> 0.1"]
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "3", ""])
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "3", "", "name: 2024-13-01"])
 def test_files_that_are_no_recipe(tmp_path, content):
     path = tmp_path / "x.yaml"
     path.write_text(content)

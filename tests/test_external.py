@@ -118,7 +118,8 @@ def test_a_network_of_others_has_no_weights_of_its_own(tmp_path: Path) -> None:
     assert parameter_count(model) == 0
     own = nn.Conv2d(3, 4, 1, bias=False)
     assert compare._macs(own, 32) == 12 * 32 * 32
-    assert compare._macs(with_views(Ensemble([own, model]), "flip"), 32) is None  # of its arithmetic nothing is known
+    both = Ensemble([with_views(own, "flip"), with_views(model, "flip")])
+    assert compare._macs(both, 32) is None  # of its arithmetic nothing is known
 
 
 def test_a_file_s_threads_do_not_spin_beside_pytorch_s(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_a_teacher_of_our_own_gets_images_of_its_size(chain: Chain) -> None:
     assert external.images_at_once(resized, 16) == 500  # as many as at 32 pixels, which it enlarges them to
     assert external.images_at_once(resized, 64) == external.images_at_once(model, 64) == 125
     resized.set_input(recipe.TeacherInput(image_size=320))
-    assert external.images_at_once(with_views(Ensemble([model, resized]), "flip"), 16) == 5
+    assert external.images_at_once(Ensemble([with_views(model, "flip"), with_views(resized, "flip")]), 16) == 5
 
 
 @pytest.mark.parametrize(

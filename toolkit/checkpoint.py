@@ -75,7 +75,7 @@ class Checkpoint:
             self.modules["average"] = learner.average
         # From newest to oldest. What the run was started with may be another number.
         self.names = ["last", *(f"last-{age}" for age in range(1, learner.recipe.keep_checkpoints))]
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters = learner.trained
 
     @property
     def age(self) -> float:

@@ -53,8 +53,6 @@ class Ensemble(nn.Module):
 
 def members(net: nn.Module) -> list[nn.Module]:
     """An ensemble's classifiers, or the classifier alone, as they are without test-time augmentation."""
-    if isinstance(net, TestTimeAugmentation):
-        net = net.classifier
     found = net.members if isinstance(net, Ensemble) else [net]
     return [member.classifier if isinstance(member, TestTimeAugmentation) else member for member in found]
 

@@ -269,14 +269,11 @@ def _overrides(ctx: typer.Context) -> dict[str, Any]:
     return given | parse_settings(ctx.params["settings"] or [])
 
 
-def _source(ctx: typer.Context, default: str) -> Any:
-    """The recipe that is named, else the one in an existing --run-dir, else the default."""
-    run_dir: Path | None = ctx.params["run_dir"]
-    if ctx.params["recipe"] is None and run_dir is not None and (run_dir / "recipe.yaml").is_file():
-        from toolkit.recipe import read
-
-        return read(run_dir / "recipe.yaml")
-    return ctx.params["recipe"] or default
+def _source(recipe: str | None, run_dir: Path | None) -> str | Path:
+    """The recipe that is named, else the one in an existing --run-dir, else cifar10."""
+    if recipe is None and run_dir is not None and (own := run_dir / "recipe.yaml").is_file():
+        return own
+    return recipe or "cifar10"
 
 
 def _print_json(document: Any) -> None:
@@ -305,11 +302,11 @@ def train(
     from toolkit.recipe import resolve
 
     _check_extend(extend, run_dir)
-    wanted = resolve(_source(ctx, "cifar10"), "train", _overrides(ctx))
+    wanted = resolve(_source(recipe, run_dir), "train", _overrides(ctx))
     from toolkit import stages  # imports torch: a misspelt name is told before that
     from toolkit.teaching import options as same_options
 
-    run = stages.train(wanted, run_dir, resume or extend, extend=extend, log=log)
+    run = stages.train(wanted, run_dir, resume, extend=extend, log=log)
     if stages.distributed.RANK:  # one of several processes, and not the one that speaks
         return
     _print_run(run)
@@ -342,7 +339,7 @@ def distill(
     from toolkit.recipe import resolve
 
     _check_extend(extend, run_dir)
-    source, overrides = _source(ctx, "cifar10"), _overrides(ctx)
+    source, overrides = _source(recipe, run_dir), _overrides(ctx)
     wanted = resolve(source, "distill", overrides)
     if baseline and wanted.data.unlabelled:
         raise typer.BadParameter("images without labels have no baseline without a teacher", param_hint="--baseline")
@@ -356,7 +353,7 @@ def distill(
     if train_teacher and wanted.teacher is not None and wanted.teacher.checkpoint is None:
         wanted = stages.from_teacher(wanted, stages.train_teacher(wanted, source, overrides))
     with stages.within("distill` and --resume") if baseline else nullcontext():
-        run = stages.distill(wanted, run_dir, resume or extend, extend=extend, log=log)
+        run = stages.distill(wanted, run_dir, resume, extend=extend, log=log)
     if baseline:
         beside = run_dir and Path(f"{os.path.normpath(run_dir.absolute())}-baseline")
         with stages.within("distill`"):
@@ -392,7 +389,6 @@ def compare(
     ] = None,
     teacher: AnyTeacher = None,
     student: StudentName = None,
-    teacher_checkpoint: TeacherCheckpoint = None,
     train_teacher: TrainTeacher = False,
     recipe: RecipeOption = None,
     as_json: AsJson = False,

@@ -33,19 +33,13 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     """
     if recipe.minutes is None:
         return recipe
-    if run := Run.at(path):
-        return recipe.model_copy(update={"minutes": None, "epochs": run.recipe.epochs})
+    if known := Run.at(path):
+        return recipe.model_copy(update={"minutes": None, "epochs": known.recipe.epochs})
     if distributed.SIZE > 1:
         raise RecipeError(f"minutes (={recipe.minutes:g}) is for one process: set epochs for several")
     check_writable(path / "recipe.yaml")
     began = time.monotonic()
-    ends: list[float] = []
-    rows: list[dict[str, Any]] = []
-
-    def on_epoch(row: dict[str, Any]) -> None:
-        ends.append(time.monotonic())
-        rows.append(row)
-
+    seen: list[tuple[float, dict[str, Any]]] = []  # when each short epoch ended, and its row
     gpu = pick_device(recipe.device).type == "cuda"
     count = min((TIMED_STEPS_GPU if gpu else TIMED_STEPS) * recipe.batch_size, len(data.train))
     some = dataclasses.replace(data, train=data.train.select(torch.arange(count)))  # read as all of them will be
@@ -70,23 +64,24 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     with tempfile.TemporaryDirectory(prefix=".timed-", dir=path.parent) as folder:  # on the disk that the run is on
         for name, timed in passes.items():
             started = time.monotonic()
-            ends.clear()
-            rows.clear()
+            seen.clear()
             try:
                 # A folder of its own: the teacher's answers are kept beside a run.
-                engine.fit(timed, some, Run.start(Path(folder, name, "run"), timed, False), teacher, on_epoch)
+                run = Run.start(Path(folder, name, "run"), timed, False)
+                engine.fit(timed, some, run, teacher, lambda row: seen.append((time.monotonic(), row)))
             except Interrupted as error:
                 raise Interrupted("stopped while a few short epochs were timed; the run had not begun") from error
+    (first_end, first), (second_end, second), *_ = seen
     samples = len(data.train) * recipe.augment.copies
     batch, whole = min(recipe.batch_size, samples), recipe.data.image_size
     share = sum((recipe.progressive.side(i / 100, whole) / whole) ** 2 for i in range(100)) / 100  # of all pixels
     if teacher is not None and not recipe.cached_epochs:
         share = 1  # the teacher, which is most of a step, sees them whole
-    training = share * (samples // batch * batch) / rows[1]["images_per_second"]
+    training = share * (samples // batch * batch) / second["images_per_second"]
     # Of one epoch's views, which are all that there are where the second epoch replays the first one's.
-    teaching = max(row["teacher_seconds"] for row in rows[:2]) * len(data.train) / count
-    beside = max(ends[1] - ends[0] - rows[1]["seconds"] - rows[1]["teacher_seconds"], 0)  # val and the checkpoint
-    starting = max(ends[0] - started - rows[0]["seconds"] - rows[0]["teacher_seconds"], 0)
+    teaching = max(first["teacher_seconds"], second["teacher_seconds"]) * len(data.train) / count
+    beside = max(second_end - first_end - second["seconds"] - second["teacher_seconds"], 0)  # val and the checkpoint
+    starting = max(first_end - started - first["seconds"] - first["teacher_seconds"], 0)
     left = (60 * recipe.minutes - (time.monotonic() - began) - starting) / MARGIN
     epochs = int(left / (training + beside + teaching))
     if epochs > recipe.cached_epochs:  # from there on the teacher's answers are replayed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -69,11 +68,10 @@ class Learner:
         self.objective = Objective(recipe, self.model, teacher, weights).to(device)
         self.optimizer = make_optimizer(recipe.optimizer, self.model, self.dtype)
         self.loss: nn.Module = self.objective
-        if trained := list(self.objective.parameters()):  # not a part of the model: neither averaged nor kept
-            self.optimizer.add_param_group(
-                {"params": trained, "lr_factor": 1.0, "orthogonal": False, "weight_decay": 0.0}
-            )
+        if own := list(self.objective.parameters()):  # not a part of the model: neither averaged nor kept
+            self.optimizer.add_param_group({"params": own, "lr_factor": 1.0, "orthogonal": False, "weight_decay": 0.0})
             self.loss = distributed.share(self.objective, device, recipe.sync_norm)
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         images, labels = on_device(data.train.images, device), data.train.labels.to(device)
         balanced = recipe.balance == "sampling"
         self.augmenter = Augmenter(images, labels, len(data.classes), recipe.augment, recipe.seed, balanced)
@@ -118,8 +116,7 @@ class Learner:
             self.optimizer.zero_grad()
             self.micro_batch = smaller(min(self.micro_batch, len(index)))
         if clip := self.recipe.optimizer.grad_clip:
-            trained = itertools.chain(self.model.parameters(), self.objective.parameters())
-            nn.utils.clip_grad_norm_(trained, clip)
+            nn.utils.clip_grad_norm_(self.trained, clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -132,7 +129,7 @@ class Learner:
         try:
             sums = self._backward(index)
             if radius:
-                with ascended(self.model, self.optimizer, radius):
+                with ascended(self.model, self.trained, radius):
                     self._backward(index)
         except torch.OutOfMemoryError:
             return None
@@ -162,7 +159,7 @@ class Learner:
 
     def is_finite(self) -> bool:
         """Whether all that is trained, and BN's statistics, are numbers still: waits for the device."""
-        parts = [parameter.detach() for group in self.optimizer.param_groups for parameter in group["params"]]
+        parts = [parameter.detach() for parameter in self.trained]
         parts += [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         return bool(nn.utils.get_total_norm(parts).isfinite())  # infinite beyond 1e19 too
 

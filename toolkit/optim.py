@@ -104,11 +104,8 @@ def make_optimizer(config: Optimizer, model: nn.Module, dtype: torch.dtype = tor
     if config.name in ("adam", "adamw"):
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
         return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
-    arguments: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "fused": True}
-    arguments["nesterov"] = config.nesterov and config.momentum > 0
-    if config.name == "muon":
-        return Muon(groups, dtype, **arguments)
-    return torch.optim.SGD(groups, **arguments)
+    arguments: Any = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov, "fused": True}
+    return Muon(groups, dtype, **arguments) if config.name == "muon" else torch.optim.SGD(groups, **arguments)
 
 
 def lr_factor(config: Schedule, done: float, epochs: int) -> float:
@@ -120,7 +117,7 @@ def lr_factor(config: Schedule, done: float, epochs: int) -> float:
         return 1.0
     if config.name == "step":
         return config.gamma ** sum(done >= milestone for milestone in config.milestones)
-    progress = (done - warmup) / max(epochs - warmup, 1e-9)
+    progress = (done - warmup) / (epochs - warmup)
     fall = progress if config.name == "triangular" else (1 - math.cos(math.pi * progress)) / 2
     return 1 - (1 - config.final_fraction) * fall
 
@@ -212,14 +209,13 @@ def estimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def ascended(model: nn.Module, optimizer: torch.optim.Optimizer, radius: float) -> Iterator[None]:
-    """The optimizer's weights moved by ``radius`` up their gradient, which is cleared: for the gradient there.
+def ascended(model: nn.Module, trained: Iterable[Tensor], radius: float) -> Iterator[None]:
+    """The trained weights moved by ``radius`` up their gradient, which is cleared: for the gradient there.
 
     The second half of a step of sharpness-aware minimisation: the weights come back after, the new gradient stays
     (Foret et al., arXiv 2010.01412). The running statistics of the model's BN stay those of the weights themselves.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moved = [parameter for parameter in parameters if parameter.grad is not None]
+    moved = [parameter for parameter in trained if parameter.grad is not None]
     gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
     before = [parameter.detach().clone() for parameter in moved]
     momenta = {norm: norm.momentum for norm in norms(model)}

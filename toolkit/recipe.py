@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from toolkit import losses
-from toolkit.catalogue import BUDGET, PRETRAINED, TEACHER, closest, names, pretrained
+from toolkit.catalogue import BUDGET, PRETRAINED, ROLES, TEACHER, closest, names, pretrained
 from toolkit.choices import Balance, Role, Stage, Views
 from toolkit.errors import RecipeError, UserError, in_line, listing
 
@@ -719,7 +719,7 @@ def read_mapping(source: str | Path, folder: Path, what: str, wrong: type[UserEr
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise wrong(f"cannot read the {what} {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise wrong(f"{path} is not valid YAML: {in_line(error)}") from error
     if not isinstance(tree, dict):
         raise wrong(f"{path} must hold a mapping of {what} fields, not {type(tree).__name__}")
@@ -814,8 +814,7 @@ def resolve(
     elif tree.get("student") is None:
         missing = "it names no student to distil: give one by --student NAME"
     elif tree.get("start_from") == PRETRAINED and isinstance(tree["student"], Mapping):
-        data = tree.get("data")
-        side = data.get("image_size", Data().image_size) if isinstance(data, Mapping) else None
+        side = at_path(tree, "data.image_size") or Data().image_size
         tree["student"] = {**pretrained(str(tree["student"].get("name")), side)[1], **tree["student"]}
     return validate(tree, missing)
 
@@ -838,19 +837,16 @@ def validate(tree: Mapping[str, Any], missing: str | None = None) -> Recipe:
     except ValidationError as error:
         items = [item for item in error.errors() if item["loc"] or not missing]
         problems += [line for item in items for line in _explain(item).splitlines()]
-    for key, known in (("teacher", names("teacher")), ("student", names("student"))):
-        node = tree.get(key)
-        name = node.get("name") if isinstance(node, Mapping) else None
-        if not isinstance(node, Mapping) or not isinstance(name, str) or name in known:
+    for role in ROLES:
+        name, known = at_path(tree, f"{role}.name"), names(role)
+        if not isinstance(name, str) or name in known or (role == "teacher" and is_external(name)):
             continue
-        if key == "teacher" and is_external(name):
-            continue
-        if key == "teacher" and tree.get("student") and name in names("student"):
+        if role == "teacher" and tree.get("student") and name in names("student"):
             # A student may teach (arXiv 1805.04770), but which one must be said.
-            if node.get("checkpoint") is None:
+            if at_path(tree, "teacher.checkpoint") is None:
                 problems.append(f"teacher.name = {name!r} is a student: name its run by --teacher-checkpoint")
-            continue
-        problems.append(f"{key}.name = {name!r}: there is no such {key}{closest(name, known)}")
+        else:
+            problems.append(f"{role}.name = {name!r}: there is no such {role}{closest(name, known)}")
     if problems or recipe is None:
         raise RecipeError(listing("the recipe is wrong", problems))
     return recipe

@@ -49,7 +49,7 @@ class Run:
             raise RunError(f"{path} is not a run directory: it has no recipe.yaml")
         try:
             self.recipe: Recipe = validate(yaml.safe_load(source.read_text()))
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecipeError) as error:
+        except (yaml.YAMLError, ValueError, RecipeError) as error:
             raise RunError(f"{source} is damaged, or of another version of the toolkit: {in_line(error)}") from error
 
     @classmethod
@@ -230,7 +230,7 @@ def runs(root: Path = RUNS) -> list[Run]:
     for path in root.glob("*/recipe.yaml"):
         try:
             found.append((path.stat().st_mtime, Run(path.parent)))
-        except (RunError, OSError, ValueError):
+        except (RunError, OSError):
             continue
     return [run for _, run in sorted(found, key=lambda item: (-item[0], str(item[1].path)))]
 

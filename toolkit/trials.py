@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from toolkit.errors import RecipeError, SearchError, in_line, install
 from toolkit.files import write_bytes, write_text
 from toolkit.progress import say, told
 from toolkit.recipe import Recipe
+from toolkit.run import Run
 from toolkit.space import MOST_POINTS, Domain, Plan, Space, Values, measure
 
 DRAWS = 1000  # for one trial, until one meets the constraints
@@ -60,26 +61,19 @@ class Trial:
         return ", ".join(f"{path}={value}" for path, value in self.values.items())
 
 
-class Sampler(Protocol):
-    def draw(self, number: int, attempt: int) -> Values:
-        """Values for a trial; ``attempt`` counts the draws that were refused for it."""
-
-    def learn(self, trial: Trial) -> None:
-        """Take notice of a trial that has ended."""
-
-
 class RandomSampler:
-    """Independent draws, which depend on the seed and the trial's number alone."""
+    """Independent draws, which depend on the seed, the trial's number and how many were refused for it alone."""
 
     def __init__(self, space: Space, seed: int) -> None:
         self.space, self.seed = space, seed
 
     def draw(self, number: int, attempt: int) -> Values:
+        """Values for a trial; ``attempt`` counts the draws that were refused for it."""
         rng = np.random.default_rng([self.seed % 2**32, number, attempt])
         return {path: domain.draw(rng) for path, domain in self.space.fields.items()}
 
     def learn(self, trial: Trial) -> None:
-        pass
+        """Take notice of a trial that has ended."""
 
 
 class OptunaSampler:
@@ -159,7 +153,7 @@ class Search:
         self.left_out = 0  # points of a grid that do not meet the constraints
         self.exhausted = False  # of trials by chance there are no more that differ
         seed = self.base.seed
-        self.sampler: Sampler = (
+        self.sampler = (
             OptunaSampler(plan.space, seed, self.kept) if plan.sampler == "optuna" else RandomSampler(plan.space, seed)
         )
 
@@ -262,8 +256,6 @@ class Search:
 
     def ended(self, trial: Trial, failed: bool = False) -> None:
         """Read from the run directory what came of a trial, which failed where there is none."""
-        from toolkit.run import Run
-
         run = Run.at(self.path(trial))
         if failed:
             file = error_file(self.path(trial))
@@ -280,8 +272,6 @@ class Search:
 
     def read(self, trial: Trial) -> None:
         """Take epochs, seconds and val top-1 from the rows of the run directory."""
-        from toolkit.run import Run
-
         run = Run.at(self.path(trial))
         if run is None:
             return

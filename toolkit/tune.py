@@ -32,7 +32,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ValidationError
 
 from toolkit import recipe as recipes
 from toolkit.choices import Stage
@@ -147,7 +146,7 @@ def resumed(output: Path, wanted: Plan | None, trials: int | None, overrides: Ma
         raise SearchError(f"{output} holds no search to go on with: it has no search.yaml")
     try:
         plan = Plan.model_validate(yaml.safe_load(file.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist, or a plan that is none
         raise SearchError(f"{file} is damaged: {in_line(error)}") from error
     if wanted is not None:
         differences, known = plan.differences(wanted), _named_teacher(plan)
