@@ -24,7 +24,7 @@ IMAGE, PROBABILITIES, LOGITS = "image", "probabilities", "logits"
 class Metadata(BaseModel):
     """What an artifact says of itself."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True)
 
     format: Literal[1] = Field(default=1, description="version of this list of fields")
     model: str = Field(description="name in the catalogue")

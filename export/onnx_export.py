@@ -102,7 +102,7 @@ def build(model: nn.Module, metadata: Metadata, opset: int = OPSET) -> onnx.Mode
         part.ClearField("doc_string")
     fold_norms_behind_pools(proto)
     resize_by_constants(proto)
-    return _of_any_size(proto, size) if metadata.any_size else proto
+    return _of_any_size(proto, size, opset) if metadata.any_size else proto
 
 
 def check_opset(opset: int) -> None:
@@ -195,9 +195,8 @@ def drop_unused(graph: onnx.GraphProto) -> None:
         graph.initializer.remove(tensor)
 
 
-def _of_any_size(proto: onnx.ModelProto, size: int) -> onnx.ModelProto:
+def _of_any_size(proto: onnx.ModelProto, size: int, opset: int) -> onnx.ModelProto:
     """The graph behind crop and resize."""
-    opset = next(item.version for item in proto.opset_import if not item.domain)
     text = FIT.format(ir_version=proto.ir_version, opset=opset, image=IMAGE, size=size)
     first = onnx.parser.parse_model(text)
     for node in first.graph.node:

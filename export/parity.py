@@ -234,22 +234,21 @@ class Reference:
 def compare(
     run: Run,
     reference: Reference,
-    answers: tuple[Array, Array] | None = None,
+    answers: tuple[Array, Array],
     *,
     provider: str,
-    precision: str = "fp32",
-    tf32: bool = False,
-    tolerance: Tolerance = Tolerance(),  # noqa: B008 - frozen
+    precision: str,
+    tf32: bool,
+    tolerance: Tolerance,
 ) -> ParityReport:
     """Hold an artifact against PyTorch.
 
     ``run`` takes uint8 ``[N,S,S,3]`` and gives logits and probabilities, float32 ``[N,K]``; give it the session
     that will serve, and ``provider``, ``precision`` and ``tf32`` as that session states them. ``answers`` are its
-    own on the test set, where they are known (see ``Reference.answers``). Raises ``ParityError`` for a session that
+    own on the test set (see ``Reference.answers``). Raises ``ParityError`` for a session that
     cannot run a batch or gives another shape; differences are in the report.
     """
-    actual = answers or reference.answers(run)
-    cases = [_compare("test", len(reference.labels), reference.expected, actual, tolerance)]
+    cases = [_compare("test", len(reference.labels), reference.expected, answers, tolerance)]
     for kind in reference.kinds:
         resized = kind.images.shape[1:3] != (reference.size, reference.size)
         held = tolerance if not resized else tolerance.model_copy(
@@ -258,7 +257,7 @@ def compare(
         for n in kind.batches:
             expected = (kind.expected[0][:n], kind.expected[1][:n])
             cases.append(_compare(kind.name, n, expected, _answer(run, kind.images[:n]), held))
-    best = [logits.argmax(1) for logits in (reference.expected[0], actual[0])]
+    best = [logits.argmax(1) for logits in (reference.expected[0], answers[0])]
     return ParityReport(
         provider=provider,
         precision=precision,

@@ -48,14 +48,13 @@ class Closed(UserError):
 class Answer:
     """What an artifact says of one image; it carries the metadata of the very artifact that answered.
 
-    ``probabilities`` are float32 ``[K]``, as ``Session.classify`` gives them; ``batch_size`` is how many images ran
-    together; ``milliseconds`` run from ``submit`` to the answer: resizing, waiting and the model.
+    ``probabilities`` are float32 ``[K]``, as ``Session.classify`` gives them; ``milliseconds`` run from ``submit`` to
+    the answer: resizing, waiting and the model.
     """
 
     metadata: Metadata
     provider: str
     probabilities: Array
-    batch_size: int
     milliseconds: float
 
     @property
@@ -365,7 +364,7 @@ class _Model:
         now = time.perf_counter()
         for index, item in enumerate(items):
             item.future.set_result(
-                Answer(session.metadata, session.provider, probabilities[index], count, (now - item.began) * 1000)
+                Answer(session.metadata, session.provider, probabilities[index], (now - item.began) * 1000)
             )
 
     def _sizes(self, session: Session) -> Iterator[int]:

@@ -335,7 +335,6 @@ def _config(settings: Settings, app: ASGIApp | Callable[[], ASGIApp]) -> uvicorn
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=settings.grace,
-        timeout_worker_healthcheck=SILENCE,
     )
 
 

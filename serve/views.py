@@ -17,8 +17,6 @@ from export.artifact import Metadata
 from serve.engine import Answer
 from serve.explain import Attention
 
-TOP_K = 5
-
 
 @dataclass(frozen=True)
 class Opinion:
@@ -71,7 +69,7 @@ def _answer(opinion: Opinion, threshold: float, *, named: bool) -> str:
         f'<tr><th scope="row"><div>{escape(name)}</div></th>'
         f'<td class="bar" aria-hidden="true"><span style="width:{share:.2%}"></span></td>'
         f"<td>{_percent(share)}</td></tr>"
-        for name, share in answer.best(TOP_K)
+        for name, share in answer.best()
     )
     return (
         f"<article {_sureness(opinion, threshold)}>{heading}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from students.blocks import stem_reduction
+from students.blocks import conv3x3, stem_reduction
 
 __all__ = ["resnet18_242_k3", "resnet18_242_k7", "resnet18_256_dropout"]
 
@@ -40,8 +40,7 @@ class DropoutBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.conv1, self.conv2 = conv3x3(inputs, outputs, stride), conv3x3(outputs, outputs)
         self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
         self.dropout = nn.Dropout(dropout)
         self.shortcut: nn.Module = nn.Identity()
@@ -113,7 +112,6 @@ def resnet18_256_dropout(
     Source: Chawla, Kataria, Kulkarni: three ResNet-18 variants, method 3 (90.80% on CIFAR-10)
     """
     stride, pools = stem_reduction(image_size, stride=2)
-    conv = nn.Conv2d(3, widths[0], 3, stride, 1, bias=False)
-    stem = nn.Sequential(conv, nn.BatchNorm2d(widths[0]), nn.ReLU(), *pools)
+    stem = nn.Sequential(conv3x3(3, widths[0], stride), nn.BatchNorm2d(widths[0]), nn.ReLU(), *pools)
     blocks = [DropoutBlock(*shape, dropout) for shape in _shapes(widths)]
     return CutResNet18(num_classes, stem, blocks, widths[-1])

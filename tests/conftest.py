@@ -52,14 +52,19 @@ def pytest_configure(config: pytest.Config) -> None:
             del os.environ[name]
 
 
-def benchmark(name: str) -> ModuleType:
-    """A script in ``benchmarks/``, which is no package."""
-    spec = util.spec_from_file_location(name, Path(__file__).parents[1] / f"benchmarks/{name}.py")
+def module_at(path: Path) -> ModuleType:
+    """A file that is in no package, or is wanted without its package."""
+    spec = util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script in ``benchmarks/``, which is no package."""
+    return module_at(Path(__file__).parents[1] / f"benchmarks/{name}.py")
 
 
 def _toolkit(*arguments: object) -> Result:

@@ -3,12 +3,13 @@
 import io
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ class Served:
 
     def client(self, **options: object) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
+
+    def connection(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", httpx.URL(self.url).port))
 
     def memory(self) -> int:
         """The most bytes that it held since ``forget_memory``."""
@@ -89,15 +93,21 @@ def serving(*arguments: object, ready: bool = True, patch: str = "") -> Iterator
     assert "Traceback" not in server.said, server.said
 
 
-def wait_until_ready(server: Served, seconds: float = 120) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.01)
+
+
+def wait_until_ready(server: Served) -> None:
+    def ready() -> bool:
+        with suppress(httpx.TransportError):
+            return http.get("readyz").status_code == 200
+        return False
+
     with server.client() as http:
-        while time.monotonic() < end:
-            with suppress(httpx.TransportError):
-                if http.get("readyz").status_code == 200:
-                    return
-            time.sleep(0.05)
-    raise AssertionError("the server is not ready")
+        wait_until(ready, 120)
 
 
 def encoded(pixels: np.ndarray | Image.Image, format: str = "PNG", **options: object) -> bytes:

@@ -147,4 +147,5 @@ def check(
 ) -> parity.ParityReport:
     """The gate, for a model that takes float ``[B,3,S,S]`` in [0,1] and gives logits."""
     reference = parity.Reference(Deployed(fp32_copy(model)).eval(), images, labels, batches)
-    return parity.compare(run, reference, provider=provider, tolerance=tolerance)
+    answers = reference.answers(run)
+    return parity.compare(run, reference, answers, provider=provider, precision="fp32", tf32=False, tolerance=tolerance)

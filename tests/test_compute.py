@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-from small_run import TREE
+from small_run import TREE, small_digits
 
 from toolkit import compute
 from toolkit import data as datasets
 from toolkit.compute import Numbers
-from toolkit.data import Split
 from toolkit.engine import fit, predict
 from toolkit.errors import DeviceError
 from toolkit.learner import new_model
@@ -62,8 +61,7 @@ def test_the_usual_choice_yields_only_to_a_clear_difference(
 
 
 def test_a_probed_run_is_the_run_that_was_told_its_numbers(monkeypatch, tmp_path):
-    whole = datasets.load(resolve(TREE, "distill", {"data.image_size": 16}).data)
-    data = dataclasses.replace(whole, train=Split(whole.train.images[:200], whole.train.labels[:200]), val=None)
+    data = dataclasses.replace(small_digits(), val=None)
     alike = {"loss.ce_weight": 1, "loss.kd_weight": 0, "epochs": 1, "data.image_size": 16, "batch_size": 100}
     monkeypatch.setattr(compute, "WORTH", 0)  # the fastest, whatever it is
     probed = Run.start(tmp_path / "probed", resolve(TREE, "distill", alike | {"channels_last": None}), False)

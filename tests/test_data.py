@@ -583,42 +583,26 @@ def test_folder_without_images(tmp_path: Path, layout: str) -> None:
         load_data(f"folder:{tmp_path / 'photos'}")
 
 
-def test_folder_with_one_class(tmp_path: Path) -> None:
-    fill(tmp_path / "photos" / "cat", 5)
-    with pytest.raises(DataError, match=r"only one class in .*photos \(cat\): at least two"):
+PARTS = {"train/cat": 12, "train/dog": 12, "test/cat": 4, "test/dog": 4}
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"cat": 5}, r"only one class in .*photos \(cat\): at least two"),
+        ({"cat": 20, "dog": 1}, "each class needs one on either side, and 'dog' has 1 in all"),
+        ({"cat": 40, "dog": 2}, "too few images of dog in .* to hold out 20% of each class"),
+        (PARTS | {"test/horse": 2}, "do not hold the same classes: only one of them has horse"),
+        (PARTS | {"train/dog": 0}, "no readable images in .*train for dog, of the part train"),
+        (PARTS | {"test/dog": 0}, "no readable images in .*test for dog, of the part test"),
+        (PARTS | {"val/cat": 0, "val/dog": 0}, "no readable images in .*val for cat, dog"),
+    ],
+)
+def test_folder_with_too_few_images(tmp_path: Path, places: dict[str, int], message: str) -> None:
+    for number, (place, count) in enumerate(places.items()):
+        fill(tmp_path / "photos" / place, count, 20 * number)
+    with pytest.raises(DataError, match=message):
         load_data(f"folder:{tmp_path / 'photos'}")
-
-
-def test_folder_whose_parts_differ_in_classes(photos: Path) -> None:
-    fill(photos / "test" / "horse", 2)
-    with pytest.raises(DataError, match="do not hold the same classes: only one of them has horse"):
-        load_data(f"folder:{photos}")
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_folder_with_an_empty_class(photos: Path, part: str) -> None:
-    for path in (photos / part / "dog").iterdir():
-        path.unlink()
-    with pytest.raises(DataError, match=f"no readable images in .*{part} for dog, of the part {part}"):
-        load_data(f"folder:{photos}")
-
-
-def test_folder_with_an_empty_part(photos: Path) -> None:
-    (photos / "val" / "cat").mkdir(parents=True)
-    (photos / "val" / "dog").mkdir()
-    with pytest.raises(DataError, match=r"no readable images in .*val for cat, dog"):
-        load_data(f"folder:{photos}")
-
-
-def test_class_too_small_to_split(tmp_path: Path) -> None:
-    fill(tmp_path / "photos" / "cat", 20)
-    fill(tmp_path / "photos" / "dog", 1, 100)
-    with pytest.raises(DataError, match="each class needs one on either side, and 'dog' has 1 in all"):
-        load_data(f"folder:{tmp_path / 'photos'}")
-    fill(tmp_path / "more" / "cat", 40)
-    fill(tmp_path / "more" / "dog", 2, 100)
-    with pytest.raises(DataError, match=r"too few images of dog in .* to hold out 20% of each class"):
-        load_data(f"folder:{tmp_path / 'more'}")
 
 
 def test_val_leaves_images_of_each_class(photos: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from served import encoded, png, png_chunk
 
 from serve import decode as module
-from serve.decode import MAX_PARTS, MAX_PIXELS, decode, read_image
+from serve.decode import FORMATS, MAX_PARTS, MAX_PIXELS, decode, read_image
 from toolkit.errors import ImageError, ImageFormatError, ImageSizeError
 
 RED, GREEN = (200, 30, 30), (30, 160, 30)
@@ -189,10 +189,9 @@ def test_empty_and_missing(tmp_path: Path) -> None:
         read_image(tmp_path, "This picture")
 
 
-@pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {})])
-def test_cut_short(format: str, options: dict[str, object]) -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    data = encoded(noise, format, **options)
+@pytest.mark.parametrize("format", FORMATS)
+def test_cut_short(format: str) -> None:
+    data = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), format)
     for length in (len(data) // 2, len(data) - 100):
         with pytest.raises(ImageError, match=r"broken|cut short"):
             decode(data[:length])
@@ -321,7 +320,7 @@ def _answers(data: bytes) -> None:
         assert pixels.shape[2:] == (3,)
 
 
-GOOD = [encoded(_picture(), format) for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP")]
+GOOD = [encoded(_picture(), format) for format in FORMATS]
 
 
 @given(st.sampled_from([b"", *(data[:16] for data in GOOD)]), st.binary(max_size=300))

@@ -264,7 +264,7 @@ def _opinion(name: str, logits: list[float], **about: object) -> views.Opinion:
     metadata: Metadata = small_metadata().model_copy(update={"labels": ("cat", "<dog>", "eel"), **about})
     values = np.array(logits, np.float32)
     shares = np.exp(values) / np.exp(values).sum()
-    return views.Opinion(name, Answer(metadata, "CPUExecutionProvider", shares, 1, 1.25))
+    return views.Opinion(name, Answer(metadata, "CPUExecutionProvider", shares, 1.25))
 
 
 def test_the_page_says_whether_confidence_is_calibrated() -> None:

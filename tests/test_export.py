@@ -102,20 +102,12 @@ def test_labels_must_fit_the_model(tmp_path: Path) -> None:
         export(small_net(), metadata, tmp_path / "a.onnx")
 
 
-def _foreign() -> bytes:
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
-    return bytes(onnx.helper.make_model(graph).SerializeToString())
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path: b"", "is empty"),
         (lambda path: b"PK\x03\x04 not a model" * 20, "not an ONNX file"),
         (lambda path: path.read_bytes()[: path.stat().st_size // 2], "not an ONNX file, or it is cut short"),
-        (lambda path: _foreign(), "not an artifact of this toolkit"),
         (lambda path: changed(path, with_property("format", "2")), "cannot be understood: format"),
         (lambda path: changed(path, with_property("labels", "[")), "cannot be understood"),
         (lambda path: changed(path, with_property("labels", '["a", "b"]')), "wrong inputs or outputs"),
@@ -131,13 +123,6 @@ def test_what_is_not_an_artifact_is_refused(
         artifact.read(bad)
     assert str(bad) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_artifact_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"none\.onnx: No such file"):
-        artifact.read(tmp_path / "none.onnx")
-    with pytest.raises(ArtifactError, match="directory"):
-        artifact.read(tmp_path)
 
 
 def test_every_opset_is_the_one_asked_for_or_an_error(tmp_path: Path, path: Path) -> None:

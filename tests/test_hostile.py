@@ -151,7 +151,7 @@ def test_many_uploads_at_once_do_not_fill_the_memory(server: Served, http: httpx
     server.forget_memory()
     before, refused = server.memory(), _refused(http, "busy")
     head = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (20 * MB)
-    clients = [socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) for _ in range(60)]
+    clients = [server.connection() for _ in range(60)]
     try:
         for client in clients:
             client.settimeout(5)
@@ -183,7 +183,7 @@ def test_slow_clients_are_let_go(server: Served, http: httpx.Client) -> None:
     ]
     clients = []
     for start in starts:
-        client = socket.create_connection(("127.0.0.1", httpx.URL(server.url).port))
+        client = server.connection()
         client.settimeout(0.05)
         client.sendall(start)
         clients.append(client)
@@ -233,7 +233,7 @@ def test_a_client_that_does_not_read_is_let_go(server: Served, http: httpx.Clien
 def test_an_upload_that_its_client_breaks_off_is_no_error_of_ours(server: Served, http: httpx.Client) -> None:
     before = _refused(http, "internal")
     for path in ("/v1/predict", "/v1/predict?top_k=1", "/gradio_api/upload"):
-        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as client:
+        with server.connection() as client:
             kind = "multipart/form-data; boundary=x" if "upload" in path else "image/png"
             client.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\n".encode())
             client.sendall(b"content-length: 999\r\n\r\n--x\r\n")
@@ -261,7 +261,7 @@ def test_endless_headers_and_other_protocols(server: Served, http: httpx.Client)
         (b"POST /v1/predict HTTP/1.1\r\ncontent-length: -1\r\n\r\n", b"400"),
         (b"POST /v1/predict HTTP/1.1\r\ncontent-length: 9999999999999999999999\r\n\r\n", b"400"),
     ):
-        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as client:
+        with server.connection() as client:
             client.settimeout(5)
             with suppress(OSError):  # the server may answer and close before it has everything
                 client.sendall(data)

@@ -126,12 +126,3 @@ def test_other_schemes_make_graphs_that_run(scheme: quantise.Scheme, graph: onnx
     assert TensorProto.UINT8 not in {tensor.data_type for tensor in quantised.graph.initializer}
     same = answers(quantised, tmp_path).argmax(1) == answers(graph, tmp_path).argmax(1)
     assert same.mean() > 0.95
-
-
-def test_a_graph_behind_a_resize_is_quantised_too(tmp_path: Path) -> None:
-    about = small_metadata().model_copy(update={"any_size": True})
-    quantised = quantise.int8(build(small_net(), about), IMAGES[:64], "MinMax", quantise.X86)
-    save(quantised, about, tmp_path / "a.onnx")
-    logits = Session(tmp_path / "a.onnx", "cpu").run(np.zeros((2, 40, 30, 3), np.uint8))[0]
-    assert logits.shape == (2, 7)
-    assert torch.from_numpy(logits).isfinite().all()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from served import wait_until
 from small_net import (
     LABELS,
     SIZE,
@@ -23,9 +24,9 @@ from small_net import (
 )
 
 from serve import engine as module
-from serve.engine import Closed, DeadlineExceeded, Engine, QueueFull, named
+from serve.engine import Closed, DeadlineExceeded, Engine, named
 from serve.session import Session
-from toolkit.errors import ArtifactError, UnknownNameError, UserError
+from toolkit.errors import UnknownNameError, UserError
 
 
 @pytest.fixture
@@ -65,7 +66,6 @@ def test_answers_are_those_of_the_session(engine: Engine, path: Path, images: np
     for index, answer in enumerate(future.result(10) for future in futures):
         np.testing.assert_allclose(answer.probabilities, probabilities[index], atol=1e-6)
         assert answer.best(2)[0][0] == LABELS[probabilities[index].argmax()]
-        assert 1 <= answer.batch_size <= 8
         assert answer.milliseconds > 0
         assert answer.metadata == engine.metadata()
     assert len(answer.best(99)) == len(LABELS)
@@ -79,20 +79,9 @@ def test_what_waits_runs_together(engine: Engine, images: np.ndarray) -> None:
     futures = [engine.submit(image) for image in images[:19]]
     assert b'toolkit_queue_images{artifact="student"} 19.0' in engine.metrics.text()
     gate.open()
-    assert [future.result(10).batch_size for future in futures] == [8] * 16 + [3] * 3
+    assert all(future.result(10) for future in futures)
     assert gate.sizes == [1, 8, 8, 3]  # and no wait for more
     assert b'toolkit_queue_images{artifact="student"} 0.0' in engine.metrics.text()
-
-
-def test_a_full_queue_refuses(engine: Engine, images: np.ndarray) -> None:
-    gate = Gate(engine)
-    gate.hold(engine, images[0])
-    futures = [engine.submit(image) for image in images[:20]]
-    with pytest.raises(QueueFull, match="20 images wait already"):
-        engine.submit(images[0])
-    gate.open()
-    assert all(future.result(10) for future in futures)
-    assert engine.submit(images[0]).result(10)
 
 
 def test_late_and_cancelled_images_are_not_computed(engine: Engine, images: np.ndarray) -> None:
@@ -104,7 +93,7 @@ def test_late_and_cancelled_images_are_not_computed(engine: Engine, images: np.n
     gate.open()
     with pytest.raises(DeadlineExceeded, match="within the deadline"):
         late.result(10)
-    assert good.result(10).batch_size == 1
+    assert good.result(10)
     assert gate.sizes == [1, 1]
 
 
@@ -153,7 +142,7 @@ def test_a_new_artifact_of_another_size_takes_only_what_comes_after_it(tmp_path:
         for futures, size in ((before, SIZE), (after, 2 * SIZE)):
             answers = [future.result(10) for future in futures]
             assert [answer.metadata.image_size for answer in answers] == [size] * 3
-            assert [answer.batch_size for answer in answers] == [3] * 3
+        assert gate.sizes == [1, 3]
         session = weakref.ref(engine._model(None).session)
         small_artifact(path)
         engine._model(None).reload()
@@ -185,7 +174,6 @@ def test_a_device_sees_a_few_batch_sizes(engine: Engine, images: np.ndarray, mon
     gate.open()
     for future, probabilities in zip(futures, expected, strict=True):
         np.testing.assert_allclose(future.result(10).probabilities, probabilities, atol=1e-6)
-        assert future.result().batch_size == 3
     assert gate.sizes == [1, 4]
     assert not engine.ready
     engine.warm_up()
@@ -217,12 +205,6 @@ def test_names_come_from_files_or_are_given() -> None:
         named(["x/a.onnx", "y/a.onnx"])
 
 
-def test_an_artifact_that_cannot_be_opened(tmp_path: Path) -> None:
-    (tmp_path / "junk.onnx").write_bytes(b"junk")
-    with pytest.raises(ArtifactError, match=r"junk\.onnx"):
-        Engine({"junk": tmp_path / "junk.onnx"}, "cpu")
-
-
 def _replace(path: Path, change: Callable[[onnx.ModelProto], None]) -> None:
     """Put another artifact in the place of ``path``, as ``toolkit export`` does."""
     new = path.with_suffix(".new")
@@ -243,10 +225,11 @@ def test_reload_takes_what_is_good_and_keeps_what_was(
         engine.watch(0.02)
 
         def until(text: str) -> None:
-            end = time.monotonic() + 20
-            while text not in caplog.text:
+            def told() -> bool:
                 assert engine.submit(images[0]).result(10).metadata.model == "small_net"
-                assert time.monotonic() < end, caplog.text
+                return text in caplog.text
+
+            wait_until(told)
             caplog.clear()
 
         path.write_bytes(b"junk")
@@ -259,9 +242,7 @@ def test_reload_takes_what_is_good_and_keeps_what_was(
         until("is not an ONNX file, or it is cut short")
         path.write_bytes(good)
         _replace(path, RENAMED)
-        end = time.monotonic() + 20
-        while engine.submit(images[0]).result(10).metadata.model != "newer_net":
-            assert time.monotonic() < end, caplog.text
+        wait_until(lambda: engine.submit(images[0]).result(10).metadata.model == "newer_net")
 
 
 def test_a_file_that_changes_during_the_start_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

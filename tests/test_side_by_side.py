@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import Toolkit
+from conftest import Toolkit, refused
 
 from toolkit import report, side_by_side
 from toolkit.catalogue import build, mac_count, parameter_count
@@ -229,13 +229,8 @@ def test_what_is_left_out_is_told(toolkit: Toolkit, nowhere: Path) -> None:
 
 
 def test_nothing_left_to_compare_is_an_error(toolkit: Toolkit, nowhere: Path) -> None:
-    empty = toolkit("report")
-    assert empty.exit_code == 1
-    assert "error: there is no finished and undamaged run under runs/" in empty.stderr
-    missing = toolkit("report", "runs/a", "runs/b")
-    assert missing.exit_code == 1
-    assert "error: there is no finished and undamaged run among runs/a, runs/b" in missing.stderr
-    assert missing.stdout == ""
+    refused(toolkit("report"), "there is no finished and undamaged run under runs/")
+    refused(toolkit("report", "runs/a", "runs/b"), "there is no finished and undamaged run among runs/a, runs/b")
     assert not any(nowhere.iterdir())
 
 
