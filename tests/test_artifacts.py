@@ -75,6 +75,7 @@ def test_everything_at_once(toolkit: Toolkit, chain: Chain, tolerant: None, monk
     assert [row["precision"] for row in report["precisions"]] == ["fp32", "fp16", "int8"]
     assert report["precision"] == about.precision == "fp16"
     assert any(case["images"] == "real 64x96" and case["batch"] == 64 for case in report["cases"]), report["cases"]
+    assert report["precisions"][2]["refused"].startswith("0.50 times as fast")  # and nothing else, of any size
     for row in report["precisions"]:
         assert any(line.startswith(row["precision"]) for line in result.stdout.splitlines())
 
