@@ -191,7 +191,7 @@ class Augmenter:
         rows = (place[:, None] * self.side + near_y) * self.side
         images = pixels.index_select(0, (rows[:, :, None] + near_x[:, None, :]).flatten())
         images = images.view(-1, self.side, self.side, 3).permute(0, 3, 1, 2)
-        if self.config.padding_mode != "reflect":
+        if "corner" in self.table and self.config.padding_mode != "reflect":
             outside = (y != near_y)[:, :, None] | (x != near_x)[:, None, :]
             images.masked_fill_(outside[:, None], FILLED[self.config.padding_mode])
         images = images.float().div_(255)
