@@ -245,8 +245,8 @@ def compare(
 
     ``run`` takes uint8 ``[N,S,S,3]`` and gives logits and probabilities, float32 ``[N,K]``; give it the session
     that will serve, and ``provider``, ``precision`` and ``tf32`` as that session states them. ``answers`` are its
-    own on the test set (see ``Reference.answers``). Raises ``ParityError`` for a session that
-    cannot run a batch or gives another shape; differences are in the report.
+    own on the test set (see ``Reference.answers``). Raises ``ParityError`` for a session that cannot run a batch or
+    gives another shape; differences are in the report.
     """
     cases = [_compare("test", len(reference.labels), reference.expected, answers, tolerance)]
     for kind in reference.kinds:

@@ -18,6 +18,7 @@ import onnx.parser
 import onnxruntime as ort
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import nn
 
 from export import onnx_export
@@ -302,6 +303,8 @@ def plot(rows: Sequence[Row]) -> bytes:
     for axes, heading in ((latency, "Milliseconds, median to 99th percentile"), (rate, "Images a second")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # plain numbers, also of a range within one power of ten
+        axes.yaxis.set_minor_formatter(LogFormatter())
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xlabel("batch size", color=INK)
         plain_axes(axes, heading)
