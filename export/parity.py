@@ -305,7 +305,7 @@ def _sizes(real: Images) -> Iterator[tuple[str, Images]]:
     rng = np.random.default_rng(1)
     for times in SIZES:
         height, width = (round(side * factor) for factor in times)
-        n = max(size for size in SIZE_BATCHES if size == 1 or size * height * width <= MOST_PIXELS)
+        n = max(size for size in SIZE_BATCHES if size * height * width <= MOST_PIXELS)
         yield f"random {height}x{width}", rng.integers(0, 256, (n, height, width, 3), dtype=np.uint8)
         scaled = [Image.fromarray(real[i % len(real)]).resize((width, height)) for i in range(n)]
         yield f"real {height}x{width}", np.stack([np.asarray(image) for image in scaled])

@@ -89,7 +89,6 @@ def half(proto: onnx.ModelProto) -> onnx.ModelProto:
     floats = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
     floats |= {name for name, tensor in constants.items() if tensor.data_type == TensorProto.FLOAT}
     wanted = {name for node in proto.graph.node if node.name in light for name in node.input}
-    wanted |= {value.name for value in proto.graph.output}
     halves: dict[str, str] = {}  # tensor to its fp16 twin
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:

@@ -28,7 +28,9 @@ from export.preprocess import fit, nhwc
 from serve.session import Session
 from toolkit import artifacts, bench, engine, stages
 from toolkit import data as datasets
+from toolkit.classifier import with_views
 from toolkit.errors import ParityError
+from toolkit.recipe import validate
 from toolkit.run import Run, load_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -118,8 +120,10 @@ def _triton() -> ModuleType:
 def test_int8_is_fine_tuned_from_the_run_says_what_it_is_and_holds_no_path(
     toolkit: Toolkit, chain: Chain, few_batches: None, tolerant: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = (chain.student / "checkpoints/best.safetensors").read_bytes()
-    result = toolkit("export", "--precision", "int8", "--fine-tune", 1, *SHIP, "--output", "a/student.onnx", "--json")
+    weights, int8, taken = (chain.student / "checkpoints/best.safetensors").read_bytes(), quantise.int8, []
+    monkeypatch.setattr(quantise, "int8", lambda graph, *given: taken.append(graph) or int8(graph, *given))
+    command = ("export", "--precision", "int8", "--fine-tune", 1, "--tta", "flip", *SHIP)
+    result = toolkit(*command, "--output", "a/student.onnx", "--json")
     assert result.exit_code == 0, result.output
     assert all(f"INT8 calibrated by {method}: val top-1" in result.stderr for method in quantise.METHODS)
     document = json.loads(result.stdout, parse_constant=pytest.fail)  # Infinity is no JSON
@@ -137,9 +141,14 @@ def test_int8_is_fine_tuned_from_the_run_says_what_it_is_and_holds_no_path(
     found = json.loads(toolkit("validate", "a/student.onnx", "--provider", "cpu", "--json").stdout)
     assert found["top1"] == pytest.approx(about.accuracy)
     assert found["ece"] == pytest.approx(about.ece)
+    plain = json.loads(toolkit("validate", chain.student, "--json").stdout)
+    assert about.plain_accuracy == pytest.approx(plain["top1"])
 
     (tuned,) = chain.student.glob("int8-1-*")
     recipe = Run(tuned).recipe
+    model = with_views(load_run(Run(tuned))[0], "flip")
+    built = onnx_export.build(model, small_metadata().model_copy(update={"labels": about.labels, "image_size": 32}))
+    assert _weights(taken[0]) == _weights(built)
     assert recipe.int8
     assert recipe.distils
     assert recipe.start_from == chain.student / "checkpoints/best.safetensors"
@@ -149,6 +158,26 @@ def test_int8_is_fine_tuned_from_the_run_says_what_it_is_and_holds_no_path(
     monkeypatch.setattr(engine, "_fit", None)  # which training would call
     images = Run(chain.student).recipe.data
     assert artifacts.fine_tuned(Run(chain.student), images, 1, "cpu").path == tuned  # found again
+
+
+def _weights(graph: onnx.ModelProto) -> list[bytes]:
+    return [tensor.raw_data for tensor in graph.graph.initializer]
+
+
+def test_fine_tuning_takes_nothing_that_belongs_to_the_whole_training(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "distill", lambda recipe, folder, resume: recipe)
+    run, tree = Run(chain.student), Run(chain.student).recipe.model_dump(mode="json")
+    tree |= {"epochs": 30, "swa_start": 20, "cached_epochs": 3, "early_stop": {"patience": 4}, "select": "last"}
+    tree |= {"progressive": {"start": 16}, "batch_growth": {"milestones": [9]}}
+    run.recipe = validate(tree)
+    tuning: Any = artifacts.fine_tuned(run, run.recipe.data, 2, "cpu")
+    assert (tuning.epochs, tuning.optimizer.lr, tuning.loss.temperature) == (2, artifacts.TUNING_LR, 1)
+    assert (tuning.loss.ce_weight, tuning.loss.kd_weight) == (0, 1)
+    plain = validate({"teacher": tree["teacher"], "student": tree["student"]})
+    for field in ("swa_start", "cached_epochs", "early_stop", "select", "progressive", "batch_growth"):
+        assert getattr(tuning, field) == getattr(plain, field) != getattr(run.recipe, field)
 
 
 def test_the_temperature_is_the_best_on_val_and_applied_by_flag(
@@ -322,16 +351,19 @@ def test_a_graph_that_computes_something_else_is_not_written(
     folder = chain.student / "export"
     damaged = _edited(onnx.load(chain.artifact), 10, lambda rows: rows + 0.01 * (rows == rows.max()))  # one weight
 
-    monkeypatch.setattr(onnx_export, "build", lambda *_: damaged)
     before, report = files(folder), folder / "refused.json"
     assert chain.artifact in before
-    refused(toolkit("export", "--provider", "cpu"), "does not compute what PyTorch computes", "logits differ by")
-    assert json.loads(report.read_text())["ok"] is False
-    assert files(folder) == before | {report: report.read_bytes()}  # above all its own parity.json
-    shutil.rmtree(folder)
-    with pytest.raises(ParityError, match="does not compute what PyTorch computes"):
-        artifacts.export(provider="cpu")
-    assert list(folder.iterdir()) == [report]
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_export, "build", lambda *_: damaged)
+        refused(toolkit("export", "--provider", "cpu"), "does not compute what PyTorch computes", "logits differ by")
+        assert json.loads(report.read_text())["ok"] is False
+        assert files(folder) == before | {report: report.read_bytes()}  # above all its own parity.json
+        shutil.rmtree(folder)
+        with pytest.raises(ParityError, match="does not compute what PyTorch computes"):
+            artifacts.export(provider="cpu")
+        assert list(folder.iterdir()) == [report]
+    artifacts.export(provider="cpu")
+    assert not report.exists()
 
 
 def test_a_lower_precision_may_lose_so_much_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +450,8 @@ def test_a_file_of_a_run_is_not_the_run(toolkit: Toolkit, chain: Chain) -> None:
         (["--opset", 17], ["--opset 17 cannot be written", "18 to"]),
         (["--output", "there.onnx"], ["there.onnx exists", "--force"]),
         (["--output", "other.onnx"], ["other.md exists", "--force"]),
+        (["--output", "third.onnx"], ["third.examples exists", "--force"]),
+        (["--output", "fourth.onnx"], ["fourth.parity.json exists", "--force"]),
         (["--output", "folder.onnx", "--force"], ["cannot write folder.onnx"]),
         (["--output", "student.bin"], ["student.bin must end in .onnx"]),
         (["--output", "there.onnx/in.onnx"], ["cannot write there.onnx/in.onnx"]),
@@ -432,6 +466,8 @@ def test_a_file_of_a_run_is_not_the_run(toolkit: Toolkit, chain: Chain) -> None:
 def test_what_cannot_be(toolkit: Toolkit, chain: Chain, options: list[object], words: list[str]) -> None:
     Path("there.onnx").write_text("there")
     Path("other.md").write_text("there")
+    Path("third.examples").mkdir()
+    Path("fourth.parity.json").touch()
     Path("folder.onnx").mkdir()
     Path("models/student").mkdir(parents=True)
     before = files(chain.folder)

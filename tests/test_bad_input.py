@@ -90,6 +90,7 @@ SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 3
         ),
         ("distill --recipe digits --set student.widths=[8,8,8,8,8]", ["must be 1 to 4 for images of 32 pixels"]),
         ("distill --recipe digits --set student.widths=[]", ["widths (=[]) must be 1 to 4"]),
+        ("distill --recipe digits --set student.image_size=64", ["resnet9 takes no such argument; the data"]),
         (
             "distill --recipe digits --student resnet18_42 --set student.blocks=[0,2,2,2]",
             ["blocks (=[0, 2, 2, 2])", "at least 1"],
@@ -285,6 +286,23 @@ def test_a_directory_that_is_not_a_run(toolkit: Toolkit, nowhere: Path) -> None:
     refused(toolkit("validate", "letters"), "letters", "not a run directory")
     refused(toolkit("train", *SMALL, "--run-dir", "letters/mum.txt/run"), "letters/mum.txt")
     assert files(nowhere) == before
+
+
+@pytest.mark.parametrize("arguments", ["distill --recipe digits --teacher-checkpoint", "validate", "export"])
+def test_a_place_that_may_not_be_looked_at(
+    toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    """In another user's home. Where the tests run as root, all may be looked at."""
+    stat = Path.stat
+
+    def closed(path: Path, **options: bool) -> os.stat_result:
+        if "alice" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", closed)
+    refused(toolkit(*arguments.split(), "/home/alice/run"), "/home/alice/run", "permission denied")
+    assert files(nowhere) == {}
 
 
 @pytest.mark.parametrize("content", ["epochs: [3\nseed", "", "name: 2024-13-01", "\xff"])

@@ -405,6 +405,11 @@ def test_folder_with_its_own_val(photos: Path) -> None:
     data = load_data(f"folder:{photos}", val_size=0.25)
     assert data.val is not None
     assert [len(part) for part in (data.train, data.val, data.test)] == [24, 6, 8]
+    for path in (photos / "val/dog").iterdir():  # validation without a rare class is poor, and possible
+        path.unlink()
+    poor = load_data(f"folder:{photos}").val
+    assert poor is not None
+    assert poor.labels.tolist() == [0, 0, 0]
 
 
 def test_few_images_leave_one_of_each_class_for_the_test(tmp_path: Path) -> None:
@@ -422,6 +427,12 @@ def test_digest_covers_labels_and_class_names(photos: Path) -> None:
         (photos / part / "dog").rename(photos / part / "fox")
     digests.add(load_data(f"folder:{photos}").digest)
     assert len(digests) == 3
+
+
+def test_digest_covers_how_images_are_held_out(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_data(f"folder:{photos}").digest
+    monkeypatch.setattr(module, "SPLITTING", -1)
+    assert load_data(f"folder:{photos}").digest != before
 
 
 def test_images_that_do_not_fit_stay_in_a_file_and_are_the_same(photos: Path) -> None:
@@ -534,15 +545,32 @@ def test_decoded_images_that_nobody_asks_for_are_removed(photos: Path, tmp_path:
     load_data(f"folder:{photos}", image_size=16)
     small = ours()
     (tmp_path / "cache/own.npy").write_bytes(b"")
+    killed, writing = (tmp_path / f"cache/.{name}.npy.k3x_81yz.tmp" for name in "ab")
+    killed.touch()
     forget()
+    writing.touch()  # by another process
     load_data(f"folder:{photos}", image_size=24)
     assert not ours() & small
     assert (tmp_path / "cache/own.npy").is_file()
+    assert (killed.exists(), writing.exists()) == (False, True)
+    writing.unlink()
     kept = ours()
     forget()
     load_data(f"folder:{photos}", image_size=24)
     load_data(f"folder:{photos}", image_size=16)
     assert ours() == kept | small
+
+
+def test_decoded_images_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path("~/.cache/distillation-toolkit").expanduser()
+    for own, everybodys, expected in (
+        ("", "", home),
+        ("", "/c", Path("/c/distillation-toolkit")),
+        ("a", "/c", Path("a")),
+    ):
+        monkeypatch.setenv("TOOLKIT_CACHE", own)
+        monkeypatch.setenv("XDG_CACHE_HOME", everybodys)
+        assert decoded.cache_folder() == expected
 
 
 def test_a_cache_that_cannot_be_written_is_named(photos: Path, tmp_path: Path) -> None:
@@ -646,6 +674,22 @@ def test_a_run_can_do_without_the_images_that_it_left_out(photos: Path) -> None:
     again = load_data(f"folder:{photos}", images=photos.parent / "images.json", **options)
     assert (len(again.files), again.files, again.digest) == (30, data.files, data.digest)
     assert keys(again.val) == keys(data.val)
+    for names in ([], data.files[-7:], ["train/cat/001.jpg", "train/cat/002.webp"]):
+        (photos.parent / "images.json").write_text(json.dumps(names))
+        with pytest.raises(DataError, match="names too few images"):
+            load_data(f"folder:{photos}", images=photos.parent / "images.json", **options)
+
+
+def test_answers_take_the_place_of_labels_in_all_parts() -> None:
+    data = load_data()
+    answered = module.labelled(data, "ab", lambda images: np.eye(2)[images[:, 0, 16, 16].numpy() % 2])
+    assert answered.classes == ("a", "b")
+    for before, after in zip(
+        (data.train, data.val, data.test), (answered.train, answered.val, answered.test), strict=True
+    ):
+        assert before is not None
+        assert after is not None
+        assert torch.equal(after.labels, before.images[:, 0, 16, 16] % 2)
 
 
 def test_class_of_broken_images_alone(photos: Path) -> None:

@@ -117,6 +117,8 @@ def test_the_limits_of_parity() -> None:
         for limits in held[name]:
             found = [limits.logits, limits.probabilities, limits.drop, limits.agreement]
             assert found == pytest.approx([amount(cell) for cell in cells]), name
+            assert limits.softmax == 1e-5
+            assert limits.resized == (1e-2 if name.startswith("fp32") else limits.logits)
 
 
 # --- code --------------------------------------------------------------------------------------------------

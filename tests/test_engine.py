@@ -13,12 +13,13 @@ import pytest
 import torch
 from small_run import EVERYTHING, TEACHER, TREE, small_digits
 
-from toolkit import checkpoint, distributed, engine, learner, teaching
+from toolkit import checkpoint, distributed, engine, learner, teacher_cache, teaching
+from toolkit.augment import Augmenter
 from toolkit.classifier import Ensemble
 from toolkit.data import DataSet, Split, at_once
 from toolkit.errors import DeviceError, DivergedError, Interrupted, RunError, UserError
 from toolkit.recipe import BatchGrowth, Teacher, resolve
-from toolkit.run import Run, load_model, load_tensors
+from toolkit.run import Run, load_model, load_tensors, save_tensors
 from toolkit.teacher_cache import TeacherCache
 
 
@@ -351,23 +352,52 @@ def test_cached_logits_replay_the_run_that_had_its_teacher(tmp_path, data):
         engine.fit(recipe, data, run, Asked(False))
 
 
-def test_everything_that_decides_the_logits_decides_their_file(tmp_path, data):
+def test_everything_that_decides_the_logits_decides_their_file(tmp_path, data, monkeypatch):
     teacher, other = Plain(), Plain()
     given = {"loss.kd_weight": 1, "teacher.name": "wrn28", "cached_epochs": 2}
 
     def path(data=data, teacher=teacher, dtype=torch.float32, **changes):
         return TeacherCache(tmp_path, resolve(TREE, "distill", given | changes), data, teacher, dtype).path
 
-    killed, writing = tmp_path / ".a-2.npy.k3x_81yz", tmp_path / ".b-2.npy.k3x_81yz"
+    killed, writing = tmp_path / ".a-2.npy.k3x_81yz.tmp", tmp_path / ".b-2.npy.k3x_81yz.tmp"
     killed.touch()
     os.utime(killed, (0, 0))
     writing.touch()
     others = [path(teacher=other), path(dataclasses.replace(data, digest="e")), path(dtype=torch.bfloat16)]
     others += [path(**change) for change in ({"data.split_seed": 1}, {"data.val_size": 0.2}, {"data.group_by": "x"})]
     others += [path(**change) for change in ({"augment.cutout": 4}, {"augment.plain_copy": True}, {"seed": 1})]
-    assert len({path(), *others}) == 10
+    mixed, sampled = {"augment.mixup": 1}, {"balance": "sampling"}
+    others += [path(**mixed), path(**mixed, **sampled)]  # which draws the partners
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache, "VIEWS", -1)
+        others.append(path())
+    assert len({path(), *others}) == 13
+    assert path() == path(**sampled)
     assert path() == path(**{"optimizer.lr": 0.01, "epochs": 9})  # of which they know nothing
     assert set(tmp_path.glob(".*")) == {writing}  # what a kill left is removed
+
+
+def test_a_pass_of_the_teacher_that_is_stopped_goes_on_where_it_was(tmp_path, data, monkeypatch):
+    asked = []
+
+    class Counts(torch.nn.Module):
+        def forward(self, images):
+            asked.append(len(images))
+            return torch.ones(len(images), 10)
+
+    monkeypatch.setattr(teacher_cache, "images_at_once", lambda *_: 100)
+    given = {"loss.kd_weight": 1, "teacher.name": "wrn28", "cached_epochs": 1}
+    recipe = resolve(TREE, "distill", given)
+    augmenter = Augmenter(data.train.images, data.train.labels, 10, recipe.augment, 0)
+    augmenter.start_epoch(0)
+
+    def logits(*go_on):
+        answers = iter(go_on)
+        return TeacherCache(tmp_path, recipe, data, Counts(), torch.float32).epoch(0, augmenter, lambda: next(answers))
+
+    assert logits(True, False) is None
+    assert logits(True, True).eq(1).all()
+    assert asked == [100, 100, 20]
 
 
 def test_an_ensemble_is_the_mean_of_probabilities():
@@ -462,6 +492,16 @@ def test_two_processes_do_not_write_one_run(tmp_path, data):
         engine.fit(recipe, data, run)
 
 
+def test_weights_of_large_images_are_loaded_into_the_net_that_was_trained(tmp_path):
+    """From 64 pixels on the stem has other strides, and the same parameters."""
+    data = small_digits(64)
+    recipe = resolve(TREE, "distill", {"data.image_size": 64})
+    model = learner.new_model(recipe, data).eval()
+    save_tensors(tmp_path / "w.safetensors", model.state_dict(), engine.describe(recipe, data))
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(load_model(tmp_path / "w.safetensors")[0](images), model(images))
+
+
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_a_run_that_was_stopped_early_is_not_extended(tmp_path, data, epochs):
     """Nor is one whose last epoch was what stopped it."""
@@ -524,6 +564,9 @@ def test_a_run_is_extended_by_name_alone(tmp_path, data):
         Run.start(run.path, longer, resume=True)
     with pytest.raises(RunError, match="seed: 0 -> 1"):
         Run.start(run.path, longer.model_copy(update={"seed": 1}), resume=True, extend=True)
+    with pytest.raises(RunError, match="epochs: 2 -> 1"):
+        Run.start(run.path, longer.model_copy(update={"epochs": 1}), resume=True, extend=True)
+    assert run.finished
     extended = Run.start(run.path, longer, resume=False, extend=True)
     before = torch.get_rng_state()
     engine.fit(longer, data, extended)

@@ -220,6 +220,11 @@ def test_all_errors_come_at_once_with_field_value_and_what_is_allowed():
         ({"optimizer": {"momentum": 0}}, "nesterov"),
         ({"average_decay": 0.9, "swa_start": 3}, "average_decay and swa_start each average the weights"),
         ({"epochs": 3, "swa_start": 3}, r"swa_start \(=3\) must be less than epochs \(=3\)"),
+        (
+            {"average_decay": 0.9, "optimizer": {"lookahead_steps": 5}},
+            "average_decay and optimizer.lookahead_steps each",
+        ),
+        ({"swa_start": 0, "optimizer": {"lookahead_steps": 5}}, "optimizer.lookahead_steps and swa_start each"),
         ({"progressive": {"start": 32}}, r"progressive.start \(=32\) must be less than data.image_size \(=32\)"),
     ],
 )
@@ -264,12 +269,15 @@ def test_sections_and_overrides_count_for_their_stage():
     assert train.optimizer.lr == distill.optimizer.lr == 1e-3
     assert train.student is None
     assert distill.model.arguments == {"blocks": [7, 7, 7]}
+    looked_at = {"teacher.views": "flip", "teacher.also": ["runs/a"]}  # when it teaches: it is trained without
+    assert resolve("digits", "train", looked_at) == resolve("digits", "train")
 
 
 def test_the_digest_knows_what_is_computed_and_not_where():
     recipe = resolve(STUDENT, "distill")
     elsewhere = resolve(STUDENT, "distill", {"data.data_dir": "/tmp/x", "device": "cpu", "teacher.checkpoint": "a",
-                                           "checkpoint_minutes": 1})  # fmt: skip
+                                           "checkpoint_minutes": 1, "data.offline": True,
+                                           "data.memory": 2})  # fmt: skip
     assert elsewhere.digest() == recipe.digest()
     folders = [{"data.dataset": "folder", "data.data_dir": name} for name in "ab"]  # here it says which images
     assert len({resolve(STUDENT, "distill", each).digest() for each in folders}) == 2

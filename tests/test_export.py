@@ -53,6 +53,9 @@ def test_the_artifact_describes_itself(path: Path) -> None:
     stored = {item.key: json.loads(item.value) for item in onnx.load(path).metadata_props}
     assert stored["labels"] == list(LABELS)
     assert stored["input_contract"].startswith("uint8 RGB [batch, 16, 16, 3]")
+    proto = onnx.load(path)
+    proto.metadata_props.add(key="author", value="me")  # by another tool
+    assert artifact.read_metadata(proto, "a.onnx") == metadata
 
 
 def test_nothing_of_this_machine_is_in_the_file_or_beside_it(path: Path) -> None:

@@ -24,7 +24,7 @@ from toolkit import compare, engine, external, features, recipe, stages, teachin
 from toolkit import data as datasets
 from toolkit.catalogue import parameter_count, pretrained
 from toolkit.classifier import Ensemble, with_views
-from toolkit.errors import TeacherError
+from toolkit.errors import DeviceError, TeacherError
 from toolkit.recipe import Teacher
 from toolkit.run import load_model, load_run
 
@@ -128,6 +128,24 @@ def test_a_file_s_threads_do_not_spin_beside_pytorch_s(tmp_path: Path) -> None:
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_file_runs_on_the_cpu_only_where_no_gpu_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("no CUDA in this ONNX Runtime")
+
+    network = loaded(colour_net(tmp_path / "t.onnx")).network
+    network.device = device
+    monkeypatch.setattr("serve.session.need_cuda", missing)
+    if device == "cuda":
+        with pytest.raises(DeviceError, match=r"cannot run .* on CUDA: no CUDA in this"):
+            network._session(torch.device("cuda"))
+    else:
+        assert network._session(torch.device("cuda")) is network.sessions["cpu"]
+        assert "runs on the CPU: no CUDA in this" in capsys.readouterr().err
+
+
 def test_titles(chain: Chain) -> None:
     also = ["t.onnx", {"name": "timm:test_resnet", "checkpoint": "w.safetensors"}, str(chain.teacher)]
     teacher = Teacher.model_validate({"name": "timm:test_vit", "also": also})
@@ -148,6 +166,10 @@ def test_digests_tell_teachers_apart(tmp_path: Path) -> None:
     digests = {loaded(one).hex_digest, loaded(other).hex_digest, loaded(one, input={"scale": 2}).hex_digest}
     assert len(digests) == 3
     assert loaded(one).hex_digest in digests
+    for mapping in ("{0: red, 1: green, 2: blue}", "{0: blue, 1: green, 2: red}"):  # a mistake that was put right
+        (tmp_path / "classes.yaml").write_text(mapping)
+        digests.add(loaded(one, classes=tmp_path / "classes.yaml").hex_digest)
+    assert len(digests) == 5
     assert Ensemble([loaded(one)]).state_dict()["members.0.digest"].shape == (32,)
 
 
@@ -338,6 +360,16 @@ def test_timm_and_an_ensemble_of_all(timm_weights: Path, tmp_path: Path, chain: 
     shares = sum(member(images).softmax(1) for member in (first, second, third)) / 3
     torch.testing.assert_close(model(images).exp(), shares)
     assert recipe.validate(yaml.safe_load(wanted.model_copy(update={"teacher": known}).to_yaml())).teacher == known
+
+
+def test_timm_weights_of_other_classes_than_the_data_s(timm_weights: Path, tmp_path: Path) -> None:
+    tensors = load_file(timm_weights)
+    teacher = Teacher(name="timm:test_resnet", checkpoint=timm_weights)
+    loaded = [external.load(teacher, None, "cpu", True)]
+    save_file({name: value + 1 for name, value in tensors.items()}, timm_weights)
+    loaded.append(external.load(teacher, None, "cpu", True))
+    assert [names for _, names in loaded] == [["0", "1", "2"]] * 2
+    assert loaded[0][0].hex_digest != loaded[1][0].hex_digest
 
 
 def test_timm_is_strict(timm_weights: Path, tmp_path: Path) -> None:

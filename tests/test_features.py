@@ -211,6 +211,8 @@ def test_a_written_recipe_holds_every_setting_of_its_methods():
 def test_weights_may_come_down_with_the_run():
     loss = {"ce_weight": 0, "kd_weight": {"start": 1, "end": 0}, "methods": {"dkd": {}}}
     assert resolve(TREE | {"teacher": TEACHER, "loss": loss}, "distill").distils
+    rising = {"kd_weight": {"start": 0, "end": 1}}
+    assert resolve(TREE | {"teacher": TEACHER, "loss": rising}, "distill").distils
 
 
 def test_a_ramp_goes_straight_and_stays():

@@ -16,10 +16,11 @@ import pytest
 import torch
 from conftest import Toolkit, benchmark
 from PIL import Image
+from sklearn.model_selection import train_test_split
 
 from toolkit import data_check, folders, recipe
 from toolkit.augment import Augmenter, balanced_order
-from toolkit.data import DataSet, StoredImages, load, stratified_groups
+from toolkit.data import SPLITTING, DataSet, StoredImages, load, stratified, stratified_groups
 from toolkit.errors import DataError, RecipeError
 from toolkit.learner import class_weights
 from toolkit.objective import Objective
@@ -266,7 +267,7 @@ def test_groups_and_copies_stay_on_one_side(tmp_path: Path) -> None:
         for person in range(10):
             for i in range(4):
                 draw(tmp_path / name / f"p{person}_{i}.png")
-    data = load_folder(tmp_path, group_by=r"(\w+/p\d+)_", val_size=0.2)
+    data = load_folder(tmp_path, group_by=r"(\w+/p\d+)_\d", val_size=0.2)
     assert data.val is not None
     assert [part.labels.bincount().tolist() for part in (data.test, data.val)] == [[8, 8], [8, 8]]
     groups = [set(part.groups.tolist()) for part in (data.train, data.val, data.test) if part.groups is not None]
@@ -278,6 +279,8 @@ def test_groups_and_copies_stay_on_one_side(tmp_path: Path) -> None:
     data = load_folder(tmp_path)
     assert not pixels(data.train.images) & pixels(data.test.images)
     assert len(data.train) + len(data.test) == 88
+    data = load_folder(tmp_path, group_by=r"\w+/(?:p|again)\d+")  # nor does a pattern that knows nothing of them
+    assert not pixels(data.train.images) & pixels(data.test.images)
 
     with pytest.raises(DataError, match=r"finds nothing in 80 of 88 paths: cat/p0_0.png"):
         load_folder(tmp_path, group_by="again")
@@ -321,18 +324,30 @@ def test_stratified_groups_takes_small_and_large_groups_alike() -> None:
     assert sum(0 in groups[one] for one in held) < 15
 
 
-def test_a_split_that_leaks_is_refused_or_cleaned(tmp_path: Path) -> None:
-    for part, count in (("train", 6), ("test", 3)):
+@pytest.mark.parametrize(("part", "other"), [("train", "test"), ("train", "val"), ("val", "test")])
+def test_a_split_that_leaks_is_refused_or_cleaned(tmp_path: Path, part: str, other: str) -> None:
+    for place, count in (("train", 6), ("val", 6), ("test", 3)):
         for name in ("cat", "dog"):
             for i in range(count):
-                draw(tmp_path / part / name / f"{i}.png")
-    (tmp_path / "test/dog/again.png").write_bytes((tmp_path / "train/dog/2.png").read_bytes())
-    with pytest.raises(DataError) as error:
+                draw(tmp_path / place / name / f"{place}{i}.png")
+    mine, theirs = tmp_path / part / "dog" / f"{part}2.png", tmp_path / other / "dog/again.png"
+    theirs.write_bytes(mine.read_bytes())
+    names = f"{part}/dog/{part}2.png as {other}/dog/again.png"
+    with pytest.raises(DataError, match=f"the split leaks: 1 of 12 {part} images are in {other} too: {names}"):
         load_folder(tmp_path)
-    assert "the split leaks: 1 of 12 train images are in test too: train/dog/2.png as test/dog/again.png" in str(
-        error.value
-    )
-    assert len(load_folder(tmp_path, skip_leaks=True).train) == 11
+    assert len(getattr(load_folder(tmp_path, skip_leaks=True), part)) == 11
+    theirs.unlink()
+    with pytest.raises(DataError, match=f"2 of 12 {part} images or groups .* are in {other} too"):
+        load_folder(tmp_path, group_by=rf"(?:{part}|{other})(2\.png)|\w+\.png")
+
+
+def test_the_same_options_hold_out_the_same_images_for_ever() -> None:
+    """Else an old run would be measured on what it has learnt from. Other images: another SPLITTING."""
+    labels, groups = np.arange(300) % 3, np.random.RandomState(0).randint(0, 60, 300)
+    held = [stratified(labels, 60, 1), stratified_groups(labels, groups, 60, 1)]
+    assert (SPLITTING, *map(crc32, held)) == (4, 2689375708, 801369274)
+    _, known = train_test_split(np.arange(300), test_size=60, stratify=labels, random_state=1)
+    assert sorted(known) == np.flatnonzero(held[0]).tolist()
 
 
 def test_files_that_vanish_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

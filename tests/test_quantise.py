@@ -94,6 +94,11 @@ def test_fp16_of_a_net_that_casts_within(graph: onnx.ModelProto, tmp_path: Path)
     np.testing.assert_allclose(answers(quantise.half(whole), tmp_path), answers(graph, tmp_path), atol=0.05)
 
 
+def test_calibration_takes_whole_batches() -> None:
+    assert [len(batch) for batch in quantise._Batches(IMAGES[:100]).batches] == [32, 32, 32]
+    assert [len(batch) for batch in quantise._Batches(IMAGES[:96]).batches] == [32, 32, 32]
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -123,6 +128,12 @@ def test_the_scheme_follows_the_hardware(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", [quantise.ARM, quantise.GPU])
 def test_other_schemes_make_graphs_that_run(scheme: quantise.Scheme, graph: onnx.ModelProto, tmp_path: Path) -> None:
     quantised = quantise.int8(graph, IMAGES[:64], "MinMax", scheme)
-    assert TensorProto.UINT8 not in {tensor.data_type for tensor in quantised.graph.initializer}
+    constants = {tensor.name: tensor for tensor in quantised.graph.initializer}
+    assert TensorProto.UINT8 not in {tensor.data_type for tensor in constants.values()}
+    zeros = [constants[node.input[2]] for node in quantised.graph.node if "Linear" in node.op_type]
+    assert zeros
+    if scheme == quantise.GPU:  # TensorRT takes no others, and no INT32
+        assert not any(numpy_helper.to_array(zero).any() for zero in zeros)
+        assert {zero.data_type for zero in zeros} == {TensorProto.INT8}
     same = answers(quantised, tmp_path).argmax(1) == answers(graph, tmp_path).argmax(1)
     assert same.mean() > 0.95

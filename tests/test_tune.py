@@ -24,10 +24,10 @@ from toolkit.data import DataSet, Split
 from toolkit.errors import SearchError, SpaceError, TeacherError
 from toolkit.files import locked
 from toolkit.machine import available_cores
-from toolkit.recipe import resolve
+from toolkit.recipe import Optimizer, resolve
 from toolkit.run import Run, load_tensors, save_tensors
 from toolkit.space import SPACES, Domain, Plan, make_plan, measure, read_space
-from toolkit.trials import Search, Trial, read_trials
+from toolkit.trials import Search, Trial, read_trials, score
 
 # A student of the digits without a teacher: a trial takes about a second.
 TINY = {
@@ -137,8 +137,12 @@ def test_all_mistakes_come_at_once() -> None:
         (tiny(recipe=3), "random", None, "recipe.str = 3"),
         (tiny(set={"data.val_size": 0}), "random", None, "val selects among the trials"),
         (tiny(fields={"student.name": {"choices": ["resnet9", "tpsnat"]}}), "random", None, "did you mean 'tpsnet'"),
+        (tiny(fields={"student.image_size": {"choices": [24, 32]}}), "random", None, "takes no such argument; the"),
+        (tiny(set={"optimizer": {"lr": 0.1}}), "random", None, "optimizer.lr: is searched, and given the value 0.1"),
+        *((tiny(fields={path: {"choices": [1, 2]}}), "random", None, f"{path}: decides what a trial is measured on")
+          for path in ("data", "data.dataset", "data.split_seed", "data.group_by", "data.skip_leaks", "data.images")),
     ],
-)
+)  # fmt: skip
 def test_mistakes_of_a_space(tree: dict, sampler: str, trials: int | None, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         plan(tree, sampler, trials=trials)
@@ -154,6 +158,19 @@ def test_fields_that_only_go_together_are_no_mistake(tmp_path: Path) -> None:
         (0.9, False),
     ]
     assert search.left_out == 1
+
+
+def test_an_argument_of_some_architectures_leaves_the_others_out(tmp_path: Path) -> None:
+    fields = {"student.name": {"choices": ["resnet9", "tpsnet"]}, "student.base": {"choices": [4]}}
+    search = prepared(tmp_path, plan(tiny(fields=fields), "grid"))
+    assert ([trial.values["student.name"] for trial in search.trials], search.left_out) == (["tpsnet"], 1)
+
+
+def test_fields_of_a_section_that_are_set_leave_the_others() -> None:
+    fields = {"student.widths": {"choices": [[8, 8, 8]]}}
+    found = plan(tiny(fields=fields, set={"optimizer": {"lr": 0.1}})).base.optimizer
+    assert found == resolve("digits", "distill", {"optimizer.lr": 0.1}).optimizer
+    assert found.momentum != Optimizer().momentum
 
 
 # --- samples -----------------------------------------------------------------------------------------------
@@ -184,6 +201,9 @@ def test_draws_stay_in_their_domain() -> None:
         ({"range": [0.0, 1.0], "points": 3}, [0, 0.5, 1]),
         ({"range": [1, 4], "points": 9}, [1, 2, 3, 4]),
         ({"log_range": [0.001, 0.1], "points": 5}, [0.001, 0.003162, 0.01, 0.03162, 0.1]),
+        ({"range": [0.999, 0.9999], "points": 4}, [0.999, 0.9993, 0.9996, 0.9999]),
+        ({"range": [0.9995, 0.99999], "points": 3}, [0.9995, 0.999745, 0.99999]),
+        ({"range": [-1.0, 1.0], "points": 3}, [-1, 0, 1]),
     ],
 )
 def test_values_of_a_grid(domain: dict, values: list) -> None:
@@ -265,6 +285,13 @@ def test_optuna_draws_under_constraints_and_learns(tmp_path: Path) -> None:
     again = Search(wanted.model_copy(update={"trials": 40}), tmp_path, 10, search.trials)
     assert len(again.sampler.study.trials) == 30
     assert again.next().values not in [trial.values for trial in search.trials]
+
+
+@pytest.mark.parametrize(("select", "expected"), [("best", 0.9), ("last", 0.7)])
+def test_a_trial_is_worth_what_its_weights_are(select: str, expected: float) -> None:
+    history = [{"val_top1": top1} for top1 in (0.5, 0.9, None, 0.7, None)]
+    assert score(resolve("digits", "distill", {"select": select}), history) == expected
+    assert score(resolve("digits", "distill"), history[2:3]) is None
 
 
 # --- trials ------------------------------------------------------------------------------------------------

@@ -223,6 +223,7 @@ def export(
         )
     onnx_export.save(chosen.graph, chosen.metadata, path)
     _write_parity(parity_report, chosen, rows)
+    refused.unlink(missing_ok=True)  # of an export before
     write_text(card, inspection.model_card(inspection.describe(path)))
     _write_examples(examples, data)
     repository = triton.write_repository(path, options.triton, options.force) if options.triton else None

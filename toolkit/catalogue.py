@@ -85,6 +85,9 @@ def builder(name: str, role: Role) -> Callable[..., Any]:
     return getattr(importlib.import_module(_modules(role)[name]), name)
 
 
+GIVEN = ("role", "num_classes", "mean", "std", "image_size", "budget")  # by data and recipe
+
+
 def argument_names(name: str, role: Role) -> list[str]:
     """The arguments that a recipe may give to the builder."""
     return [key for key in list(inspect.signature(builder(name, role)).parameters)[1:] if key != "image_size"]

@@ -40,6 +40,8 @@ class Commands(TyperGroup):
         except OSError as error:
             if is_full(error):
                 _fail(f"the disk is full: {error.filename or 'a file'} could not be written")
+            if isinstance(error, PermissionError) and error.filename is not None:
+                _fail(f"{error.filename}: permission denied; choose another place, or change who may use it")
             raise
 
 

@@ -205,7 +205,10 @@ def _only(listing: folders.Listing, source: Path) -> folders.Listing:
         )
     if later := len(there - names):
         say(f"images in {listing.root} that are not in {source}: {later} (they came later, or were left out before)")
-    return folders.only(listing, names)
+    kept = folders.only(listing, names)
+    if "train" not in kept.files or len(kept.classes) < min(2, len(listing.classes)):
+        raise DataError(f"{source} names too few images of {listing.root}: training images of two classes are needed")
+    return kept
 
 
 def _stored(files: Sequence[tuple[Path, int]], side: int, limit: float) -> tuple[Split, np.ndarray]:
@@ -230,7 +233,7 @@ def _grouped(
     """The parts with their groups, after a look at what two of them have in common."""
     every = [name for part in parts for name in names[part]]
     _, first, groups = np.unique(np.concatenate(list(digests.values())), axis=0, return_index=True, return_inverse=True)
-    groups = first[groups]  # numbered by their places: digests, and their order, are others at another image size
+    groups = first[groups]  # numbered by their places
     if config.group_by is not None:
         groups = _named_groups(every, groups, config.group_by)
     ends = np.cumsum([len(parts[part]) for part in parts])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export import preprocess
 from serve.decode import decode
 from toolkit.errors import DataError, ImageError, UserError
-from toolkit.files import DAY, one_at_a_time, remove_stale, write_atomic, write_bytes
+from toolkit.files import DAY, UNFINISHED, one_at_a_time, remove_stale, write_atomic, write_bytes
 from toolkit.machine import available_cores
 from toolkit.progress import say, told
 
@@ -27,7 +27,7 @@ AHEAD = 64  # items that threads work on or have done before they are wanted: en
 MANY = 1000  # images, whose decoding takes long enough to be told
 DIGEST_BYTES = 16  # of each decoded image: enough to tell copies
 # Of a process that was killed while it wrote, and of images that nobody asks for any more: seconds since the last use.
-STALE = ((".*.npy.*", DAY), ("[0-9a-f]" * 32 + ".*", 30 * DAY))
+STALE = ((UNFINISHED, DAY), ("[0-9a-f]" * 32 + ".*", 30 * DAY))
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,7 +75,7 @@ def pixel_digest(pixels: NDArray[np.uint8]) -> bytes:
 def cache_folder() -> Path:
     """Where decoded images are kept: $TOOLKIT_CACHE, else the user's cache folder."""
     named = os.environ.get("TOOLKIT_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # an empty one counts as none
     return (Path(named) if named else home / "distillation-toolkit").expanduser()
 
 

@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from toolkit import losses
-from toolkit.catalogue import BUDGET, PRETRAINED, ROLES, TEACHER, closest, names, pretrained
+from toolkit.catalogue import BUDGET, GIVEN, PRETRAINED, ROLES, TEACHER, closest, names, pretrained
 from toolkit.choices import Balance, Role, Stage, Views
 from toolkit.errors import RecipeError, UserError, in_line, listing
 
@@ -571,6 +571,10 @@ class Recipe(Section):
         """What does not go together about who is trained, and by whom."""
         if self.teacher is None and self.student is None:
             yield "neither a teacher nor a student is named"
+        for role, model in (("teacher", self.teacher), ("student", self.student)):
+            if model is not None and not is_external(model.name):
+                for key in filter(model.arguments.__contains__, GIVEN):
+                    yield f"{role}.{key}: {model.name} takes no such argument; the data and the recipe decide it"
         if not self.distils and not at(self.loss.ce_weight, LATE) and not self.data.unlabelled:
             yield (
                 "loss.ce_weight is or becomes 0, and no teacher is asked: nothing would be learnt (where the student "

@@ -19,9 +19,9 @@ from toolkit.recipe import Recipe, Section
 
 SPACES = Path(__file__).parent / "spaces"
 MOST_POINTS = 100_000  # of a grid: to measure them takes minutes
-DIGITS = 4  # significant ones of a drawn number
+DIGITS = 4  # significant ones of a drawn number, or of its place in a narrow range
 # They decide what a trial is measured on: results with different values of these cannot be compared.
-FIXED = ("data.dataset", "data.unlabelled", "data.val_size", "data.split_seed")
+FIXED = ("data", "data.dataset", "data.images", "data.unlabelled", *(f"data.{field}" for field in recipes.SPLIT))
 
 Values = dict[str, Any]  # recipe path to value
 
@@ -93,7 +93,8 @@ class Domain(Section):
     def rounded(self, value: float) -> int | float:
         """A number of the range with few digits: it is to be read, too."""
         low, high = self.bounds
-        return min(max(round(value) if self.integer else float(f"{value:.{DIGITS}g}"), low), high)
+        size = min(abs(value), high - low) or 1
+        return min(max(round(value, None if self.integer else DIGITS - 1 - math.floor(math.log10(size))), low), high)
 
 
 def _is_bound(text: str) -> str:
@@ -181,7 +182,7 @@ def make_plan(
     stage: Stage = "train" if tree.get("stage") == "train" else "distill"
     fields = tree.get("fields")
     searched = fields if isinstance(fields, Mapping) else {}
-    given = {**(space.set if space is not None else {}), **overrides}
+    given = {**recipes.as_overrides(space.set if space is not None else {}), **overrides}
     for path, value in given.items():
         plain = path.removeprefix(f"{stage}.")
         if above := next((field for field in searched if f"{plain}.".startswith(f"{field}.")), None):

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.augment import VIEWS, Augmenter
-from toolkit.classifier import members
 from toolkit.compute import autocast
 from toolkit.data import DataSet
-from toolkit.external import External, images_at_once
-from toolkit.files import DAY, remove_stale, write_atomic, writing
+from toolkit.external import images_at_once
+from toolkit.files import DAY, UNFINISHED, remove_stale, write_atomic, writing
 from toolkit.recipe import Recipe
 from toolkit.run import weights_digest
 
@@ -47,8 +46,6 @@ class TeacherCache:
         mixes = recipe.augment.mixup or recipe.augment.cutmix
         if recipe.balance == "sampling" and mixes:  # it draws what an image is mixed with
             content["balance"] = recipe.balance
-        if outputs := [[one.probabilities, one.columns] for one in members(teacher) if isinstance(one, External)]:
-            content["outputs"] = outputs  # how they are read
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         samples = len(data.train) * recipe.augment.copies
         self.shape = (recipe.cached_epochs, samples, len(data.classes))
@@ -56,7 +53,7 @@ class TeacherCache:
         if distributed.RANK:
             return
         if not _is_whole(self.path):
-            remove_stale(folder, ".*.npy.*", DAY)  # younger ones may be another run's
+            remove_stale(folder, UNFINISHED, DAY)  # younger ones may be another run's
             write_atomic(self.path, lambda temporary: _write_empty(temporary, self.shape))
         with writing(self.path):
             self.rows = npy.open_memmap(self.path, mode="r+")
