@@ -29,7 +29,7 @@ from serve.engine import Answer, Closed, DeadlineExceeded, Engine, QueueFull, jo
 from serve.limits import METRICS, Limits, refusal
 from serve.metrics import Metrics
 from toolkit import __version__
-from toolkit.errors import ImageError, ImageFormatError, ImageSizeError, UnknownNameError, UserError
+from toolkit.errors import ImageError, ImageFormatError, ImageSizeError, UserError
 from toolkit.machine import available_cores
 
 TOP_K = 5
@@ -47,7 +47,6 @@ REFUSALS: dict[type[UserError], tuple[int, str]] = {
     ImageFormatError: (415, "image_format"),
     ImageSizeError: (413, "image_size"),
     ImageError: (400, "image_broken"),
-    UnknownNameError: (422, "parameters"),
     QueueFull: (429, "queue_full"),
     TooMany: (413, "too_large"),
     DeadlineExceeded: (504, "deadline"),
@@ -317,7 +316,7 @@ class Classifier:
                     self._engine.release(job.name)
                     return
                 pixels = decode(job.data, job.called)
-            queued = self._engine.submit(pixels, job.name, max(job.until - loop.time(), 1e-3), reserved=True)
+            queued = self._engine.submit(pixels, job.name, job.until - loop.time(), reserved=True)
         except Exception as error:
             self._engine.release(job.name)
             _tell(loop, _settle, job.answer, None, error)

@@ -320,8 +320,8 @@ def _is_file(value: Any) -> bool:
 
 
 def _left(until: float) -> float:
-    """Seconds; never 0, which would mean no end."""
-    return max(0.001, until - time.monotonic())
+    """Seconds; below 0 when it is over."""
+    return until - time.monotonic()
 
 
 def _check_files(value: Any, folder: Path) -> None:

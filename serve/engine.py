@@ -78,7 +78,7 @@ def named(artifacts: Sequence[str]) -> dict[str, Path]:
     for item in artifacts:
         name, equals, path = item.partition("=")
         if not equals or Path(item).exists():
-            name, path = Path(item).stem, item
+            name, path = Path(item).stem.encode(errors="replace").decode(), item  # clients get names as UTF-8
         if name in paths:
             raise UserError(f"two artifacts have the name {name!r}: tell them apart with NAME={path}")
         paths[name] = Path(path)
@@ -269,7 +269,8 @@ class _Model:
     def submit(self, pixels: NDArray[np.uint8], deadline: float | None, reserved: bool) -> Future[Answer]:
         began = time.perf_counter()
         session = self.session  # a reload may change it, and the size of its images, at any moment
-        item = _Item(session, fit(pixels, session.metadata.image_size), began, deadline and began + deadline, Future())
+        until = None if deadline is None else began + deadline
+        item = _Item(session, fit(pixels, session.metadata.image_size), began, until, Future())
         with self._changed:
             self.reserve(0 if reserved else 1)
             self._waiting.append(item)

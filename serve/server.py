@@ -344,10 +344,11 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # From here on clients wait, and are not turned away.
         return socket.create_server(address, family=family, backlog=BACKLOG)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:  # the latter of a name with an empty or endless part
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(f"port {port} on {host} is in use: choose another with --port") from error
-        raise UserError(f"cannot serve on {host}, port {port}: {error.strerror or error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot serve on {host}, port {port}: {why}") from error
 
 
 def _allow_many_connections() -> None:

@@ -22,7 +22,7 @@ COMMAND = """
 import sys
 from serve import limits
 {patch}
-limits.HEAD_SECONDS, limits.BODY_SECONDS, limits.READ_SECONDS = 3.0, 3.0, 3.0  # 10, 60 and 60 in earnest
+limits.HEAD_SECONDS, limits.BODY_SECONDS, limits.READ_SECONDS = 2.0, 5.0, 3.0  # 10, 60 and 60 in earnest
 from toolkit.cli import main
 sys.argv[0] = "toolkit"
 main()

@@ -156,6 +156,7 @@ def test_metrics_count_what_happens(http: httpx.Client) -> None:
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
     before = metrics()
+    assert http.get("no/such/page").status_code == 404
     assert http.post("v1/predict", content=PNG).status_code == 200
     assert http.post("v1/predict", content=b"hello").status_code == 415
     after = metrics()
@@ -163,6 +164,7 @@ def test_metrics_count_what_happens(http: httpx.Client) -> None:
     def grown(name: str) -> float:
         return after[name] - before.get(name, 0)
 
+    assert grown('toolkit_requests_total{path="page",status="404"}') == 1  # not under any name that a client invents
     assert grown('toolkit_requests_total{path="/v1/predict",status="200"}') == 1
     assert grown('toolkit_requests_total{path="/v1/predict",status="415"}') == 1
     assert grown('toolkit_request_seconds_count{path="/v1/predict"}') == 2
@@ -182,7 +184,7 @@ def test_docs_describe_the_api(http: httpx.Client) -> None:
 
 def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full queue, a deadline, a bug, an end: in this process, where the model can be held up."""
-    held, entered = threading.Event(), threading.Event()
+    held, entered, ran = threading.Event(), threading.Event(), []
 
     async def ask(app: ASGIApp, count: int) -> list[tuple[int, str, str | None]]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
@@ -193,13 +195,15 @@ def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: py
         app, hasty = build(engine, deadline=10, turns=turns()), build(engine, deadline=0.6, turns=turns())
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "run", lambda *_: entered.set() or held.wait(30))
+            patch.setattr(Session, "run", lambda *_: ran.append(entered.set()) or held.wait(30))
             assert asyncio.run(ask(hasty, 1)) == [(504, "deadline", None)]
             assert entered.wait(30)
             found = asyncio.run(ask(hasty, 4))
             assert sorted(found) == [(429, "queue_full", "1")] * 2 + [(504, "deadline", None)] * 2
+            ran.clear()
             held.set()  # what the model gives now is no answer
             wait_until(lambda: not engine._model(None)._places)
+            assert ran == []  # the two that waited are nobody's
             assert asyncio.run(ask(app, 1)) == [(500, "internal", None)]
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
     assert asyncio.run(ask(app, 1)) == [(503, "stopping", "1")]
@@ -235,6 +239,13 @@ def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.Mo
         assert len(decoded) == 2 + 1 + 8
         await emptied()
 
+    async def ask_in_turns(classifier: api.Classifier) -> None:
+        with pytest.raises(DeadlineExceeded):
+            await classifier([PNG] * 8, None)
+        assert len(decoded) == 1
+        held.set()
+        await emptied()
+
     async def emptied() -> None:
         async with asyncio.timeout(10):
             while depth() != 'toolkit_queue_images{artifact="student"} 0.0':
@@ -246,6 +257,11 @@ def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.Mo
         assert depth() == 'toolkit_queue_images{artifact="student"} 0.0'
         classifier = api.Classifier(engine, 0.5, turns())
         asyncio.run(ask(classifier))
+        classifier.close()
+        held.clear()
+        decoded.clear()
+        classifier = api.Classifier(engine, 0.5, threading.BoundedSemaphore(1))
+        asyncio.run(ask_in_turns(classifier))
         classifier.close()
 
 

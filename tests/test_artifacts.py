@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import ValidationError
 from small_net import LABELS, small_images, small_metadata, small_net
 
-from export import onnx_export, parity, quantise
+from export import inspection, onnx_export, parity, quantise, triton
 from export.artifact import read
 from export.preprocess import fit, nhwc
 from serve.session import Session
@@ -105,6 +105,26 @@ def test_everything_at_once(toolkit: Toolkit, chain: Chain, tolerant: None, monk
     assert {value.name: list(value.dims) for value in config.output} == {"probabilities": [10], "logits": [10]}
     assert Path("models/any/labels.txt").read_text().splitlines() == list(about.labels)
     assert Path("models/any/1/model.onnx").read_bytes() == Path("out/any.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_an_artifact_says_of_itself_in_words(calibrated: bool) -> None:
+    told = {"temperature": 2.0, "calibrated": calibrated, "views": 2, "plain_accuracy": 0.9}
+    facts = inspection.facts_of(small_metadata().model_copy(update=told))
+    assert facts["multiply-accumulates"] == "200,000 an image"
+    assert (facts["test top-1"], facts["test top-1 in PyTorch, fp32, one view"]) == ("93.75%", "90.00%")
+    assert facts["expected calibration error"] == "2.13%"
+    applied = "applied in the graph" if calibrated else "not applied in the graph (serve and predict apply it)"
+    assert facts["temperature"] == f"2.000 (fitted on val), {applied}"
+
+
+def test_a_repository_for_triton() -> None:
+    config = text_format.Parse(triton.config(small_metadata(), "a"), _triton().ModelConfig())
+    (given,), given_back = config.input, config.output
+    assert (given.name, given.data_type, list(given.dims)) == ("image", _triton().TYPE_UINT8, [16, 16, 3])
+    for output in given_back:
+        assert (output.data_type, list(output.dims)) == (_triton().TYPE_FP32, [len(LABELS)])
+        assert output.label_filename == triton.LABELS
 
 
 def _triton() -> ModuleType:

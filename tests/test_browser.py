@@ -152,17 +152,19 @@ def test_the_threshold_is_the_user_s(desk: Any, shots: Path) -> None:
     _upload(desk, EXAMPLES / "frog.png")
     desk.wait_for_selector("#answer .bars")
     number = desk.locator("#settings input[type=number]")
-    for percent, unsure in (("0", 0), ("100", 2), ("60", None)):
+    confidences = [float(item.get_attribute("data-confidence")) for item in desk.locator("#answer article").all()]
+    assert len(confidences) == 2
+    for percent in ("0", "100", "60"):
+        unsure = sum(confidence < int(percent) / 100 for confidence in confidences)
         number.fill(percent)
         number.press("Enter")
-        if unsure is not None:
-            desk.wait_for_function(
-                "count => [...document.querySelectorAll('#answer p.if-unsure.verdict')]"
-                ".filter(item => item.offsetParent).length === count",
-                arg=unsure,
-            )
-            assert desk.locator("#answer .verdict.if-sure:visible").count() == 2 - unsure
-        if unsure:
+        desk.wait_for_function(
+            "count => [...document.querySelectorAll('#answer p.if-unsure.verdict')]"
+            ".filter(item => item.offsetParent).length === count",
+            arg=unsure,
+        )
+        assert desk.locator("#answer .verdict.if-sure:visible").count() == 2 - unsure
+        if percent == "100":
             desk.screenshot(path=shots / "not_sure.png", full_page=True)
 
 

@@ -57,7 +57,8 @@ def _number(http: httpx.Client, function: str) -> int:
 
 def test_a_picture_gets_the_answer_of_the_session(http: httpx.Client, path: Path) -> None:
     expected = Session(path, "cpu").predict(PIXELS)
-    html = _call(http, "classify", _file(_upload(http, encoded(PIXELS, "BMP"), "holiday.png")), "student", "", 0)
+    picture = _file(_upload(http, encoded(PIXELS, "BMP"), "holiday.png"))
+    html = _call(http, "classify", picture, "student", "", 0)
     assert re.findall(r'<th scope="row"><div>(\w+)</div></th>', html) == list(expected.labels)
     shares = [float(percent) / 100 for percent in re.findall(r'width:([\d.]+)%"', html)]
     assert shares == pytest.approx(expected.probabilities, abs=1e-4)
@@ -66,6 +67,10 @@ def test_a_picture_gets_the_answer_of_the_session(http: httpx.Client, path: Path
     both = _call(http, "classify", _file(_upload(http, encoded(PIXELS))), "student", "copy", 0)
     assert f"Both put <b>{expected.labels[0]}</b> first. Their probabilities overlap by 100%." in both
     assert both.count("<article") == 2
+    percent = 100 * max(expected.probabilities)
+    for threshold, unsure in ((percent - 1, False), (percent + 1, True)):
+        for function, pictures in (("classify", picture), ("several", [picture])):
+            assert (' class="unsure"' in _call(http, function, pictures, "student", "", threshold)) == unsure
 
 
 @pytest.mark.parametrize(
@@ -323,6 +328,18 @@ def test_a_model_that_looks_into_a_corner_is_found_out(size: int) -> None:
     shown = explain.overlay(np.asarray(Image.fromarray(image).resize((96, 96))), found.heat)
     assert shown.shape == (96, 96, 3)
     assert shown.dtype == np.uint8
+    warm = shown[..., 0].astype(int) - shown[..., 2]
+    assert warm[:24, 72:].mean() > warm[48:, :48].mean() + 10
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [(0.2, "Covering the bright part takes cat from 90% to 20%."), (0.85, "cat stays at 85% or more.")],
+)
+def test_what_is_said_of_where_a_model_looked(after: float, said: str) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    attention = explain.Attention(np.zeros((8, 8), np.float32), 0.9, after)
+    assert said in views.looked(_opinion("one", [2, 0, 0]), pixels, pixels, attention)
 
 
 def test_a_model_that_looks_nowhere_leaves_all_dark() -> None:

@@ -27,6 +27,7 @@ from small_net import (
     with_property,
     with_weight,
 )
+from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from export import artifact, parity
@@ -83,6 +84,22 @@ def test_enlarging_is_by_constants() -> None:
     with torch.inference_mode():
         expected = model(images / 255).numpy()
     np.testing.assert_allclose(session.run(images.permute(0, 2, 3, 1).numpy())[0], expected, atol=1e-4)
+
+
+def test_a_norm_behind_a_pool_that_turns_signs_stays_behind_it() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), norm, nn.Flatten(), nn.Linear(8 * 7**2, len(LABELS))
+    ).eval()
+    images = small_images(5)
+    net(images / 255)
+    for sign in (1, -1):
+        with torch.no_grad():
+            norm.weight[0] = sign
+            expected = net(images / 255).numpy()
+        session = Session(to_bytes(build_graph(net, small_metadata()), small_metadata()), "cpu")
+        np.testing.assert_allclose(session.run(images.permute(0, 2, 3, 1).numpy())[0], expected, atol=1e-4)
 
 
 @given(before=st.integers(1, 2000), after=st.integers(1, 2000))

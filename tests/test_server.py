@@ -1,6 +1,7 @@
 """The server process: its key, its workers, its reloads, and its end under load."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -127,6 +128,17 @@ def test_a_batch_that_hangs_does_not_keep_the_server(path: Path, tmp_path: Path)
         assert not Path(upload).exists()
 
 
+def test_uploads_are_deleted_in_time_and_examples_stay(path: Path, tmp_path: Path) -> None:
+    artifact = shutil.copy(path, tmp_path / "student.onnx")
+    (tmp_path / "student.examples").mkdir()
+    (tmp_path / "student.examples/ramp.png").write_bytes(GOOD)
+    with serving(artifact, patch="import serve.demo; serve.demo.HOUR = 1") as server, server.client() as http:
+        (upload,) = http.post("gradio_api/upload", files={"files": ("cat.png", GOOD)}).json()
+        wait_until(lambda: not Path(upload).exists())
+        (example,) = set(re.findall(r'"path":"([^"]+ramp\.png)"', http.get("config").text))
+        assert http.get(f"gradio_api/file={example}").content == GOOD
+
+
 def test_a_signal_during_the_start_ends_it(path: Path) -> None:
     with serving(path, ready=False):
         pass
@@ -180,7 +192,9 @@ def test_workers_share_port_key_and_metrics(path: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("a key\n", encoding="utf-8-sig")  # as Windows may write it
     with serving(path, "--workers", 2, "--grace", 3, "--api-key-file", key) as server:
-        for credentials in ({}, {"headers": {"authorization": "Bearer another"}}, {"auth": ("x", "another")}):
+        wrong = ({}, {"headers": {"authorization": "Bearer another"}}, {"auth": ("x", "another")},
+                 {"headers": {"authorization": "Basic %%%"}})  # fmt: skip
+        for credentials in wrong:
             with server.client(**credentials) as http:
                 for closed in ("v1/predict", "v1/model", "metrics", "docs", "", "gradio_api/upload"):
                     answer = http.post(closed, content=GOOD)
@@ -279,6 +293,26 @@ def test_a_worker_that_cannot_start_ends_all_only_before_one_is_up(monkeypatch: 
             assert {process.exitcode for process in supervisor.processes} == {-signal.SIGKILL}
 
 
+def test_a_worker_that_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uvicorn.supervisors.multiprocess.SIGNALS", {})
+    monkeypatch.setattr(server_module, "Process", _Worker)
+    monkeypatch.setattr(server_module.metrics, "forget", lambda pid: None)
+    monkeypatch.setattr(server_module, "SILENCE", 0.05)
+    taken, tell = Pipe(duplex=False)
+    with taken, tell, socket.socket() as listener:
+        supervisor = server_module._Supervisor(uvicorn.Config("none", workers=1), listener, taken, lambda _: None)
+        supervisor.processes = (worker,) = [_Worker()]
+        tell.send("CPU")
+        supervisor.keep_subprocess_alive()
+        for pong in (True, False):  # the second time it hangs
+            heard = []
+            worker.parent_conn.recv = lambda heard=heard: heard.append(1)
+            worker.parent_conn.poll = lambda pong=pong: pong
+            time.sleep(0.06)
+            supervisor.keep_subprocess_alive()
+            assert (supervisor.processes == [worker], heard) == (pong, [1] * pong)
+
+
 def test_workers_that_cannot_start(path: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(changed(path, with_unknown_operator))
     start = "from toolkit.cli import main; main()"
@@ -311,6 +345,7 @@ def test_what_cannot_be_served(toolkit: Toolkit, path: Path, tmp_path: Path, mon
         ([tmp_path / "junk.onnx", "--workers", 2], "is not an ONNX file"),
         ([path, "--provider", "cuda", "--workers", 2], "the provider cuda is not available: none"),
         ([path, "--host", "no.such.host.invalid"], "cannot serve on no.such.host.invalid, port 7860"),
+        ([path, "--host", "0..0.0.0"], "cannot serve on 0..0.0.0, port 7860"),
     ):
         refused(toolkit("serve", "--provider", "cpu", *arguments), message)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "empty"))
@@ -369,6 +404,7 @@ def test_the_flags_reach_what_they_are_for(
         monkeypatch.setattr(server_module, part, MagicMock())
     monkeypatch.setattr(api, "build", lambda engine, **given: given)
     monkeypatch.setattr(demo, "mount", lambda app, engine, **given: given)
+    monkeypatch.setattr(server_module.decode, "turns", lambda processes: f"for {processes} processes")
     with server_module._engine(settings) as engine:
         assert opened == [(path, "cpu", 3, True)]  # the workers share the cores
         assert engine.max_queue == 77
@@ -376,6 +412,7 @@ def test_the_flags_reach_what_they_are_for(
         built = server_module._app(settings, engine)
         assert (built["deadline"], built["key"], built["reload"]) == (2.5, "a key", True)
         assert built["page"](None)["deadline"] == 2.5
+        assert built["page"](None)["turns"] == built["turns"] == "for 2 processes"
 
 
 def test_which_pictures_the_page_gives_to_everybody(

@@ -235,8 +235,7 @@ def load_data(config: Data, taught: Recipe | None = None, device: str = "auto") 
     data = _images(config)
     if not config.unlabelled:
         return data
-    if taught is None or taught.teacher is None:
-        raise DataError(f"{data.name} has no labels, and no run says which teacher gives them: name the run")
+    assert taught is not None
     teacher, _, classes = teaching.load(taught, None)
     return _answered(data, teacher, classes, taught, device)
 
@@ -491,9 +490,10 @@ def data_config(run: Run | None, header: Mapping[str, Any], dataset: str | None,
         )
     changes: dict[str, Any] = {}
     if named is not None:
-        changes |= {"dataset": dataset, "images": None, "val_size": 0}  # the test images are what is wanted
-        if named.title != of_run.title:  # others have labels, and paths, of their own
-            changes |= {"unlabelled": False, "group_by": None, "skip_broken": True, "skip_leaks": True}
+        # Test images are what is wanted, with labels of their own.
+        changes |= {"dataset": dataset, "images": None, "val_size": 0, "unlabelled": False}
+        if named.title != of_run.title:  # others have paths of their own, too
+            changes |= {"group_by": None, "skip_broken": True, "skip_leaks": True}
     elif run is not None and run.images.is_file():
         changes["images"] = run.images
     if data_dir is not None:

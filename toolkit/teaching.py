@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from toolkit import compute, distributed, engine, external, recipe
@@ -75,9 +76,9 @@ def options(wanted: Recipe, stage: Stage, file: str | None = None) -> str:
     data, teacher = wanted.data, wanted.teacher
     try:
         tree = recipe.of_stage(recipe.read(file), stage)
-    except UserError:  # of a file that is elsewhere
-        tree = {}
-    named = Data.model_validate(tree.get("data") or {})
+        named = Data.model_validate(tree.get("data") or {})
+    except (UserError, ValidationError):  # of a file that is elsewhere, or right with other options alone
+        tree, named = {}, Data()
     if data.kind == "folder" or data.image_size != named.image_size:
         given += ["--image-size", str(data.image_size)]
     given += ["--group-by", data.group_by] if data.group_by else []
@@ -154,7 +155,7 @@ def _load_member(
     if teacher.name in ("", header["model"]):  # else it is another teacher, which `load` says
         _check_arguments(teacher, header["model"], argument_names(header["model"], header["role"]))
     digest = hashlib.sha256(teacher.checkpoint.read_bytes()).hexdigest()
-    if classes is not None and theirs != list(classes) and teacher.classes is None and set(theirs) != set(classes):
+    if classes is not None and teacher.classes is None and set(theirs) != set(classes):
         differing = next(
             (f"{a!r} where the data has {b!r}" for a, b in zip(theirs, classes, strict=False) if a != b), ""
         )

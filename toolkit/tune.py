@@ -84,7 +84,9 @@ def tune(
         raise SearchError(f"--device {base.device} was asked for, but a trial gets no GPU: give --gpus-per-trial")
     ray = _ray(address)
     data = stages.load_data(base.data, base, base.device)
-    if base.distils and base.teacher is not None and not any(p.startswith("teacher.") for p in plan.space.fields):
+    searched = plan.space.fields
+    taught = base.distils or any(path == "loss" or path.startswith("loss.kd_weight") for path in searched)
+    if taught and base.teacher is not None and not any(path.startswith("teacher.") for path in searched):
         # All trials, and those after --resume, learn from the same teacher.
         teacher = base.teacher.model_copy(update={"checkpoint": teaching.find(base)})
         pinned = base.model_copy(update={"teacher": teacher})
