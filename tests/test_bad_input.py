@@ -63,6 +63,7 @@ SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 3
         ("train --recipe digits --set teacher.width=3", ["teacher.width", "did you mean 'widths'"]),
         ("distill --recipe digits --set student.widths=wide", ["resnet9 cannot be built", "'wide'"]),
         ("distill --recipe digits --budget 100000", ["too many"]),
+        ("distill --recipe digits --budget 100000 --train-teacher", ["too many"]),
         (
             "distill --recipe digits --train-teacher --teacher-mean 0.5,0.5,0.5",
             ["teacher.input (--teacher-mean and the like) is for teachers from elsewhere"],
@@ -255,6 +256,17 @@ def test_weights_are_measured_on_the_images_that_were_held_out_from_them(toolkit
     inside, alone = (json.loads(report.stdout) for report in reports)
     assert (alone["n"], alone["nll"]) == (inside["n"], inside["nll"])
     assert "warning" not in reports[1].stderr
+    photos.rename("moved")
+    moved = json.loads(toolkit("validate", "run", "--data-dir", "moved", "--json").stdout)
+    assert (moved["n"], moved["nll"]) == (inside["n"], inside["nll"])
+    for name in ("a", "b"):  # another folder, in whose names the pattern finds nothing
+        for image in Path("moved").rglob("*.png"):
+            copy = Path("other", image.parent.name, f"{image.stem}{name}.png")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, copy)
+    elsewhere = toolkit("validate", "run", "--dataset", "folder:other", "--json")
+    assert elsewhere.exit_code == 0, elsewhere.stderr
+    Path("moved").rename(photos)
     other = (*FOLDER, "--set", "batch_size=8", "--run-dir", "again", "--set")
     refused(toolkit(*other, "start_from=missing.safetensors"), "there is no checkpoint missing.safetensors")
     again = toolkit(*other, "start_from=alone.safetensors")

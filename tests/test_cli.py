@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import Chain, Toolkit
+from PIL import Image
 
 from toolkit import __version__, cli
 from toolkit.errors import UserError
@@ -150,12 +151,32 @@ def test_a_chain_that_is_stopped_while_its_teacher_is_measured_trains_no_student
         os.kill(os.getpid(), signal.SIGINT)
         return 1.0, 0.5
 
-    monkeypatch.setattr("toolkit.engine.evaluate", measured)
     short = ("--epochs", 1, "--set", "schedule.warmup_epochs=0", "--set", "teacher.widths=[8, 16, 32]")
-    result = toolkit("pipeline", *short, "--run-dir", "both")
+    with monkeypatch.context() as patch:
+        patch.setattr("toolkit.engine.evaluate", measured)
+        result = toolkit("pipeline", *short, "--run-dir", "both")
     assert result.exit_code == 1
     assert "both/teacher is finished; stopped before what comes after it; all of it goes on" in result.stderr
     assert [path.name for path in Path("both").iterdir()] == ["teacher"]
+    assert "pipeline` and --resume" in result.stderr
+    result = toolkit("pipeline", *short, "--run-dir", "both", "--resume", "--baseline")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in Path("both").iterdir()} == {"teacher", "student", "baseline"}
+    ours, theirs = (
+        json.loads(Path("both", name, "report/metrics.json").read_text())["top1"] for name in ("student", "baseline")
+    )
+    assert f"without a teacher {theirs:.2%}: {100 * (ours - theirs):+.2f} points" in result.stdout
+
+
+def test_a_name_that_the_terminal_cannot_show(tmp_path: Path, path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "fine.png")
+    try:
+        (tmp_path / "fine.png").rename(tmp_path / os.fsdecode(b"f\xfcr.png"))
+    except OSError:
+        pytest.skip("this file system wants names in UTF-8")
+    command = [sys.executable, "-m", "toolkit", "predict", tmp_path, "--artifact", path]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{tmp_path}/f\\udcfcr.png: " in result.stdout
 
 
 def test_models_is_a_table_of_the_catalogue(toolkit: Toolkit) -> None:

@@ -114,6 +114,25 @@ def test_val_chooses_the_best_and_test_only_reports_it() -> None:
     assert tied[0].verdict == "best on val"  # of equals the baseline
 
 
+def test_the_table_of_accuracies() -> None:
+    top1 = {"baseline": [0.80, 0.81, 0.82], "dkd": [0.90, 0.91, 0.93], "dist": [0.80, 0.82, 0.82]}
+    found = differences(top1, "baseline")
+    (heading, rows), _ = tables(summarise(made(top1, {"baseline": 0.7, "dkd": 0.75, "dist": 0.6}))).values()
+    assert heading == ["method", "val", "test", "test less baseline", "95% interval", "p (Holm)"]
+    low, high = (f"{100 * end:+.2f}" for end in found["dkd"].interval)
+    p_holm = f"{found['dkd'].p_holm:.3f}"
+    assert rows[0] == ["baseline", "70.00 ± 0.00", "81.00 ± 1.00", "", "", ""]
+    assert rows[1] == [
+        "dkd",
+        "75.00 ± 0.00",
+        "91.33 ± 1.53",
+        "+10.33",
+        f"{low} to {high}",
+        p_holm,
+    ]
+    assert p_holm != f"{found['dkd'].p:.3f}"
+
+
 def test_what_cannot_be_counted_is_no_number() -> None:
     comparison = made({"baseline": [0.8], "dkd": [0.9]}, {"baseline": 0.8, "dkd": 0.9})
     results = [replace(one, teacher_flops=0 if one.method == "baseline" else None) for one in comparison.results]
@@ -223,8 +242,11 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
     measured = json.loads(toolkit("validate", last["run"], "--json").stdout)
     for key in ("top1", "ece", "agreement", "kl"):
         assert last[key] == pytest.approx(measured[key])
+    assert last["val_top1"] == Run(Path(last["run"])).summary()["val_top1"]
     soft, hot = ([r for r in found["runs"] if r["method"] == name] for name in ("soft_targets", "hot"))
     assert [r["teacher_seconds"] for r in soft] == [r["teacher_seconds"] for r in hot]
+    passes = [Run(Path(one[0]["run"])).summary()["teacher_seconds"] for one in (soft, hot)]
+    assert soft[0]["teacher_seconds"] == pytest.approx(sum(passes))  # of this seed alone
     row = next(row for row in found["methods"] if row["method"] == "hot")
     assert row["changes"] == [
         "cached_epochs: 0 -> 1",  # without a teacher there is no reason to repeat views
@@ -272,6 +294,8 @@ def test_a_comparison_from_the_first_interruption_to_more_seeds(
         ),
         ("soft_targets --budget 100000", "too many"),
         ("soft_targets --set early_stop.patience=3", "early_stop.patience gives each run steps of its own"),
+        ("soft_targets --set batch_growth.patience=3", "batch_growth.patience gives each run steps of its own"),
+        ("soft_targets --set start_from=teacher", "start_from=teacher gives the methods weights that the baseline"),
         ("soft_targets", "there is no trained resnet9_wide for digits under runs/"),
     ],
 )
@@ -297,7 +321,8 @@ def test_a_method_that_cannot_run_is_told_before_any_run(toolkit: Toolkit, chain
 
 def test_a_method_s_section_leaves_its_other_fields(nowhere: Path) -> None:
     Path("cool.yaml").write_text("loss: {temperature: 2, methods: {dkd: {beta: 3}}}\naugment: {mixup: 1}\n")
-    plan = make_plan(["cool.yaml"], "digits", {}, 1)
+    plan = make_plan(["cool.yaml"], "digits", {"probe": True}, 1)
+    assert not plan.recipe("cool", 1).probe  # all compute in the same precision
     cool, plain = plan.methods["cool"], resolve("digits", "distill")
     assert cool.loss == plain.loss.model_copy(update={"temperature": 2, "methods": cool.loss.methods})
     assert cool.loss.methods["dkd"].model_dump()["beta"] == 3

@@ -8,6 +8,8 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,12 +211,16 @@ def test_a_longer_run_is_not_shown_with_what_the_shorter_one_reached(toolkit: To
 
 def test_train_teacher_and_baseline_and_a_written_recipe_again(toolkit: Toolkit, nowhere: Path) -> None:
     short = ("--recipe", "digits", "--epochs", 1, "--set", "schedule.warmup_epochs=1", "--set", "train.epochs=2")
-    result = toolkit("distill", *short, *TINY, "--train-teacher", "--baseline")
+    shared = ("--lr", 0.3, "--seed", 1, "--set", "data.val_size=0.2")
+    result = toolkit("distill", *short, *shared, *TINY, "--train-teacher", "--baseline")
     assert result.exit_code == 0, result.output
     runs = {run.name.rsplit("-", 2)[0]: Run(run) for run in Path("runs").iterdir()}
     assert runs.keys() == {"resnet9_wide", "resnet9-from-resnet9_wide", "resnet9"}
     teacher, student, alone = runs["resnet9_wide"], runs["resnet9-from-resnet9_wide"], runs["resnet9"]
-    assert teacher.recipe.epochs == 2
+    usual = resolve("digits", "train")
+    assert (teacher.recipe.epochs, teacher.recipe.seed, teacher.recipe.data.val_size) == (2, 1, 0.2)
+    assert (teacher.recipe.optimizer, teacher.recipe.schedule) == (usual.optimizer, usual.schedule)  # not the student's
+    assert student.recipe.optimizer.lr == alone.recipe.optimizer.lr == 0.3
     assert teacher.recipe.teacher is not None
     assert teacher.recipe.teacher.arguments == {"widths": [8, 16, 32]}
     assert student.recipe.epochs == alone.recipe.epochs == 1
@@ -236,6 +242,17 @@ def test_train_teacher_and_baseline_and_a_written_recipe_again(toolkit: Toolkit,
     other = toolkit("distill", "--recipe", student.path / "recipe.yaml", "--run-dir", "elsewhere")
     assert other.exit_code == 0, other.output
     assert Run(Path("elsewhere")).checkpoint("best").read_bytes() == before == student.checkpoint("best").read_bytes()
+
+
+def test_a_baseline_is_as_long_as_what_it_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "check", lambda wanted: None)
+    monkeypatch.setattr(stages, "_fit", lambda wanted, *_, **__: wanted)
+    wanted = resolve("cifar10-gpu", "distill", {"start_from": "runs/x"})
+    assert wanted.minutes is not None
+    taught: Any = SimpleNamespace(recipe=wanted.model_copy(update={"epochs": 7}))
+    alone: Any = stages.train_baseline(wanted, taught, Path("alone"), resume=False)
+    assert (alone.minutes, alone.epochs, alone.start_from) == (None, 7, Path("runs/x"))
+    assert (alone.distils, alone.teacher, alone.cached_epochs) == (False, None, 0)
 
 
 def test_a_run_is_measured_on_another_folder_that_is_too_small_to_hold_val_out(toolkit: Toolkit, chain: Chain) -> None:
@@ -303,6 +320,7 @@ def test_the_test_images_are_read_when_all_is_trained(chain: Chain, monkeypatch:
     place = {"number": 1, "run": Path("trial"), "folder": Path(), "threads": 1, "data_dir": None}
     tune.train_trial(tune.Job.model_validate(trial | place), lambda _: None)
     assert Run(Path("trial")).finished
+    assert Run(Path("trial")).recipe.distils
     assert finished == []
     compare.compare(compare.make_plan(["soft_targets"], "digits", short, 1, Path("out")))
     assert set(finished) == {2}

@@ -116,6 +116,13 @@ def test_commands_of_messages_find_the_recipe_and_the_teacher_again(tmp_path, mo
         assert recipe.data == wanted.data
 
 
+def test_a_recipe_that_is_right_with_its_options_alone_is_named_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text((RECIPES / "digits.yaml").read_text().replace("dataset: digits", "dataset: photos"))
+    wanted = resolve("mine.yaml", "distill", {"data.dataset": "folder:photos"})
+    assert teaching.options(wanted, "distill").startswith("--recipe mine.yaml --dataset folder:photos")
+
+
 @pytest.mark.parametrize("name", REPORTS)
 def test_systems_of_reports_say_what_was_reported(name):
     (stage,) = stages_of(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,16 @@ def test_titles(chain: Chain) -> None:
     also = ["t.onnx", {"name": "timm:test_resnet", "checkpoint": "w.safetensors"}, str(chain.teacher)]
     teacher = Teacher.model_validate({"name": "timm:test_vit", "also": also})
     assert external.titles(teacher) == f"timm:test_vit and t.onnx and timm:test_resnet and {chain.teacher}"
+
+
+def test_a_mapping_makes_another_teacher_of_one_of_our_own(chain: Chain) -> None:
+    wanted, found = stages.Run(chain.student).recipe, set()
+    for mapping in ("{0: even, 1: odd}", "{0: odd, 1: even}"):  # a mistake that was put right
+        Path("classes.yaml").write_text(mapping)
+        own = {"name": "resnet9_wide", "checkpoint": chain.teacher, "classes": "classes.yaml"}
+        mapped = wanted.model_copy(update={"teacher": Teacher.model_validate(own)})
+        found.add(teaching.load(mapped, ("even", "odd"))[1].weights)
+    assert len(found) == 2
 
 
 def test_our_own_artifact_teaches(chain: Chain) -> None:
@@ -459,6 +470,9 @@ def test_images_without_labels(toolkit: Toolkit, coloured: Path, nowhere: Path, 
     assert list(metrics["per_class"]) == ["blue", "green", "red"]
     labelled, _ = stages.validate(Path("run"), dataset=f"folder:{coloured}")
     assert labelled["dataset"] == f"folder:{coloured.name}"  # which has labels of its own
+    shutil.copytree(coloured, "elsewhere/loose")  # one of the same name, too
+    same = stages.validate(Path("run"), dataset="folder:elsewhere/loose")[0]
+    assert (same["dataset"], same["top1"]) == ("folder:loose", labelled["top1"])
     exported = toolkit("export", "run")
     assert exported.exit_code == 0, exported.stderr
     wrong = toolkit(*command, "--unlabelled", "--set", "loss.ce_weight=1", "--run-dir", "other")

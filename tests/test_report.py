@@ -207,6 +207,22 @@ def test_the_schedule_shows_the_batch_size_where_it_changes():
     assert report.batch_sizes(history(5)) == "128"
 
 
+def test_confusions_are_told_from_the_true_class_to_the_answer():
+    counts = [[5, 3, 0], [0, 8, 1], [2, 0, 2]]
+    assert report._class_rows({"confusion": counts}, ["ant", "bee", "cat"]) == [
+        ("cat", "4", "50.00%", "ant (2)"),
+        ("ant", "8", "62.50%", "bee (3)"),
+        ("bee", "9", "88.89%", "cat (1)"),
+    ]
+    axes = report._confusion(np.array(counts), ["ant", "bee", "cat"]).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    cells = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axes.texts}
+    assert cells == {(row, column): str(n) for row, line in enumerate(counts) for column, n in enumerate(line) if n}
+    right, wrong = (image.get_array() for image in axes.images)
+    assert right.diagonal().tolist() == pytest.approx([5 / 8, 8 / 9, 2 / 4])
+    assert (wrong[0, 1], wrong[1, 2], wrong[2, 0]) == pytest.approx((3 / 8, 1 / 9, 2 / 4))
+
+
 def test_worst_mistakes_are_the_most_confident_ones():
     labels = np.zeros(5, dtype=int)
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.01, 0.99], [0.2, 0.8], [0.45, 0.55]])

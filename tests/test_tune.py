@@ -1,5 +1,6 @@
 """The search over recipe fields: spaces, samples under constraints, trials, tables and figures; a real one on Ray."""
 
+import contextlib
 import csv
 import json
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +22,8 @@ from PIL import Image
 
 from toolkit import compute, teaching, tune, tune_report
 from toolkit.catalogue import build, parameter_count
-from toolkit.data import DataSet, Split
-from toolkit.errors import SearchError, SpaceError, TeacherError
+from toolkit.data import DataSet, Split, load
+from toolkit.errors import RunError, SearchError, SpaceError, TeacherError
 from toolkit.files import locked
 from toolkit.machine import available_cores
 from toolkit.recipe import Optimizer, resolve
@@ -404,6 +406,35 @@ def test_a_poor_teacher_is_told_before_the_first_trial(chain: Chain, monkeypatch
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("weight", "fields", "distils"),
+    [
+        (0.9, {"optimizer.lr": {"choices": [0.1, 0.2]}}, [True, True]),
+        (0, {"loss.kd_weight": {"choices": [0, 0.9]}}, [False, True]),
+    ],
+)
+def test_all_trials_learn_from_one_teacher_and_the_same_images(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, weight: float, fields: dict, distils: list[bool]
+) -> None:
+    given = {**TINY["set"], "student.widths": [8, 8, 8], "loss.kd_weight": weight, "loss.ce_weight": 1}
+    base = resolve("digits", "distill", given).model_dump(mode="json")
+    wanted = plan({"recipe": base, "fields": fields}, "grid")
+    monkeypatch.setattr(tune, "_ray", lambda address: None)
+    monkeypatch.setattr(tune, "cluster", lambda *_: contextlib.nullcontext(1))
+    monkeypatch.setattr(tune, "_announce", lambda *_: None)
+    monkeypatch.setattr(tune, "_run", lambda search, *_: run_all(search))
+    search = tune.tune(wanted, Path("out"))
+    teacher = chain.teacher / "checkpoints/best.safetensors"
+    assert [trial.status for trial in search.trials] == ["finished"] * 2
+    recipes = [Run(search.path(trial)).recipe for trial in search.trials]
+    assert [recipe.distils for recipe in recipes] == distils
+    assert recipes[1].teacher.checkpoint == teacher
+    assert yaml.safe_load(Path("out/search.yaml").read_text())["recipe"]["teacher"]["checkpoint"] == str(teacher)
+    monkeypatch.setattr("toolkit.data.load", lambda config: replace(load(config), digest="of other images"))
+    with pytest.raises(RunError, match=r"have changed since .*: choose another --output"):
+        tune.tune(wanted, Path("out"), resume=True)
+
+
 def test_a_search_goes_on_with_its_own_teacher_and_refuses_another(nowhere: Path) -> None:
     def learning(**teacher: object) -> Plan:
         return plan(tiny(), **{f"teacher.{key}": value for key, value in teacher.items()})
@@ -450,8 +481,10 @@ def test_images_without_labels_get_the_teacher_s(nowhere: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(("device", "with_gpu"), [("auto", "auto"), ("cuda:7", "cuda"), ("cpu", "cpu")])
 def test_a_trial_computes_on_the_gpu_that_ray_gives_it(tmp_path: Path, device: str, with_gpu: str) -> None:
-    search = prepared(tmp_path, plan(tiny(set={**TINY["set"], "device": device}), trials=1))
-    assert [tune._job(search, search.trials[0], 1, gpus).recipe["device"] for gpus in (0, 0.5)] == ["cpu", with_gpu]
+    search = prepared(tmp_path, plan(tiny(set={**TINY["set"], "device": device, "probe": True}), trials=1))
+    recipes = [tune._job(search, search.trials[0], 1, gpus).recipe for gpus in (0, 0.5)]
+    assert [recipe["device"] for recipe in recipes] == ["cpu", with_gpu]
+    assert not any(recipe["probe"] for recipe in recipes)  # all compute in the same precision
 
 
 def test_a_trial_whose_process_died_has_failed(tmp_path: Path) -> None:
