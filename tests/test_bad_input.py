@@ -74,6 +74,10 @@ SMALL = ("--recipe", "digits", "--epochs", 2, "--set", "teacher.widths=[8, 16, 3
             ["balance=weights weighs the cross entropy, and loss.ce_weight is 0"],
         ),
         (
+            "train --recipe digits --image-size 128 --set progressive.start=16",
+            ["progressive.start (=16): resnet9_wide does not take images of this size"],
+        ),
+        (
             "distill --recipe digits --set student.resize=40 --set progressive.start=16",
             ["progressive.start and resize exclude each other"],
         ),

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from conftest import Chain, Toolkit, refused
 from matplotlib.figure import Figure
 from small_net import small_artifact
+from torch import nn
 
 from export.artifact import read
 from serve.session import Session
 from toolkit import bench
+from toolkit.classifier import TestTimeAugmentation
 from toolkit.errors import DeviceError
 
 QUICK = ("--batch", 1, "--batch", 3, "--rounds", 1, "--provider", "cpu", "--threads", 1)
@@ -130,6 +133,25 @@ def test_turns_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     times = bench.alternate([lambda: called.append("a"), lambda: called.append("b")], rounds=2)
     assert called[2 * bench.WARM_CALLS :] == ["a", "b", "b", "a"]
     assert Counter(map(len, times)) == {2: 2}
+
+
+def test_the_table_compares_with_the_first() -> None:
+    rows = [bench.Row(name, "fp32", 1, 9, 10.0, 11.0, rate, 5e11, 1e12) for name, rate in (("a", 100.0), ("b", 200.0))]
+    first, second = (line.split() for line in bench.table(rows).splitlines()[1:])
+    assert first == ["a", "1", "10.00", "11.00", "100", "500", "1,000", "50%", "1.00"]
+    assert (second[4], second[-1]) == ("200", "2.00")
+
+
+def test_pytorch_computes_as_many_views_as_the_artifact(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed, net = [], partial(nn.Conv2d, 3, 4, 3)
+    monkeypatch.setattr(bench.onnx_export, "deployed", lambda model, about: deployed.append(model) or net())
+    session = Session(chain.artifact, "cpu")
+    session.metadata = session.metadata.model_copy(update={"views": 6})
+    contestants = bench._pytorch({chain.artifact: session}, compiled=False)
+    assert [type(model) for model in deployed] == [TestTimeAugmentation] * 2
+    assert [one.operations for one in contestants] == [2 * 6 * session.metadata.macs] * 2
+    layouts = [one.run.args[0].weight.is_contiguous(memory_format=torch.channels_last) for one in contestants]
+    assert layouts == [False, True]
 
 
 def test_the_plot_of_many_contestants(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Barrier, Event, Thread
+from time import sleep
 from zlib import crc32
 
 import numpy as np
@@ -286,12 +288,17 @@ def test_damaged_archive_is_named_and_kept(tiny: Tiny) -> None:
     assert tiny.archive.read_bytes() == b"half of it"
 
 
-@pytest.mark.parametrize("trouble", ["gone", "damaged"])
-def test_download_that_fails_leaves_nothing(tiny: Tiny, tmp_path: Path, trouble: str) -> None:
+@pytest.mark.parametrize("trouble", ["gone", "damaged", "silent"])
+def test_download_that_fails_leaves_nothing(
+    tiny: Tiny, tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if trouble == "gone":
         tiny.archive.unlink()
-    else:
+    elif trouble == "damaged":
         tiny.archive.write_bytes(b"a login page")
+    else:
+        monkeypatch.setattr(cifar, "DOWNLOAD_TIMEOUT", 0.2)
+        monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", lambda request: sleep(3))
     with pytest.raises(DataError, match=f"downloading {tiny.name} from .* failed: .*--data-dir"):
         load_data(tiny.name, data_dir=tmp_path / "root")
     assert not list((tmp_path / "root").iterdir())
@@ -573,8 +580,18 @@ def test_decoded_images_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPa
         assert decoded.cache_folder() == expected
 
 
-def test_a_cache_that_cannot_be_written_is_named(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_bytes(b"")
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_cache_that_cannot_be_written_is_named(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "cannot: the file system is read-only")
+
+    if read_only:
+        (tmp_path / "cache").mkdir()
+        monkeypatch.setattr("tempfile.mkstemp", refuse)
+    else:
+        (tmp_path / "cache").write_bytes(b"")
     with pytest.raises(
         DataError, match=rf"kept in {tmp_path / 'cache'} \(\$TOOLKIT_CACHE names another folder\): cannot"
     ):

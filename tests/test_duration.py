@@ -62,15 +62,28 @@ def test_the_estimate_by_a_clock_that_is_known(tmp_path, data, monkeypatch):
     timed = duration.with_epochs(several, tmp_path, data, None)
     assert timed.epochs == int((120 - spent - starting) / (4 + 1 + 2))
     clock[0] = 0
+    with pytest.raises(RecipeError, match="is too short for this recipe here: the 50 epochs of its warm-up take 350 s"):
+        duration.with_epochs(recipe_of(minutes=2, epochs=60, **{"schedule.warmup_epochs": 50}), tmp_path, data, None)
+    clock[0] = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(duration, "MARGIN", 2)  # ends early rather than late
+        timed = duration.with_epochs(several, tmp_path, data, None)
+    assert timed.epochs == int((120 - spent - starting) / 2 / (4 + 1 + 2))
+    monkeypatch.setattr("toolkit.distributed.SIZE", 2)
+    with pytest.raises(RecipeError, match=r"minutes \(=2\) is for one process"):
+        duration.with_epochs(several, tmp_path, data, None)
+    monkeypatch.setattr("toolkit.distributed.SIZE", 1)
+    clock[0] = 0
     with pytest.raises(RecipeError, match=r"swa_start \(=18\) must be less than the 18 epochs that fit"):
         duration.with_epochs(recipe_of(minutes=2, epochs=30, swa_start=18), tmp_path, data, None)
 
 
 def test_small_images_and_small_data_are_reckoned_with(tmp_path, data, monkeypatch):
     """Whole images are timed, 100 of them a second: small ones take as much less as they have pixels."""
-    clock, seen = [0.0], []
+    clock, seen, swa = [0.0], [], []
 
     def fit(recipe, some, run, teacher, on_epoch):
+        swa.append(recipe.swa_start)
         seen.append((recipe.progressive.start, len(some.train), recipe.schedule.warmup_epochs))
         for _ in range(recipe.epochs):
             clock[0] += 1
@@ -85,6 +98,16 @@ def test_small_images_and_small_data_are_reckoned_with(tmp_path, data, monkeypat
     share = sum(10 * side**2 for side in (*[16] * 2, *[20] * 3, *[24] * 2, *[28] * 3)) / (100 * 32**2)
     assert timed.epochs == pytest.approx((120 - 2) / (4 * share), abs=1.5)
     assert timed.progressive.start == 16
+    clock[0] = 0
+    wanted = recipe_of(**growing, **warm).model_copy(update={"minutes": 2})
+    taught = duration.with_epochs(wanted, tmp_path, data, torch.nn.Identity())  # who sees whole images
+    assert taught.epochs == (120 - 2) // 4
+    clock[0] = 0
+    averaged = recipe_of(minutes=2, epochs=99, swa_start=5)
+    duration.with_epochs(averaged, tmp_path, data, None)
+    assert swa.pop() == 0  # BN's statistics are measured anew in the epochs that are timed
+    assert set(swa) == {None}
+    del seen[1:]
     clock[0] = 0
     assert duration.with_epochs(recipe_of(minutes=2, batch_size=1000), tmp_path, data, None).epochs == (120 - 2) // 4
     assert seen == [(None, 400, 2), (None, 400, 0)]  # with the warm-up of a long run its first steps do not diverge

@@ -32,6 +32,7 @@ def test_the_pipeline_leaves_two_runs_a_report_and_an_artifact(pipeline: Chain) 
         for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json"):
             assert (run / name).stat().st_size > 0
         assert {file.stem for file in (run / "checkpoints").iterdir()} == {"best", "last", "last-1"}
+    assert (pipeline.folder / pipeline.artifact).stat().st_mode & 0o777 == 0o644  # also for a server of another user's
     made = {file.name for file in (pipeline.folder / pipeline.student).glob("*/*")}
     assert made >= {"report.md", "metrics.json", "curves.png", "confusion.png", "predictions.png"}
     assert made >= {"student.onnx", "parity.json", "examples"}
@@ -357,8 +358,15 @@ SHORT = ("--recipe", "digits", "--epochs", 1, "--set", "schedule.warmup_epochs=0
 
 def test_tensorboard_is_written(toolkit: Toolkit, nowhere: Path) -> None:
     pytest.importorskip("tensorboard")
-    assert toolkit("train", *SHORT, "--log", "tensorboard").exit_code == 0
-    assert list(Path("runs/one/tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert toolkit("train", *SHORT, "--epochs", 2, "--log", "tensorboard").exit_code == 0
+    found = EventAccumulator("runs/one/tensorboard").Reload()
+    rows = Run(Path("runs/one")).history()
+    for name in ("train_loss", "val_top1", "lr"):
+        assert [(one.step, one.value) for one in found.Scalars(name)] == [
+            (row["epoch"], pytest.approx(row[name])) for row in rows
+        ]
 
 
 def test_without_tensorboard_its_extra_is_named(

@@ -79,7 +79,7 @@ def fit_in_pieces(recipe, data, run, monkeypatch, teacher=None):
 def test_a_run_stopped_within_an_epoch_ends_as_one_that_was_not(tmp_path, data, monkeypatch, changes):
     changes = {"precision": "bf16"} | changes
     recipe, whole = start(tmp_path / "whole", **changes)
-    teacher = learner.build("resnet9_wide", "teacher", 10, widths=TEACHER["widths"]) if recipe.distils else None
+    teacher = build_teacher() if recipe.distils else None
     engine.fit(recipe, data, whole, teacher)
     recipe, halved = start(tmp_path / "halved", **changes)
     assert fit_in_pieces(recipe, data, halved, monkeypatch, teacher) > 1
@@ -97,6 +97,12 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_does_not(tmp_pa
     a, b, c = runs
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["network.conv.weight"], c["network.conv.weight"])
+    first = []
+    for seed in (0, 1):
+        recipe, run = start(tmp_path / str(seed), seed=seed, epochs=1, **{"optimizer.lr": 1e-30})
+        engine.fit(recipe, data, run)
+        first.append(load_tensors(run.checkpoint("best"))[0]["network.conv.weight"])
+    assert not torch.equal(*first)  # where they begin is another place, too
 
 
 def test_the_best_epoch_on_val_is_kept_and_the_last_where_val_is_missing(tmp_path, data):
@@ -149,12 +155,16 @@ def test_val_is_read_every_other_epoch_and_after_the_last(tmp_path, data, monkey
 class Plain(torch.nn.Module):
     """A net without batch statistics, for which the gradient of a batch is the mean of its parts'."""
 
-    def __init__(self, memory=None):
+    def __init__(self, memory=None, fails=0):
         super().__init__()
         self.conv, self.head, self.memory = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 10), memory
+        self.fails, self.calls = fails, 0
 
     def forward(self, images):
-        if self.training and self.memory and len(images) > self.memory:
+        self.calls += self.training
+        if (self.training and self.memory and len(images) > self.memory) or (
+            self.training and self.calls == self.fails
+        ):
             raise torch.OutOfMemoryError
         return self.head(torch.relu(self.conv(images)).mean((2, 3)))
 
@@ -165,9 +175,11 @@ class Plain(torch.nn.Module):
 def test_parts_of_a_batch_add_up_to_the_same_steps(tmp_path, data, monkeypatch):
     """By recipe, and where the device's memory does not hold the batch."""
     ends = []
-    for name, memory, changes in (("whole", None, {}), ("parts", None, {"micro_batch": 15}), ("full", 20, {})):
+    second = {"micro_batch": 25}, 2  # it is full in the second part: what the first gave counts once
+    for name, memory, changes, fails in (("whole", None, {}, 0), ("parts", None, {"micro_batch": 15}, 0),
+                                         ("full", 20, {}, 0), ("full later", None, *second)):  # fmt: skip
         recipe, run = start(tmp_path / name, **changes)
-        monkeypatch.setattr(learner, "new_model", lambda *_, memory=memory: Plain(memory))
+        monkeypatch.setattr(learner, "new_model", lambda *_, memory=memory, fails=fails: Plain(memory, fails))
         engine.fit(recipe, data, run)
         ends.append(load_tensors(run.checkpoint("best"))[0])
     for other in ends[1:]:
@@ -177,6 +189,46 @@ def test_parts_of_a_batch_add_up_to_the_same_steps(tmp_path, data, monkeypatch):
     monkeypatch.setattr(learner, "new_model", lambda *_: Plain(1))
     with pytest.raises(DeviceError, match="does not hold a step"):
         engine.fit(recipe, data, run)
+
+
+def test_seconds_are_counted_once_however_often_a_run_is_stopped(tmp_path, data, monkeypatch):
+    """Each step takes one, and each look at the teacher's answers ten."""
+    clock = [0.0]
+
+    def takes(seconds, kind, name):
+        call = getattr(kind, name)
+
+        def slow(*arguments):
+            clock[0] += seconds
+            return call(*arguments)
+
+        monkeypatch.setattr(kind, name, slow)
+
+    takes(1, learner.Learner, "step")
+    takes(10, TeacherCache, "epoch")
+    monkeypatch.setattr(engine.time, "monotonic", lambda: clock[0])
+    changes = {"cached_epochs": 1, "loss.kd_weight": 1, "teacher.name": "wrn28"}
+    recipe, run = start(tmp_path / "run", **changes)
+    assert fit_in_pieces(recipe, data, run, monkeypatch, build_teacher()) > 1
+    assert [(row["seconds"], row["images_per_second"]) for row in run.history()] == [(4, 50)] * 3
+    assert run.summary()["train_seconds"] == 12
+
+
+def build_teacher():
+    return learner.build("resnet9_wide", "teacher", 10, widths=TEACHER["widths"])
+
+
+def test_signals_are_for_the_training_alone_and_the_second_ends_it_at_once():
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(kind) for kind in kinds]
+    with engine.StopSignal() as stop:
+        assert not {signal.getsignal(kind) for kind in kinds} & {*before}
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(kind) for kind in kinds] == before
 
 
 def test_the_batch_grows_at_milestones_and_where_the_loss_stops_falling(tmp_path, data):

@@ -52,9 +52,9 @@ def dkd(term, student, teacher, labels, temperature):
 
 def dist(term, student, teacher, labels, temperature):
     s, t = (np.array([softmax(row / temperature) for row in x]) for x in (student, teacher))
-    loss = 2 * np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(s, t, strict=True)])
+    loss = term.beta * np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(s, t, strict=True)])
     if len(s) > 1:
-        loss += 2 * np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(s.T, t.T, strict=True)])
+        loss += term.gamma * np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(s.T, t.T, strict=True)])
     return temperature**2 * loss
 
 
@@ -208,6 +208,11 @@ def test_what_teaches_nothing_of_two_classes_is_told_before_the_first_step(name,
     objective(3)
     with pytest.raises(RecipeError, match=f"^loss.methods.{name}: "):
         objective(2)
+
+
+def test_both_parts_of_dist_have_their_own_weights():
+    assert losses.load("dist").Params().model_dump(include={"beta", "gamma"}) == {"beta": 2, "gamma": 2}
+    against_hand("dist", 6, 10, 0, beta=1, gamma=3)
 
 
 @pytest.mark.parametrize(

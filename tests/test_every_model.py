@@ -15,6 +15,8 @@ from serve.session import Session
 from students.blocks import ResidualBlock
 from students.resnet18_242 import BiasedBlock, DropoutBlock
 from teachers.batch_doubling import LeakyBlock
+from teachers.wrn import PreActivationBlock
+from toolkit import catalogue, compute
 from toolkit.catalogue import ROLES, build, builder, check_budget, info, mac_count, names, parameter_count
 from toolkit.errors import BudgetError, RecipeError, UnknownNameError
 from toolkit.footprint import footprint
@@ -107,6 +109,13 @@ BLOCKS = [
         lambda b, x: RELU(b.norm2(b.conv2(RELU(b.norm1(b.conv1(x))))) + b.shortcut(x)),
     ),
     (LeakyBlock, lambda b, x: LEAKY(b.norm2(b.conv2(LEAKY(b.norm1(b.conv1(x))))) + b.shortcut(x))),
+    (
+        partial(PreActivationBlock, dropout=0),
+        lambda b, x: (
+            b.conv2(RELU(b.norm2(b.conv1(RELU(b.norm1(x))))))
+            + (x if b.shortcut is None else b.shortcut(RELU(b.norm1(x))))
+        ),
+    ),
 ]
 
 
@@ -150,6 +159,22 @@ def test_quirks_of_the_reports():
     large(torch.rand(2, 3, 32, 32))
     torch.testing.assert_close(seen[1], seen[0].sigmoid())
 
+    wide = build("wrn28", "teacher", 10, depth=10, width=1).network
+    wide.head.register_forward_hook(lambda *arguments: seen.append(arguments[1][0]))
+    wide(torch.rand(2, 3, 32, 32))
+    assert seen[2].min() >= 0  # the mean of what is activated
+
+
+def test_quirks_of_short_trainings():
+    network = build("resnet9", "student", 10).network
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.4}
+    assert not any(norm.weight.requires_grad for norm in norms)
+    assert all(norm.bias.requires_grad for norm in norms)
+    for stage in network.stages:
+        x = torch.rand(2, stage.conv2.in_channels, 5, 5)
+        torch.testing.assert_close(stage.conv2(x), x)  # as it begins
+
 
 @pytest.mark.parametrize(("role", "name"), MODELS)
 def test_shapes_and_finite_gradients(role, name):
@@ -163,12 +188,14 @@ def test_shapes_and_finite_gradients(role, name):
             assert parameter.grad.isfinite().all(), parameter_name
 
 
-@pytest.mark.parametrize("name", [name for name in names("student") if name not in SIBLINGS])
-def test_stems_halve_images_from_64_pixels_on_and_twice_from_128_on(name):
+@pytest.mark.parametrize(
+    ("role", "name"), [one for one in MODELS if one[1] not in SIBLINGS | {"batch_doubling_resnet"}]
+)
+def test_stems_halve_images_from_64_pixels_on_and_twice_from_128_on(role, name):
     sides, parameters = [], set()
     for image_size in (32, 63, 64, 127, 128):
         with torch.device("meta"):
-            model = build(name, "student", 3, image_size=image_size).eval()
+            model = build(name, role, 3, image_size=image_size).eval()
             stages = getattr(model.network, "stages", None) or model.network.blocks
             stages.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
             assert model(torch.empty(1, 3, image_size, image_size)).shape == (1, 3)
@@ -178,11 +205,24 @@ def test_stems_halve_images_from_64_pixels_on_and_twice_from_128_on(name):
     assert others == pytest.approx([2 * first, first, 2 * first, first], abs=3)  # not all convs and pools have padding
 
 
-def test_a_footprint_grows_with_the_image():
+def test_a_footprint_grows_with_the_image(monkeypatch):
     small, large = (footprint("resnet9", "student", size, "cpu") for size in (32, 96))
     assert 1 < large.memory / small.memory < 3  # 48 x 48 behind the stem
     assert small.memory > 64 * 32 * 32 * 2  # at least the first stage's output in bf16
-    assert min(large.training, large.inference) > 0
+    monkeypatch.setattr(compute, "seconds_an_image", lambda model, recipe, backward, count: 0.5 if backward else 0.25)
+    found = footprint("tpsnet_17", "student", 32, "cpu")
+    assert (found.training, found.inference) == (2, 4)
+
+    class Cube(torch.nn.Module):
+        def forward(self, images):
+            return (self.weight * images).pow(3).mean((2, 3))  # keeps the images, and what is raised to a power
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+    monkeypatch.setattr("toolkit.footprint.build", lambda *_, **__: Cube())
+    assert footprint("tpsnet_17", "student", 32, "cpu").memory == 2 * 3 * 32 * 32 * 4
 
 
 def test_the_normalisation_is_inside():
@@ -242,6 +282,8 @@ def test_a_student_over_the_budget_stops_with_the_excess_and_what_fits():
     assert "4,959,770" in message
     assert "959,771 too many" in message
     assert "resnet9 (3,190,456)" in message
+    with pytest.raises(BudgetError, match=r"that fit: tpsnet_17 \(4,997,554\)"):  # of 100 classes
+        check_budget("x", 6_000_000, 5_000_000, 100)
     check_budget("tpsnet", 4_959_770, 4_959_771, 10)
     with pytest.raises(BudgetError):
         check_budget("tpsnet", 4_959_770, 4_959_770, 10)
@@ -254,6 +296,17 @@ def test_unknown_names_and_arguments_are_refused_with_the_nearest():
         build("tpsnet", "student", 10, widht=2)
     with pytest.raises(RecipeError, match="6 n"):
         build("wrn28", "teacher", 10, depth=27)
+
+
+def test_a_network_that_does_not_compute_this_size_is_refused(monkeypatch):
+    """A file of the user's own, for images of 32 pixels."""
+
+    def fixed(num_classes, image_size):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, num_classes))
+
+    monkeypatch.setattr(catalogue, "builder", lambda *_: fixed)
+    with pytest.raises(RecipeError, match="student: resnet9 cannot compute images of 64 pixels: "):
+        info("resnet9", "student", 64, 13)
 
 
 def test_attention_is_counted_on_every_device():

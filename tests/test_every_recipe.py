@@ -280,6 +280,13 @@ def test_sections_and_overrides_count_for_their_stage():
     assert resolve("digits", "train", looked_at) == resolve("digits", "train")
 
 
+def test_the_shipped_student_enlarges_images_of_its_own_size_alone():
+    photos = {"data.dataset": "folder:photos"}
+    for size, resize in ((32, 40), (64, None)):
+        student = resolve("fine-tune", "distill", photos | {"data.image_size": size}).student
+        assert student.arguments.get("resize") == resize
+
+
 def test_the_digest_knows_what_is_computed_and_not_where():
     recipe = resolve(STUDENT, "distill")
     elsewhere = resolve(STUDENT, "distill", {"data.data_dir": "/tmp/x", "device": "cpu", "teacher.checkpoint": "a",

@@ -23,9 +23,11 @@ from torch import nn
 
 from toolkit import compare, engine, external, features, recipe, stages, teaching
 from toolkit import data as datasets
-from toolkit.catalogue import parameter_count, pretrained
+from toolkit.catalogue import build, parameter_count, pretrained
 from toolkit.classifier import Ensemble, with_views
 from toolkit.errors import DeviceError, TeacherError
+from toolkit.losses import fitnets
+from toolkit.objective import Objective
 from toolkit.recipe import Teacher
 from toolkit.run import load_model, load_run
 
@@ -207,6 +209,10 @@ def test_a_teacher_of_our_own_gets_images_of_its_size(chain: Chain) -> None:
     torch.testing.assert_close(resized(images), model(small))
     shapes = features.output_shapes(resized, images, resized.network)
     assert shapes == features.output_shapes(model, small)  # features by the same paths
+    by_maps = wanted.loss.model_copy(update={"methods": {"fitnets": fitnets.Params()}})
+    student = build("resnet9", "student", 10, image_size=48, widths=[8, 8, 8])
+    objective = Objective(larger.model_copy(update={"loss": by_maps}), student, resized)
+    assert all(theirs.startswith("network.stages") for _, theirs in objective.pairs["fitnets"])
     assert external.images_at_once(resized, 16) == 500  # as many as at 32 pixels, which it enlarges them to
     assert external.images_at_once(resized, 64) == external.images_at_once(model, 64) == 125
     resized.set_input(recipe.TeacherInput(image_size=320))

@@ -9,6 +9,7 @@ from small_run import TREE, small_digits
 from toolkit.catalogue import build
 from toolkit.data import Split
 from toolkit.learner import Learner
+from toolkit.optim import ascended, norms
 from toolkit.recipe import resolve
 from toolkit.run import Run
 
@@ -66,6 +67,69 @@ def test_teacher_and_student_see_the_same_views_which_come_in_turn(tmp_path, dat
     assert not torch.equal(orders[0], orders[2])
     for shown, views, order in zip(seen["student"], (first, second, first), orders, strict=True):
         assert torch.equal(shown, views[order])
+
+
+def test_a_step_tells_its_loss_how_far_the_run_is(tmp_path, data):
+    learner = learning(tmp_path / "run", data)
+    learner.start_epoch(1, lambda: True)
+    learner.step(learner.order[:50], done=1.5)
+    assert learner.objective.progress == 0.5
+
+
+def test_a_net_takes_its_first_weights_from_all_over_the_training_images(tmp_path, data, monkeypatch):
+    """A folder's images come class by class."""
+    seen = []
+    monkeypatch.setattr("toolkit.learner.PREPARE_IMAGES", 10)
+    monkeypatch.setattr("toolkit.classifier.Classifier.prepare", lambda _, images: seen.append(images))
+    learning(tmp_path / "run", data)
+    assert torch.equal(seen[0], data.train.images[torch.linspace(0, 219, 10).long()] / 255)
+
+
+def test_the_student_alone_rounds_as_int8_does(tmp_path, data):
+    losses, answers = [], []
+    for rounds in (False, True):
+        torch.manual_seed(0)
+        teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 10))
+        teacher.register_forward_hook(lambda *given: answers.append(given[2]))
+        changes = {"teacher.name": "wrn28", "loss.kd_weight": 1, "loss.ce_weight": 0, "student.dropout": 0}
+        learner = learning(tmp_path / str(rounds), data, teacher, int8=rounds, **changes)
+        learner.start_epoch(0, lambda: True)
+        losses.append(learner.step(learner.order[:50], done=0)[0])
+    assert torch.equal(*answers[-2:])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1].item(), rel=0.1)
+
+
+def test_a_step_of_sam_is_by_the_gradient_where_the_loss_has_risen(tmp_path, data):
+    plain = {"momentum": 0, "nesterov": False, "weight_decay": 0, "sam_radius": 0.1}
+
+    def fresh(name):
+        torch.manual_seed(0)
+        learner = learning(tmp_path / name, data, optimizer=plain, **{"student.dropout": 0})
+        learner.start_epoch(0, lambda: True)
+        return learner
+
+    learner, twin = fresh("a"), fresh("b")
+    index, before = learner.order[:50], [parameter.detach().clone() for parameter in twin.trained]
+    learner.step(index, done=1)
+    twin._backward(index)
+    with ascended(twin.model, twin.trained, 0.1):
+        twin._backward(index)
+    for parameter, other, old in zip(learner.trained, twin.trained, before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old - learner.lr(1) * other.grad)
+
+
+def test_averaged_weights_get_statistics_of_their_own(tmp_path, data, monkeypatch):
+    learner = learning(tmp_path / "run", data, swa_start=1)
+    sizes = []
+    learner.kept.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr("toolkit.learner.at_once", lambda side: 1)  # as of images of 512 pixels
+    for epoch in (0, 1):
+        learner.start_epoch(epoch, lambda: True)
+        learner.end_epoch(epoch)
+        measured = [norm.running_mean.abs().sum().item() > 0 for norm in norms(learner.kept)]
+        assert set(measured) == {epoch == 1}
+    assert sizes == [44] * 5  # about as many at once as in training
 
 
 def test_where_nothing_is_kept_views_are_new(tmp_path, data):

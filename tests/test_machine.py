@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from toolkit import machine
-from toolkit.machine import available_cores, total_memory
+from toolkit.machine import available_cores, peak_memory, total_memory
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,11 @@ def test_the_limits_of_the_groups_above_hold_too(
     write(cgroup, files | {"user/other/cpu.max": "1 1\n", "memory/user/other/memory.limit_in_bytes": "1000\n"})
     (tmp_path / "membership").write_text(f"{membership}3:cpuset:/user/other\n")
     assert (available_cores(), total_memory()) == (3, 10**6)
+
+
+def test_the_most_memory_is_in_bytes() -> None:
+    taken = np.ones(100 * 2**20, np.uint8)
+    assert len(taken) < peak_memory() < 50 * 2**30
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="only glibc keeps memory")

@@ -61,9 +61,12 @@ def net():
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name, decay_norm):
     model = net()
-    config = Optimizer(name=name, lr=0.5, weight_decay=0.1, decay_norm=decay_norm, norm_bias_lr=8, filter_lr=0.3)
+    config = Optimizer(
+        name=name, lr=0.5, momentum=0.8, weight_decay=0.1, decay_norm=decay_norm, norm_bias_lr=8, filter_lr=0.3
+    )
     optimizer = make_optimizer(config, model)
     assert type(optimizer).__name__.lower() == name
+    assert optimizer.defaults.get("betas", (config.momentum,))[0] == optimizer.defaults.get("momentum", 0.8) == 0.8
     set_lr(optimizer, 0.25)
     seen = {}
     for group in optimizer.param_groups:
@@ -84,12 +87,15 @@ def test_every_parameter_is_in_one_group_with_its_decay_and_rate(name, decay_nor
 
 def test_the_average_holds_the_buffers_of_batch_norm_too():
     model = net()
-    average = make_average(model, resolve({"student": {"name": "tpsnet"}, "average_decay": 0.5}, "distill"))
+    average = make_average(model, resolve({"student": {"name": "tpsnet"}, "average_decay": 0.8}, "distill"))
     average.update_parameters(model)  # the first update copies
-    before = model[1].running_mean.clone()
-    model[1].running_mean.fill_(3.0)
+    parts = [(model[1].running_mean, average.module[1].running_mean), (model[0].weight, average.module[0].weight)]
+    expected = [0.8 * trained.detach() + 0.2 * 3 for trained, _ in parts]
+    for trained, _ in parts:
+        nn.init.constant_(trained, 3.0)
     average.update_parameters(model)
-    torch.testing.assert_close(average.module[1].running_mean, (before + 3.0) / 2)
+    for (_, averaged), values in zip(parts, expected, strict=True):
+        torch.testing.assert_close(averaged.detach(), values)
 
 
 def test_swa_is_the_mean_of_the_epochs_after_its_start():
@@ -157,7 +163,7 @@ def test_sam_takes_the_gradient_where_the_loss_has_risen_and_comes_back():
 
 
 def test_lookahead_is_the_papers_two_lines():
-    model = nn.Linear(4, 2)
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
     slow = [parameter.detach().clone() for parameter in model.parameters()]
     changes = {"student.name": "tpsnet", "optimizer.lookahead_steps": 3, "optimizer.lookahead_alpha": 0.3}
     average = make_average(model, resolve({}, "distill", changes))
@@ -165,6 +171,7 @@ def test_lookahead_is_the_papers_two_lines():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += torch.randn_like(parameter)
+            model[1].running_mean += 1
         fast = [parameter.detach().clone() for parameter in model.parameters()]
         average.update_parameters(model)
         if update % 3 == 0:
@@ -174,6 +181,7 @@ def test_lookahead_is_the_papers_two_lines():
             torch.testing.assert_close(found.detach(), expected)
         for expected, found in zip(slow, average.module.parameters(), strict=True):
             torch.testing.assert_close(found.detach(), expected)
+    torch.testing.assert_close(average.module[1].running_mean, torch.full((2,), 0.7 * 0.3 * 3 + 0.3 * 6))
 
 
 @pytest.mark.parametrize("shape", [(8, 27), (40, 12), (16, 16)])
@@ -186,6 +194,14 @@ def test_the_orthogonal_matrix_keeps_the_directions_of_the_gradient(shape, size)
     large = found.diagonal()[sizes > 0.013 * matrix.norm()]
     assert len(large) > 0.9 * len(sizes)
     assert 0.5 < large.min() <= found.max() < 1.25
+
+
+def test_muon_leaves_filters_without_a_gradient_as_they_are():
+    """As those behind the features that a method compares, where nothing else is learnt from."""
+    model = net()
+    before = model[0].weight.detach().clone()
+    make_optimizer(Optimizer(name="muon"), model).step()
+    assert torch.equal(model[0].weight, before)
 
 
 def test_muon_takes_filters_that_are_zero():

@@ -227,6 +227,15 @@ def test_unlabelled_images_count_wherever_they_lie(tmp_path: Path) -> None:
     assert loose.classes == parts.classes == ("",)
     assert sorted(path.name for path, label in loose.files["train"] if label == 0) == ["0.png", "1.png", "2.png"]
     assert {part: len(files) for part, files in parts.files.items()} == {"train": 3, "test": 1}
+    (tmp_path / "unpacked/photos-v2").mkdir(parents=True)
+    (tmp_path / "parts").rename(tmp_path / "unpacked/photos-v2/photos")
+    inside = folders.find(tmp_path / "unpacked", unlabelled=True)
+    assert {part: len(files) for part, files in inside.files.items()} == {"train": 3, "test": 1}
+    assert inside.name(inside.files["test"][0][0]) == "photos-v2/photos/test/cat/3.png"
+    checked = data_check.check(tmp_path / "unpacked", unlabelled=True)
+    assert (checked.classes, checked.recipe) == ({}, "own-images")
+    assert " --unlabelled " in checked.command
+    assert checked.command.endswith("--teacher FILE.onnx")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images in"):
         folders.find(tmp_path / "empty", unlabelled=True)
@@ -469,6 +478,7 @@ def test_data_check_finds_what_is_wrong(drawn: Path, tmp_path: Path, toolkit: To
     assert "problem: 1 of 15 images are broken: train/star/cut.jpg" in text
     assert "the split leaks" in text
     assert "--recipe fine-tune" in text
+    assert " --skip-broken" in text
     (tmp_path / "train/star/iphone.heic").write_bytes(b"")
     (tmp_path / "train/star/gone.png").symlink_to("nowhere")
     (tmp_path / "loose.JPG").write_bytes(star.read_bytes())
@@ -583,6 +593,18 @@ def test_data_check_suggests_size_recipe_and_balance(
     (tmp_path / "cat/0.png").unlink()
     (tmp_path / "cat/1.png").unlink()
     assert data_check.check(tmp_path).recipe == "fine-tune"
+
+
+def test_nine_in_ten_images_are_as_large_as_the_size_that_is_suggested(tmp_path: Path) -> None:
+    """That of the file: to look at it, a JPEG is decoded no larger than needed."""
+    random = np.random.default_rng(0)
+    for i, side in enumerate([40, *[130] * 5, *[230] * 14]):
+        path = tmp_path / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (side, side + 20, 3), np.uint8)).save(path)
+    found = data_check.check(tmp_path)
+    assert found.sizes == {"smallest": 40, "tenth": 130, "median": 230, "largest": 230}
+    assert found.image_size == 128
 
 
 def test_what_lies_around_a_picture_is_no_matter(tmp_path: Path) -> None:

@@ -155,7 +155,10 @@ def _counts(name: str, role: Role, num_classes: int, image_size: int, arguments:
 
     with torch.device("meta"):
         model = build(name, role, num_classes, image_size=image_size, **json.loads(arguments))
-    return parameter_count(model), mac_count(model, image_size)
+    try:
+        return parameter_count(model), mac_count(model, image_size)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise RecipeError(f"{role}: {name} cannot compute images of {image_size} pixels: {error}") from error
 
 
 def parameter_count(model: Any) -> int:

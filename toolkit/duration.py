@@ -48,7 +48,8 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
         warmup = min(recipe.schedule.warmup_epochs, epochs)  # without it the loss may grow beyond all numbers
         schedule = recipe.schedule.model_copy(update={"warmup_epochs": warmup})
         length = {"minutes": None, "epochs": epochs, "eval_epochs": 1}
-        return recipe.model_copy(update=length | {"schedule": schedule, "swa_start": None})
+        swa = {"swa_start": None if recipe.swa_start is None else 0}  # BN is measured anew, which takes time
+        return recipe.model_copy(update=length | swa | {"schedule": schedule})
 
     # The second epoch is timed: the first includes one-off costs, on a GPU the last includes writing the state.
     timed_recipe = short(3 if gpu else 2)

@@ -113,16 +113,18 @@ def _find(root: Path, unlabelled: bool) -> Listing:
         return _table(root, unlabelled)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
+    inner = root
+    while (inside := _wrapped(inner)) and not part_of(inside.name):
+        inner = inside
     if unlabelled:
-        parts = _parts(root)
+        parts = _parts(inner)
         if "train" not in parts:
-            parts = {"train": [root]}
+            parts = _parts_in_other_words(inner) or {"train": [root]}
         files = {part: [(path, 0) for folder in folders for path in images(folder)] for part, folders in parts.items()}
         if not files["train"]:
             raise DataError(f"no images in {parts['train'][0]}: their names end in {listed(SUFFIXES)}")
         return Listing(root, ("",), files, {part: folders[0] for part, folders in parts.items()})
-    while (inside := _wrapped(root)) and not part_of(inside.name):
-        root = inside
+    root = inner
     parts = {part: found for part, found in _parts(root).items() if part != "train" or any(map(subfolders, found))}
     if "train" not in parts:  # such a name is then a class's, beside "bus" and "car"
         if within := _parts_within(root):

@@ -37,17 +37,15 @@ def footprint(name: str, role: Role, image_size: int, device: str = "auto") -> F
     place = compute.pick_device(device)
     numbers = compute.usual(wanted, place)
     kept: dict[int, int] = {}
-    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     images = torch.rand(2, 3, image_size, image_size, device=place).contiguous(memory_format=numbers.layout)
     sizes = []
-    # The difference of two batches is without the weights, which are there in bf16 too.
+    # The difference of two batches is without the weights, which are there in bf16, too.
     for some in (images, images.repeat(2, 1, 1, 1)):
         kept.clear()
         saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

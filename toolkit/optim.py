@@ -35,6 +35,8 @@ class Muon(torch.optim.SGD):
                 continue
             for filters in group["params"]:
                 gradient, momentum = filters.grad, group["momentum"]
+                if gradient is None:  # as in PyTorch's own
+                    continue
                 state = self.state[filters]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(filters)
