@@ -78,7 +78,8 @@ def named(artifacts: Sequence[str]) -> dict[str, Path]:
     for item in artifacts:
         name, equals, path = item.partition("=")
         if not equals or Path(item).exists():
-            name, path = Path(item).stem.encode(errors="replace").decode(), item  # clients get names as UTF-8
+            name, path = Path(item).stem, item
+        name = name.encode(errors="replace").decode()  # clients get it as UTF-8
         if name in paths:
             raise UserError(f"two artifacts have the name {name!r}: tell them apart with NAME={path}")
         paths[name] = Path(path)

@@ -344,7 +344,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # From here on clients wait, and are not turned away.
         return socket.create_server(address, family=family, backlog=BACKLOG)
-    except (OSError, UnicodeError) as error:  # the latter of a name with an empty or endless part
+    except (OSError, UnicodeError) as error:  # the latter of a name with an empty part, or too long a one
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(f"port {port} on {host} is in use: choose another with --port") from error
         why = getattr(error, "strerror", None) or error

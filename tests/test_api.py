@@ -203,8 +203,8 @@ def test_a_server_that_cannot_answer_in_time_says_so(path: Path, monkeypatch: py
             ran.clear()
             held.set()  # what the model gives now is no answer
             wait_until(lambda: not engine._model(None)._places)
-            assert ran == []  # the two that waited are nobody's
             assert asyncio.run(ask(app, 1)) == [(500, "internal", None)]
+            assert len(ran) == 1  # the two that waited were nobody's
         assert asyncio.run(ask(app, 1)) == [(200, None, None)]
     assert asyncio.run(ask(app, 1)) == [(503, "stopping", "1")]
 
@@ -242,9 +242,9 @@ def test_what_nobody_waits_for_is_not_decoded(path: Path, monkeypatch: pytest.Mo
     async def ask_in_turns(classifier: api.Classifier) -> None:
         with pytest.raises(DeadlineExceeded):
             await classifier([PNG] * 8, None)
-        assert len(decoded) == 1
         held.set()
         await emptied()
+        assert len(decoded) == 1
 
     async def emptied() -> None:
         async with asyncio.timeout(10):

@@ -145,7 +145,7 @@ def test_another_model_drops_the_arguments_of_the_recipes_own(
 
 
 def test_a_chain_that_is_stopped_while_its_teacher_is_measured_trains_no_student(
-    toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch
+    toolkit: Toolkit, nowhere: Path, monkeypatch: pytest.MonkeyPatch, few_batches: None, no_pictures: None
 ) -> None:
     def measured(*_: object) -> tuple[float, float]:
         os.kill(os.getpid(), signal.SIGINT)

@@ -31,7 +31,7 @@ SMALLER = {
     "se_resnet_443": {"blocks": (2, 1, 1)},
     "resnet18_42": {"blocks": (2, 1, 1, 1)},
 }
-OTHERS = {"resnet9_wide", "resnet18_242_k7"}  # of the code of resnet9 and resnet18_242_k3
+OTHERS = {"resnet9_wide", "resnet18_242_k3", "resnet18_242_k7"}  # of code that is exported below
 EXPORTED = [(role, name, SMALLER.get(name, {}), 32) for role, name in MODELS if name not in SIBLINGS | OTHERS]
 EXPORTED += [("student", "resnet9", {}, 64), ("student", "resnet18_242_k7", {}, 128)]
 EXPORTED += [("student", "tpsnet", SMALLER["tpsnet"], 224)]

@@ -94,12 +94,11 @@ def test_a_norm_behind_a_pool_that_turns_signs_stays_behind_it() -> None:
     ).eval()
     images = small_images(5)
     net(images / 255)
-    for sign in (1, -1):
-        with torch.no_grad():
-            norm.weight[0] = sign
-            expected = net(images / 255).numpy()
-        session = Session(to_bytes(build_graph(net, small_metadata()), small_metadata()), "cpu")
-        np.testing.assert_allclose(session.run(images.permute(0, 2, 3, 1).numpy())[0], expected, atol=1e-4)
+    with torch.no_grad():
+        norm.weight[0] = -1
+        expected = net(images / 255).numpy()
+    session = Session(to_bytes(build_graph(net, small_metadata()), small_metadata()), "cpu")
+    np.testing.assert_allclose(session.run(images.permute(0, 2, 3, 1).numpy())[0], expected, atol=1e-4)
 
 
 @given(before=st.integers(1, 2000), after=st.integers(1, 2000))

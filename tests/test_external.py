@@ -461,11 +461,13 @@ def test_a_teacher_that_finds_the_rare_class_has_something_to_teach(monkeypatch:
 # --- without labels, and not from nothing --------------------------------------------------------------------
 
 
-def test_images_without_labels(toolkit: Toolkit, coloured: Path, nowhere: Path, few_batches: None) -> None:
+def test_images_without_labels(
+    toolkit: Toolkit, coloured: Path, nowhere: Path, few_batches: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     for i, path in enumerate(sorted(coloured.rglob("*.png"))):
         Path("loose").mkdir(exist_ok=True)
         Path(f"loose/{i:02}.png").write_bytes(path.read_bytes())
-    colour_net(Path("t.onnx"), names='["blue", "green", "red"]')
+    colour_net(Path("t.onnx"), ("red", "green", "blue"), names='["red", "green", "blue"]')
     command = ("distill", *TINY, "--epochs", 8, "--dataset", "folder:loose", "--teacher", "t.onnx", "--run-dir", "run")
     assert "36 images lie beside the class folders (--unlabelled" in toolkit(*command).stderr
     result = toolkit(*command, "--unlabelled")
@@ -473,12 +475,15 @@ def test_images_without_labels(toolkit: Toolkit, coloured: Path, nowhere: Path, 
     metrics, _ = stages.validate(Path("run"))
     assert metrics["dataset"] == "folder:loose, labelled by the teacher"
     assert metrics["top1"] == metrics["agreement"] > 0.5
-    assert list(metrics["per_class"]) == ["blue", "green", "red"]
+    assert list(metrics["per_class"]) == ["red", "green", "blue"]
     labelled, _ = stages.validate(Path("run"), dataset=f"folder:{coloured}")
+    assert labelled["top1"] == labelled["agreement"] > 0.5
     assert labelled["dataset"] == f"folder:{coloured.name}"  # which has labels of its own
     shutil.copytree(coloured, "elsewhere/loose")  # one of the same name, too
+    capsys.readouterr()
     same = stages.validate(Path("run"), dataset="folder:elsewhere/loose")[0]
     assert (same["dataset"], same["top1"]) == ("folder:loose", labelled["top1"])
+    assert "was trained, or are split in another way: where it was trained" in capsys.readouterr().err
     exported = toolkit("export", "run")
     assert exported.exit_code == 0, exported.stderr
     wrong = toolkit(*command, "--unlabelled", "--set", "loss.ce_weight=1", "--run-dir", "other")

@@ -85,13 +85,20 @@ def _refuses(server: Served) -> bool:
     return True
 
 
-def test_what_was_asked_before_the_end_is_answered(path: Path, tmp_path: Path) -> None:
-    held = tmp_path / "held"
+def test_uploads_are_deleted_in_time_and_what_was_asked_before_the_end_is_answered(path: Path, tmp_path: Path) -> None:
+    artifact, held = shutil.copy(path, tmp_path / "student.onnx"), tmp_path / "held"
+    (tmp_path / "student.examples").mkdir()
+    (tmp_path / "student.examples/ramp.png").write_bytes(GOOD)
     with (
-        serving(path, patch=HOLD.format(path=str(held))) as server,
+        serving(artifact, patch=HOLD.format(path=str(held)) + "import serve.demo; serve.demo.HOUR = 1") as server,
+        server.client() as http,
         ThreadPoolExecutor() as pool,
         server.connection() as slow,
     ):
+        (upload,) = http.post("gradio_api/upload", files={"files": ("cat.png", GOOD)}).json()
+        wait_until(lambda: not Path(upload).exists())
+        (example,) = set(re.findall(r'"path":"([^"]+ramp\.png)"', http.get("config").text))
+        assert http.get(f"gradio_api/file={example}").content == GOOD  # which stays
         slow.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")  # one request, and half of the next
         assert slow.recv(4096).startswith(b"HTTP/1.1 200 ")
         slow.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\nx-mo")
@@ -126,17 +133,6 @@ def test_a_batch_that_hangs_does_not_keep_the_server(path: Path, tmp_path: Path)
         assert asked.result(5).status_code == 503
         assert "The server stopped" in shown.result(5).text
         assert not Path(upload).exists()
-
-
-def test_uploads_are_deleted_in_time_and_examples_stay(path: Path, tmp_path: Path) -> None:
-    artifact = shutil.copy(path, tmp_path / "student.onnx")
-    (tmp_path / "student.examples").mkdir()
-    (tmp_path / "student.examples/ramp.png").write_bytes(GOOD)
-    with serving(artifact, patch="import serve.demo; serve.demo.HOUR = 1") as server, server.client() as http:
-        (upload,) = http.post("gradio_api/upload", files={"files": ("cat.png", GOOD)}).json()
-        wait_until(lambda: not Path(upload).exists())
-        (example,) = set(re.findall(r'"path":"([^"]+ramp\.png)"', http.get("config").text))
-        assert http.get(f"gradio_api/file={example}").content == GOOD
 
 
 def test_a_signal_during_the_start_ends_it(path: Path) -> None:
@@ -297,7 +293,7 @@ def test_a_worker_that_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("uvicorn.supervisors.multiprocess.SIGNALS", {})
     monkeypatch.setattr(server_module, "Process", _Worker)
     monkeypatch.setattr(server_module.metrics, "forget", lambda pid: None)
-    monkeypatch.setattr(server_module, "SILENCE", 0.05)
+    monkeypatch.setattr(server_module, "SILENCE", 60)
     taken, tell = Pipe(duplex=False)
     with taken, tell, socket.socket() as listener:
         supervisor = server_module._Supervisor(uvicorn.Config("none", workers=1), listener, taken, lambda _: None)
@@ -308,7 +304,7 @@ def test_a_worker_that_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
             heard = []
             worker.parent_conn.recv = lambda heard=heard: heard.append(1)
             worker.parent_conn.poll = lambda pong=pong: pong
-            time.sleep(0.06)
+            supervisor._asked[worker] -= 61
             supervisor.keep_subprocess_alive()
             assert (supervisor.processes == [worker], heard) == (pong, [1] * pong)
 

@@ -406,19 +406,11 @@ def test_a_poor_teacher_is_told_before_the_first_trial(chain: Chain, monkeypatch
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize(
-    ("weight", "fields", "distils"),
-    [
-        (0.9, {"optimizer.lr": {"choices": [0.1, 0.2]}}, [True, True]),
-        (0, {"loss.kd_weight": {"choices": [0, 0.9]}}, [False, True]),
-    ],
-)
-def test_all_trials_learn_from_one_teacher_and_the_same_images(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch, weight: float, fields: dict, distils: list[bool]
-) -> None:
-    given = {**TINY["set"], "student.widths": [8, 8, 8], "loss.kd_weight": weight, "loss.ce_weight": 1}
+def test_all_trials_learn_from_one_teacher_and_the_same_images(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {**TINY["set"], "student.widths": [8, 8, 8], "loss.ce_weight": 1}
     base = resolve("digits", "distill", given).model_dump(mode="json")
-    wanted = plan({"recipe": base, "fields": fields}, "grid")
+    wanted = plan({"recipe": base, "fields": {"loss.kd_weight": {"choices": [0, 0.9]}}}, "grid")
+    assert not wanted.base.distils
     monkeypatch.setattr(tune, "_ray", lambda address: None)
     monkeypatch.setattr(tune, "cluster", lambda *_: contextlib.nullcontext(1))
     monkeypatch.setattr(tune, "_announce", lambda *_: None)
@@ -427,7 +419,7 @@ def test_all_trials_learn_from_one_teacher_and_the_same_images(
     teacher = chain.teacher / "checkpoints/best.safetensors"
     assert [trial.status for trial in search.trials] == ["finished"] * 2
     recipes = [Run(search.path(trial)).recipe for trial in search.trials]
-    assert [recipe.distils for recipe in recipes] == distils
+    assert [recipe.distils for recipe in recipes] == [False, True]
     assert recipes[1].teacher.checkpoint == teacher
     assert yaml.safe_load(Path("out/search.yaml").read_text())["recipe"]["teacher"]["checkpoint"] == str(teacher)
     monkeypatch.setattr("toolkit.data.load", lambda config: replace(load(config), digest="of other images"))

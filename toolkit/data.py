@@ -24,6 +24,7 @@ from toolkit.machine import total_memory
 from toolkit.progress import say
 
 SPLITTING = 4  # raised where the same options come to hold out other images
+ANSWERED = ", labelled by the teacher"  # in the name of a data set
 ORDERS = 20  # of groups that are tried, for a split that is near each class's share
 
 
@@ -310,15 +311,22 @@ def at_once(side: int, count: int = 500) -> int:
 
 def labelled(data: DataSet, classes: Sequence[str], answer: Callable[[Tensor | StoredImages], np.ndarray]) -> DataSet:
     """Images without labels with those that ``answer`` (images uint8 [N,3,S,S] to logits [N,K]) gives them."""
+    named = replace(data, name=f"{data.name}{ANSWERED}")
+    return _relabelled(named, classes, lambda split: torch.from_numpy(answer(split.images).argmax(1)))
 
-    def relabel(split: Split) -> Split:
-        return replace(split, labels=torch.from_numpy(answer(split.images).argmax(1)))
 
-    val = None if data.val is None else relabel(data.val)
-    return replace(
-        data, name=f"{data.name}, labelled by the teacher", classes=tuple(classes), train=relabel(data.train), val=val,
-        test=relabel(data.test),
-    )  # fmt: skip
+def in_order(data: DataSet, classes: Sequence[str]) -> DataSet:
+    """The data set with its classes in another order."""
+    if tuple(classes) == tuple(data.classes):
+        return data
+    number = torch.tensor([classes.index(name) for name in data.classes])
+    return _relabelled(data, classes, lambda split: number[split.labels])
+
+
+def _relabelled(data: DataSet, classes: Sequence[str], labels: Callable[[Split], Tensor]) -> DataSet:
+    train, test = (replace(split, labels=labels(split)) for split in (data.train, data.test))
+    val = None if data.val is None else replace(data.val, labels=labels(data.val))
+    return replace(data, classes=tuple(classes), train=train, val=val, test=test)
 
 
 def _val_count(train: Split, size: float, classes: Sequence[str]) -> int:

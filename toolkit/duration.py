@@ -16,6 +16,7 @@ from toolkit.compute import pick_device
 from toolkit.data import DataSet
 from toolkit.errors import Interrupted, RecipeError
 from toolkit.files import DAY, check_writable, remove_stale
+from toolkit.learner import NORM_IMAGES
 from toolkit.progress import say
 from toolkit.recipe import Progressive, Recipe
 from toolkit.run import Run
@@ -48,8 +49,7 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
         warmup = min(recipe.schedule.warmup_epochs, epochs)  # without it the loss may grow beyond all numbers
         schedule = recipe.schedule.model_copy(update={"warmup_epochs": warmup})
         length = {"minutes": None, "epochs": epochs, "eval_epochs": 1}
-        swa = {"swa_start": None if recipe.swa_start is None else 0}  # BN is measured anew, which takes time
-        return recipe.model_copy(update=length | swa | {"schedule": schedule})
+        return recipe.model_copy(update=length | {"schedule": schedule, "swa_start": None})
 
     # The second epoch is timed: the first includes one-off costs, on a GPU the last includes writing the state.
     timed_recipe = short(3 if gpu else 2)
@@ -82,6 +82,8 @@ def with_epochs(recipe: Recipe, path: Path, data: DataSet, teacher: nn.Module | 
     # Of one epoch's views, which are all that there are where the second epoch replays the first one's.
     teaching = max(first["teacher_seconds"], second["teacher_seconds"]) * len(data.train) / count
     beside = max(second_end - first_end - second["seconds"] - second["teacher_seconds"], 0)  # val and the checkpoint
+    if recipe.swa_start is not None:  # BN is measured anew, at most as slowly as images are trained on
+        beside += min(NORM_IMAGES, samples) / second["images_per_second"]
     starting = max(first_end - started - first["seconds"] - first["teacher_seconds"], 0)
     left = (60 * recipe.minutes - (time.monotonic() - began) - starting) / MARGIN
     epochs = int(left / (training + beside + teaching))

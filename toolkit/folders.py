@@ -100,7 +100,7 @@ def parts_of(names: Iterable[str], told: Callable[[str], str | None] = part_of) 
 def find(root: Path, unlabelled: bool = False) -> Listing:
     """The images below ``root``, or those that a CSV file names. Raises ``DataError``.
 
-    ``unlabelled``: all images count, wherever they lie, and folders say nothing about classes.
+    ``unlabelled``: folders say nothing about classes; all images of the parts count, or where there are none, all.
     """
     try:
         return _find(root, unlabelled)

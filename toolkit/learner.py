@@ -171,7 +171,7 @@ class Learner:
         if epoch >= self.average.start:
             order = self.order[:NORM_IMAGES]
             # At least as many at once as in training: of fewer large images the variance would be too small.
-            most = max(at_once(self.augmenter.side), min(self.recipe.batch_size, self.micro_batch))
+            most = max(at_once(self.augmenter.side), min(self.recipe.batch_size // distributed.SIZE, self.micro_batch))
             parts = order.tensor_split(math.ceil(len(order) / most))  # all count alike
             views = (self.augmenter.batch(part)[0].contiguous(memory_format=self.layout) for part in parts)
             with autocast(self.device, self.dtype):

@@ -223,7 +223,7 @@ def _check_field(
     path: str, domain: Any, base: Recipe, stage: Stage, searched: Mapping[str, Any], sampler: str
 ) -> list[str]:
     """What is wrong with a searched field for the recipe, told by the recipe's own rules."""
-    labels = base.data.unlabelled and path.startswith("teacher.")  # they are its answers
+    labels = base.data.unlabelled and f"{path}.".startswith("teacher.")  # they are its answers
     if path in FIXED or labels:
         return [f"{path}: decides what a trial is measured on, so it cannot be searched"]
     try:

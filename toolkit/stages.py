@@ -456,14 +456,16 @@ def data_of(
     """
     config = data_config(run, header, dataset, data_dir)
     data = load_data(config, run.recipe if run else None, device)
-    if list(map(nfc, header["classes"])) != list(data.classes):
+    known = list(map(nfc, header["classes"]))
+    if set(known) != set(data.classes):
         raise DataError(
-            f"{what} knows the classes {', '.join(header['classes'][:5])}... ({len(header['classes'])}), {data.name} "
+            f"{what} knows the classes {', '.join(known[:5])}... ({len(known)}), {data.name} "
             f"has {', '.join(data.classes[:5])}... ({len(data.classes)}): they must be the same"
         )
+    data = datasets.in_order(data, known)  # that of a teacher, where images without labels had its answers
     if dataset is None:
         check_unchanged(data, header["dataset_digest"], what, advice)
-    elif data.name == header["dataset"] and data.digest != header["dataset_digest"]:
+    elif data.name == header["dataset"].removesuffix(datasets.ANSWERED) and data.digest != header["dataset_digest"]:
         say(
             f"warning: the images of {data.name} have changed since {what} was trained, or are split in another way: "
             "where it was trained on some that are test images now, it is measured too high"

@@ -86,7 +86,8 @@ def tune(
     data = stages.load_data(base.data, base, base.device)
     searched = plan.space.fields
     taught = base.distils or any(path == "loss" or path.startswith("loss.kd_weight") for path in searched)
-    if taught and base.teacher is not None and not any(path.startswith("teacher.") for path in searched):
+    others = any(f"{path}.".startswith("teacher.") for path in searched)
+    if base.student is not None and taught and base.teacher is not None and not others:
         # All trials, and those after --resume, learn from the same teacher.
         teacher = base.teacher.model_copy(update={"checkpoint": teaching.find(base)})
         pinned = base.model_copy(update={"teacher": teacher})
