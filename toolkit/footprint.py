@@ -45,7 +45,7 @@ def footprint(name: str, role: Role, image_size: int, device: str = "auto") -> F
 
     images = torch.rand(2, 3, image_size, image_size, device=place).contiguous(memory_format=numbers.layout)
     sizes = []
-    # The difference of two batches is without the weights, which are there in bf16, too.
+    # The difference of two batches is without the weights, which are there in bf16 too.
     for some in (images, images.repeat(2, 1, 1, 1)):
         kept.clear()
         saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
